@@ -1,0 +1,1 @@
+"""Delta-LLaVA for transformers."""
