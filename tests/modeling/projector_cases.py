@@ -100,7 +100,9 @@ def released_pair(
     return module.eval(), weights
 
 
-def oracle_output(config: DeltaLlavaConfig, weights: dict[str, Tensor], inputs: list[Tensor], scale_factor: int) -> Tensor:
+def oracle_output(
+    config: DeltaLlavaConfig, weights: dict[str, Tensor], inputs: list[Tensor], scale_factor: int
+) -> Tensor:
     single, *levels = inputs
     heads = config.projector_num_attention_heads
     return oracle.released_projector(weights, single, torch.cat(levels, dim=-1), scale_factor, heads)["output"]
