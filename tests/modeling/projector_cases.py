@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from tests.reference import fixture_recipe, names, oracle
+from tests.reference import fixture_recipe, goldens, names, oracle
 from transformers_delta_llava.modeling.configuration_delta_llava import DeltaLlavaConfig
 from transformers_delta_llava.modeling.projector_delta_llava import DeltaLlavaProjector
 
 SEED = 7
+# In float64 the only disagreement left is that of the float32 position table.
+FLOAT64_TOLERANCE = 1e-6
 
 
 def projector_config(
@@ -83,7 +85,7 @@ def released_pair(
 ) -> tuple[DeltaLlavaProjector, dict[str, Tensor]]:
     """A projector in evaluation mode, and its weights under the authors' names for the oracle."""
     module = DeltaLlavaProjector(config)
-    shapes = oracle.parameter_shapes(
+    shapes = names.parameter_shapes(
         width=config.vision_config.hidden_size,
         levels=len(config.vision_feature_levels),
         rank=config.delta_rank,
@@ -106,3 +108,19 @@ def oracle_output(
     single, *levels = inputs
     heads = config.projector_num_attention_heads
     return oracle.released_projector(weights, single, torch.cat(levels, dim=-1), scale_factor, heads)["output"]
+
+
+def assert_meets_oracle(config: DeltaLlavaConfig, scale_factor: int, batch: int = 2) -> None:
+    module, weights = released_pair(config)
+    inputs = drawn_inputs(config, batch)
+    with torch.no_grad():
+        output = module(inputs[0], inputs[1:], scale_factor)
+    assert output.shape == (batch, config.num_visual_tokens(scale_factor), config.text_config.hidden_size)
+    assert goldens.difference(output, oracle_output(config, weights, inputs, scale_factor)) <= FLOAT64_TOLERANCE
+
+
+def golden_projector() -> DeltaLlavaProjector:
+    """The projector of the golden numbers, in float32 and evaluation mode."""
+    module = DeltaLlavaProjector(clip_large_config(hidden=goldens.MANIFEST["geometry"]["hidden_size"]))
+    module.load_state_dict(names.package_state_dict(goldens.weights()))
+    return module.eval()

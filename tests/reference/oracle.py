@@ -278,39 +278,3 @@ def released_projector(
     )
     named["output"] = output_mlp(weights, named["attention_output"])
     return named
-
-
-# ---------------------------------------------------------------------------- shapes of any size
-
-
-def parameter_shapes(
-    width: int, levels: int, rank: int, attention_width: int, head_dim: int, mlp_ratio: int, hidden: int
-) -> dict[str, tuple[int, ...]]:
-    """Names (without prefix) and shapes of a checkpoint of any size; the order is the manifest's."""
-    local = width - attention_width
-    shapes: dict[str, tuple[int, ...]] = {}
-    for role, inputs in (("q", width), ("k", levels * width), ("v", levels * width)):
-        name = f"{role}_proj_1."
-        shapes |= {name + "U": (inputs, rank), name + "V": (rank, width)}
-        shapes |= {name + "shared_weight.weight": (width, inputs)}
-        shapes |= {name + "norm.weight": (width,), name + "norm.bias": (width,)}
-    shapes |= {"clip_attn.in_proj_weight": (3 * width, width), "clip_attn.in_proj_bias": (3 * width,)}
-    shapes |= {"clip_attn.out_proj.weight": (width, width), "clip_attn.out_proj.bias": (width,)}
-    shapes |= {"mlp.0.weight": (hidden, width), "mlp.0.bias": (hidden,)}
-    shapes |= {"mlp.2.weight": (hidden, hidden), "mlp.2.bias": (hidden,)}
-    shapes[BLOCK + "patch_embed.conv.weight"] = (attention_width, width, 1, 1)
-    shapes |= {BLOCK + "e_mhsa.norm.weight": (attention_width,), BLOCK + "e_mhsa.norm.bias": (attention_width,)}
-    for role in ("q", "k", "v", "proj"):
-        shapes[f"{BLOCK}e_mhsa.{role}.weight"] = (attention_width, attention_width)
-        shapes[f"{BLOCK}e_mhsa.{role}.bias"] = (attention_width,)
-    shapes[BLOCK + "projection.conv.weight"] = (local, attention_width, 1, 1)
-    shapes[BLOCK + "mhca.group_conv3x3.weight"] = (local, head_dim, 3, 3)
-    shapes |= {BLOCK + "mhca.norm.weight": (local,), BLOCK + "mhca.norm.bias": (local,)}
-    shapes[BLOCK + "mhca.projection.weight"] = (local, local, 1, 1)
-    shapes |= {
-        BLOCK + "mlp.conv1.weight": (mlp_ratio * width, width, 1, 1),
-        BLOCK + "mlp.conv1.bias": (mlp_ratio * width,),
-    }
-    shapes |= {BLOCK + "mlp.conv2.weight": (width, mlp_ratio * width, 1, 1), BLOCK + "mlp.conv2.bias": (width,)}
-    shapes |= {BLOCK + "norm_mhsa.weight": (attention_width,), BLOCK + "norm_mhsa.bias": (attention_width,)}
-    return shapes
