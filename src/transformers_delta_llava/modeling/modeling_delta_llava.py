@@ -97,6 +97,11 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         features = self._patch_features(states, self.config.vision_feature_layer)
         budgets = self.budget_per_image(len(pixel_values), num_visual_tokens)
         outputs.pooler_output = self._project(features, levels, budgets)
+        # Gemma multiplies its embeddings by a constant. When Delta-LLaVA was released it did so to all that entered the
+        # model, visual tokens too; now the embedding layer does it, and only to text.
+        embed_scale = getattr(self.get_input_embeddings(), "embed_scale", None)
+        if embed_scale is not None:
+            outputs.pooler_output = [tokens * embed_scale.to(tokens) for tokens in outputs.pooler_output]
         return outputs
 
     def _run_vision_tower(
