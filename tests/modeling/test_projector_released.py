@@ -62,11 +62,28 @@ def test_other_sizes_meet_the_oracle(sizes: dict, scale_factor: int) -> None:
     assert_meets_oracle(projector_config(**sizes), scale_factor)
 
 
-def test_attention_takes_three_quarters_of_the_channels_in_whole_heads() -> None:
-    for width, head_dim, expected in ((1024, 32, 768), (1152, 32, 864), (768, 32, 576), (96, 32, 64), (64, 32, 32)):
-        with torch.device("meta"):
-            module = DeltaLlavaProjector(projector_config(width=width, projector_head_dim=head_dim))
-        assert module.block.stem.out_features == expected, width
+@pytest.mark.parametrize(
+    "width, head_dim, mix_ratio, expected",
+    [
+        (1024, 32, 0.75, 768),
+        (1152, 32, 0.75, 864),
+        (768, 32, 0.75, 576),
+        (96, 32, 0.75, 64),
+        (64, 32, 0.75, 32),
+        (1024, 32, 0.5, 512),
+        (64, 8, 0.25, 16),
+        (64, 8, 0.01, 8),
+        (64, 8, 0.99, 56),
+    ],
+)
+def test_attention_takes_its_share_in_whole_heads(width: int, head_dim: int, mix_ratio: float, expected: int) -> None:
+    """The share that the config asks for, but at least one head for the attention and one for the convolution."""
+    with torch.device("meta"):
+        module = DeltaLlavaProjector(
+            projector_config(width=width, projector_head_dim=head_dim, projector_mix_ratio=mix_ratio)
+        )
+    assert module.block.stem.out_features == expected
+    assert module.block.conv_attention.group_conv.groups == (width - expected) // head_dim
 
 
 @pytest.mark.parametrize("scale_factor", [1, 2, 3, 6])
