@@ -1,0 +1,352 @@
+"""Configuration of Delta-LLaVA: a vision tower, the delta projector and a language model."""
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+
+
+MODELING_FILE = "modeling_delta_llava"
+AUTO_MAP = {
+    "AutoConfig": "configuration_delta_llava.DeltaLlavaConfig",
+    "AutoModel": f"{MODELING_FILE}.DeltaLlavaModel",
+    "AutoModelForImageTextToText": f"{MODELING_FILE}.DeltaLlavaForConditionalGeneration",
+    "AutoModelForMultimodalLM": f"{MODELING_FILE}.DeltaLlavaForConditionalGeneration",
+}
+
+# CLIP-L/14 at 336 px, the tower of the published models.
+DEFAULT_VISION_CONFIG = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+# Vicuna's 32,000 tokens, the image token, the padding token, rounded up to a multiple of 64.
+DEFAULT_TEXT_CONFIG = {"model_type": "llama", "vocab_size": 32064}
+
+# Towers whose token sequence is known to start with a class token, and towers known to have none.
+CLASS_TOKEN_TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}
+
+
+class DeltaLlavaConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`DeltaLlavaModel`] and [`DeltaLlavaForConditionalGeneration`].
+
+    Every bad combination raises a `ValueError` that names the field, its value and what would do.
+
+    Args:
+        vision_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of the vision tower. Defaults to CLIP-L/14 at 336 px.
+        text_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of the language model. Defaults to Llama (7B) with 32,064 tokens.
+        image_token_id (`int`, *optional*, defaults to 32000):
+            Id of the placeholder token; it must be smaller than the vocabulary.
+        scale_factor (`int`, *optional*, defaults to 2):
+            Default spatial reduction `s` of the paper: `(grid / s) ** 2` visual tokens per image. No weight depends on it.
+        vision_feature_layer (`int`, *optional*, defaults to -2):
+            Hidden state of the tower that makes the queries. 0 is the embedding, `i` the output of layer `i`;
+            negative numbers count from the end.
+        vision_feature_levels (`list[int]`, *optional*, defaults to `[12, 16, 22, 23]`):
+            Hidden states of the tower that make keys and values, in this order.
+        vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
+            `"default"` drops the first (class) token of the tower's output, `"full"` keeps all tokens.
+        delta_rank (`int`, *optional*, defaults to 16):
+            Rank of the low-rank updates `delta_u @ delta_v`.
+        projector_layout (`str`, *optional*, defaults to `"released"`):
+            `"released"` computes what the authors' code computes, `"paper"` takes equations (3) to (11) literally.
+        projector_num_attention_heads (`int`, *optional*):
+            Heads of the window attention. Defaults to one per 128 channels, at least 1.
+        projector_head_dim (`int`, *optional*, defaults to 32):
+            Channels per head of the transformer block, and per group of its convolution.
+        projector_mix_ratio (`float`, *optional*, defaults to 0.75):
+            Share of the block's channels that goes through EMHSA (`"released"` only; `"paper"` has no split).
+        projector_mlp_ratio (`float`, *optional*, defaults to 2):
+            Hidden width of the block's MLP, in units of the tower's width.
+        projector_sr_ratio (`int`, *optional*, defaults to 1):
+            Spatial reduction of EMHSA's keys and values.
+        projector_window_size (`int`, *optional*, defaults to 1):
+            Side `w` of a query window (equation 9). The released code has 1.
+        projector_drop_path (`float`, *optional*, defaults to 0.1):
+            Rate of stochastic depth in the transformer block, in training.
+        projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation of the DeltaProjections (`"released"`) and of the feed-forward.
+        use_emhsa, use_transformer_block, use_delta_projection (`bool`, *optional*, default to `True`):
+            The ablations of the paper's Table 3.
+        delta_sharing (`str`, *optional*, defaults to `"levels"`):
+            Which bases the `"paper"` layout shares: `"levels"` (one per role q, k, v) or `"all"` (one for all roles).
+        tie_word_embeddings (`bool`, *optional*):
+            Whether input and output embeddings are tied. Defaults to what `text_config` says.
+        image_seq_length (`int`, *optional*):
+            Derived from `scale_factor`, and not stored. A value that disagrees is refused.
+
+    Example:
+
+    ```python
+    >>> from transformers_delta_llava import DeltaLlavaConfig
+
+    >>> config = DeltaLlavaConfig(scale_factor=4)
+    >>> config.image_seq_length
+    36
+    >>> config.visual_token_budgets
+    (576, 144, 64, 36, 16, 9, 4, 1)
+
+    ```
+    """
+
+    model_type = "delta_llava"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+
+    def __init__(
+        self,
+        vision_config=None,
+        text_config=None,
+        image_token_id=32000,
+        scale_factor=2,
+        vision_feature_layer=-2,
+        vision_feature_levels=(12, 16, 22, 23),
+        vision_feature_select_strategy="default",
+        delta_rank=16,
+        projector_layout="released",
+        projector_num_attention_heads=None,
+        projector_head_dim=32,
+        projector_mix_ratio=0.75,
+        projector_mlp_ratio=2,
+        projector_sr_ratio=1,
+        projector_window_size=1,
+        projector_drop_path=0.1,
+        projector_hidden_act="gelu",
+        use_emhsa=True,
+        use_transformer_block=True,
+        use_delta_projection=True,
+        delta_sharing="levels",
+        tie_word_embeddings=None,
+        image_seq_length=None,
+        **kwargs,
+    ):
+        self.vision_config = _sub_config(vision_config, DEFAULT_VISION_CONFIG)
+        self.text_config = _sub_config(text_config, DEFAULT_TEXT_CONFIG)
+        self.image_token_id = image_token_id
+        self.scale_factor = scale_factor
+        self.vision_feature_layer = vision_feature_layer
+        self.vision_feature_levels = list(vision_feature_levels)
+        self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.delta_rank = delta_rank
+        self.projector_layout = projector_layout
+        self.projector_num_attention_heads = projector_num_attention_heads
+        self.projector_head_dim = projector_head_dim
+        self.projector_mix_ratio = projector_mix_ratio
+        self.projector_mlp_ratio = projector_mlp_ratio
+        self.projector_sr_ratio = projector_sr_ratio
+        self.projector_window_size = projector_window_size
+        self.projector_drop_path = projector_drop_path
+        self.projector_hidden_act = projector_hidden_act
+        self.use_emhsa = use_emhsa
+        self.use_transformer_block = use_transformer_block
+        self.use_delta_projection = use_delta_projection
+        self.delta_sharing = delta_sharing
+        if tie_word_embeddings is None:
+            tie_word_embeddings = getattr(self.text_config, "tie_word_embeddings", False)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        self._check()
+        if image_seq_length not in (None, self.image_seq_length):
+            raise ValueError(
+                f"image_seq_length={image_seq_length} disagrees with scale_factor={scale_factor}, which gives "
+                f"{self.image_seq_length} tokens; leave image_seq_length out and set scale_factor."
+            )
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of the tower's square grid."""
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    def num_visual_tokens(self, scale_factor: int | None = None) -> int:
+        """Visual tokens per image at `scale_factor` (default: the config's), equation (5). The one place that counts them.
+
+        Raises:
+            ValueError: if the grid cannot be reduced by `scale_factor`.
+        """
+        scale_factor = self.scale_factor if scale_factor is None else scale_factor
+        window = self.projector_window_size
+        if not _is_int(scale_factor, minimum=1) or self.grid_size % (scale_factor * window):
+            _refuse(
+                "scale_factor",
+                scale_factor,
+                f"it does not divide the {self.grid_size} x {self.grid_size} patch grid"
+                + (f" into windows of {window} x {window} queries" if window > 1 else "")
+                + f"; use one of {', '.join(map(str, self._scale_factors()))}",
+            )
+        return (self.grid_size // scale_factor) ** 2
+
+    @property
+    def num_window_attention_heads(self) -> int:
+        """Heads of the window attention: `projector_num_attention_heads`, or one per 128 channels."""
+        if self.projector_num_attention_heads is None:
+            return max(1, self.vision_config.hidden_size // 128)
+        return self.projector_num_attention_heads
+
+    @property
+    def image_seq_length(self) -> int:
+        """Visual tokens per image at the default `scale_factor`."""
+        return self.num_visual_tokens()
+
+    @property
+    def visual_token_budgets(self) -> tuple[int, ...]:
+        """Every number of visual tokens that the grid can give, from most to fewest."""
+        return tuple(self.num_visual_tokens(scale_factor) for scale_factor in self._scale_factors())
+
+    def scale_factor_for(self, num_visual_tokens: int) -> int:
+        """The scale factor that gives `num_visual_tokens` per image.
+
+        Raises:
+            ValueError: if there is none; the message lists the budgets that there are.
+        """
+        for scale_factor, budget in zip(self._scale_factors(), self.visual_token_budgets):
+            if budget == num_visual_tokens:
+                return scale_factor
+        budgets = ", ".join(map(str, self.visual_token_budgets))
+        raise ValueError(f"num_visual_tokens={num_visual_tokens}: the patch grid cannot give it; use one of {budgets}.")
+
+    def _scale_factors(self) -> list[int]:
+        return [s for s in range(1, self.grid_size + 1) if self.grid_size % (s * self.projector_window_size) == 0]
+
+    def to_dict(self):
+        """As in the base class, plus a complete `auto_map`: saving a class on its own would only write its own entry."""
+        return {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
+
+    def _check(self) -> None:
+        _check_choices(self)
+        _check_tower(self)
+        _check_projector(self)
+        _check_text(self)
+        self.num_visual_tokens()
+
+
+def _sub_config(config, default: dict):
+    if config is None:
+        config = default
+    if not isinstance(config, dict):
+        return config
+    if "model_type" not in config:
+        config = {"model_type": default["model_type"], **config}
+    return AutoConfig.for_model(**config)
+
+
+def _check_choices(config: DeltaLlavaConfig) -> None:
+    for field, choices in {
+        "vision_feature_select_strategy": ("default", "full"),
+        "projector_layout": ("released", "paper"),
+        "delta_sharing": ("levels", "all"),
+        "use_emhsa": (True, False),
+        "use_transformer_block": (True, False),
+        "use_delta_projection": (True, False),
+    }.items():
+        if getattr(config, field) not in choices:
+            _refuse(field, getattr(config, field), f"use one of {', '.join(map(repr, choices))}")
+    if config.projector_hidden_act not in ACT2FN:
+        _refuse("projector_hidden_act", config.projector_hidden_act, "use an activation that transformers knows, such as 'gelu'")
+    if config.projector_layout == "released" and config.projector_window_size != 1:
+        _refuse("projector_window_size", config.projector_window_size, "the 'released' layout has windows of 1; use projector_layout='paper'")
+    if config.projector_layout == "released" and config.delta_sharing != "levels":
+        _refuse("delta_sharing", config.delta_sharing, "the 'released' layout shares no base; use projector_layout='paper'")
+
+
+def _check_tower(config: DeltaLlavaConfig) -> None:
+    vision = config.vision_config
+    for field in ("image_size", "patch_size"):
+        if not _is_int(getattr(vision, field, None), minimum=1):
+            _refuse(f"vision_config.{field}", getattr(vision, field, None), "use one whole number: the patch grid must be square")
+    if config.grid_size < 1:
+        _refuse("vision_config.image_size", vision.image_size, f"it must hold at least one patch of {vision.patch_size} pixels")
+
+    states = vision.num_hidden_layers + 1
+    if not config.vision_feature_levels:
+        _refuse("vision_feature_levels", [], "name at least one hidden state of the tower")
+    for field, levels in (
+        ("vision_feature_layer", [config.vision_feature_layer]),
+        ("vision_feature_levels", config.vision_feature_levels),
+    ):
+        for level in levels:
+            if not _is_int(level, minimum=-states) or level >= states:
+                _refuse(
+                    field,
+                    getattr(config, field),
+                    f"the tower has {states} hidden states (the embedding and {states - 1} layers); use {-states} to {states - 1}",
+                )
+
+    has_class_token = CLASS_TOKEN_TOWERS.get(vision.model_type)
+    strategy = {True: "default", False: "full"}.get(has_class_token, config.vision_feature_select_strategy)
+    if config.vision_feature_select_strategy != strategy:
+        reason = "starts with a class token" if has_class_token else "has no class token"
+        _refuse(
+            "vision_feature_select_strategy",
+            config.vision_feature_select_strategy,
+            f"a {vision.model_type} {reason}; use {strategy!r}",
+        )
+
+
+def _check_projector(config: DeltaLlavaConfig) -> None:
+    width = config.vision_config.hidden_size
+    for field in ("delta_rank", "projector_head_dim", "projector_sr_ratio", "projector_window_size"):
+        if not _is_int(getattr(config, field), minimum=1):
+            _refuse(field, getattr(config, field), "use a whole number of at least 1")
+    if config.grid_size % config.projector_window_size:
+        divisors = [d for d in range(1, config.grid_size + 1) if config.grid_size % d == 0]
+        _refuse(
+            "projector_window_size",
+            config.projector_window_size,
+            f"windows must tile the {config.grid_size} x {config.grid_size} grid; use one of {', '.join(map(str, divisors))}",
+        )
+    if config.delta_rank > width:
+        _refuse("delta_rank", config.delta_rank, f"a low-rank update has at most the tower's width, {width}")
+    if width % 4:
+        _refuse("vision_config.hidden_size", width, "2-D sinusoidal positions need a multiple of 4")
+
+    # The released block splits its channels between attention and convolution, so each needs a head.
+    needed = 2 if config.projector_layout == "released" and config.use_transformer_block else 1
+    if width % config.projector_head_dim or width < needed * config.projector_head_dim:
+        divisors = [d for d in range(1, width // needed + 1) if width % d == 0]
+        _refuse(
+            "projector_head_dim",
+            config.projector_head_dim,
+            f"it must divide the tower's width, {width}, into at least {needed} head(s); use one of {', '.join(map(str, divisors))}",
+        )
+    heads = config.num_window_attention_heads
+    if not _is_int(heads, minimum=1) or width % heads:
+        divisors = [d for d in range(1, width + 1) if width % d == 0]
+        _refuse(
+            "projector_num_attention_heads",
+            heads,
+            f"heads must divide the tower's width, {width}; use one of {', '.join(map(str, divisors))}",
+        )
+    if not 0 < config.projector_mix_ratio < 1:
+        _refuse("projector_mix_ratio", config.projector_mix_ratio, "use a share between 0 and 1, both excluded")
+    if config.projector_mlp_ratio <= 0:
+        _refuse("projector_mlp_ratio", config.projector_mlp_ratio, "use a positive number")
+    if not 0 <= config.projector_drop_path < 1:
+        _refuse("projector_drop_path", config.projector_drop_path, "use a rate from 0 (off) to below 1")
+
+
+def _check_text(config: DeltaLlavaConfig) -> None:
+    vocab_size = config.text_config.vocab_size
+    if not _is_int(config.image_token_id, minimum=0) or config.image_token_id >= vocab_size:
+        _refuse("image_token_id", config.image_token_id, f"use an id in the vocabulary, 0 to {vocab_size - 1}")
+    for field in ("logit_scale", "logits_scaling"):
+        if getattr(config.text_config, field, None) not in (None, 1):
+            _refuse(
+                f"text_config.{field}",
+                getattr(config.text_config, field),
+                "language models that scale their logits are not supported; use one that does not",
+            )
+
+
+def _is_int(value, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def _refuse(field: str, value, remedy: str) -> None:
+    raise ValueError(f"{field}={value!r}: {remedy}.")
+
+
+__all__ = ["DeltaLlavaConfig"]

@@ -1,0 +1,388 @@
+"""Delta-LLaVA: a vision tower, the delta projector and a language model, as transformers models."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.utils import can_return_tuple, torch_compilable_check
+
+from .configuration_delta_llava import CLASS_TOKEN_TOWERS, DeltaLlavaConfig
+from .projector_delta_llava import DeltaLlavaProjector, DeltaProjection, PositionEmbedding2D, WindowAttention
+
+
+# How many visual tokens each image gets: one number for all, one per image, or None for the config's default.
+VisualTokens = int | list[int] | torch.Tensor | None
+
+
+@dataclass
+class DeltaLlavaModelOutputWithPast(BaseModelOutputWithPast):
+    """Output of [`DeltaLlavaModel`].
+
+    `image_hidden_states` (all visual tokens of the batch, hidden_size): what the projector gave to the language model.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class DeltaLlavaCausalLMOutputWithPast(ModelOutput):
+    """Output of [`DeltaLlavaForConditionalGeneration`]; `image_hidden_states` as in [`DeltaLlavaModelOutputWithPast`]."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+
+class DeltaLlavaPreTrainedModel(PreTrainedModel):
+    config: DeltaLlavaConfig
+    config_class = DeltaLlavaConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (DeltaProjection, WindowAttention, PositionEmbedding2D)):
+            module.reset_parameters()
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))  # PyTorch's own, as in the released code
+        else:
+            super()._init_weights(module)
+
+
+class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
+    """The vision tower, the projector and the language model without its head."""
+
+    def __init__(self, config: DeltaLlavaConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = DeltaLlavaProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, num_visual_tokens: VisualTokens = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """Visual tokens of images.
+
+        Args:
+            pixel_values: (images, 3, height, width).
+            num_visual_tokens: budget of all images, or one per image; the config's default when `None`.
+
+        Returns:
+            The tower's output, in which `pooler_output` is a list with one (budget, hidden_size) tensor per image, in the
+            projector's dtype.
+
+        Raises:
+            ValueError: if a budget is not one of `config.visual_token_budgets`, or their number is not that of the images.
+        """
+        outputs, states = self._run_vision_tower(pixel_values, **kwargs)
+        levels = [self._patch_features(states, level) for level in self.config.vision_feature_levels]
+        features = self._patch_features(states, self.config.vision_feature_layer)
+        budgets = self.budget_per_image(len(pixel_values), num_visual_tokens)
+        outputs.pooler_output = self._project(features, levels, budgets)
+        return outputs
+
+    def _run_vision_tower(
+        self, pixel_values: torch.Tensor, **kwargs
+    ) -> tuple[BaseModelOutputWithPooling, Sequence[torch.Tensor | None]]:
+        """The tower's output, and a sequence with the hidden states that the config names at their own indices.
+
+        CLIP and SigLIP run layer by layer: layers above the deepest one needed, and the pooling head, are not computed,
+        and no other hidden state is kept. Other towers, and callers that ask for all states or attentions, get a full run.
+        """
+        tower = self.vision_tower
+        records = [name for name in ("output_hidden_states", "output_attentions") if kwargs.get(name) or getattr(tower.config, name, False)]
+        if records or tower.config.model_type not in CLASS_TOKEN_TOWERS:
+            outputs = tower(pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True})
+            states = outputs.hidden_states
+            if "output_hidden_states" not in records:
+                outputs.hidden_states = None
+            return outputs, states
+
+        num_states = tower.config.num_hidden_layers + 1
+        needed = {level % num_states for level in (self.config.vision_feature_layer, *self.config.vision_feature_levels)}
+        states = [None] * num_states
+        interpolate = kwargs.pop("interpolate_pos_encoding", False)
+        hidden_states = tower.embeddings(pixel_values, interpolate_pos_encoding=interpolate)
+        if hasattr(tower, "pre_layrnorm"):
+            hidden_states = tower.pre_layrnorm(hidden_states)
+        for index, layer in enumerate([None, *tower.encoder.layers[: max(needed)]]):
+            if layer is not None:
+                hidden_states = layer(hidden_states, None, **kwargs)
+            if index in needed:
+                states[index] = hidden_states
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states), states
+
+    def _patch_features(self, states: Sequence[torch.Tensor | None], level: int) -> torch.Tensor:
+        """Hidden state `level` without the class token, in the projector's dtype."""
+        features = states[level]
+        if self.config.vision_feature_select_strategy == "default":
+            features = features[:, 1:]
+        return features.to(self.multi_modal_projector.dtype)
+
+    def budget_per_image(self, num_images: int, num_visual_tokens: VisualTokens = None) -> list[int]:
+        """`num_visual_tokens` as one number per image.
+
+        Raises:
+            ValueError: if there are not as many numbers as images.
+        """
+        if num_visual_tokens is None:
+            num_visual_tokens = self.config.image_seq_length
+        if isinstance(num_visual_tokens, torch.Tensor):
+            num_visual_tokens = num_visual_tokens.flatten().tolist()
+        if isinstance(num_visual_tokens, int):
+            return [num_visual_tokens] * num_images
+        if len(num_visual_tokens) != num_images:
+            raise ValueError(
+                f"num_visual_tokens holds {len(num_visual_tokens)} numbers for {num_images} images; give one per image."
+            )
+        return list(num_visual_tokens)
+
+    def _project(self, features: torch.Tensor, levels: list[torch.Tensor], budgets: list[int]) -> list[torch.Tensor]:
+        """One (budget, hidden_size) tensor per image; images of one budget go through the projector together."""
+        visual_tokens: list[torch.Tensor] = [features] * len(budgets)
+        for budget in dict.fromkeys(budgets):
+            scale_factor = self.config.scale_factor_for(budget)
+            images = [image for image in range(len(budgets)) if budgets[image] == budget]
+            if len(images) == len(budgets):  # the usual case, without a copy of the features
+                return list(self.multi_modal_projector(features, levels, scale_factor))
+            projected = self.multi_modal_projector(features[images], [level[images] for level in levels], scale_factor)
+            for image, tokens in zip(images, projected):
+                visual_tokens[image] = tokens
+        return visual_tokens
+
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Where visual tokens go: a boolean (batch, sequence), from `input_ids` or else from the embeddings."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        num_visual_tokens: VisualTokens = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ) -> DeltaLlavaModelOutputWithPast:
+        """
+        Args:
+            input_ids: (batch, sequence), with `config.image_token_id` wherever a visual token goes.
+            pixel_values: (images of the whole batch, 3, height, width), row by row in the order of their placeholders.
+            attention_mask, position_ids, past_key_values, inputs_embeds: as in every decoder of transformers.
+            num_visual_tokens: budget of all images, or one per image; the config's default when `None`.
+            mm_token_type_ids: accepted because processors emit it; not used.
+            mm_encoder_outputs: `{"image": output of get_image_features}`, instead of `pixel_values`.
+
+        Raises:
+            ValueError: on both or neither of `input_ids` and `inputs_embeds`, on `pixel_values` together with
+                `mm_encoder_outputs`, or if placeholders and visual tokens differ in number.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            if image_outputs is not None:
+                raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs['image'].")
+            image_outputs = self.get_image_features(pixel_values, num_visual_tokens, return_dict=True)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        image_features = None
+        if image_outputs is not None:
+            image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds).to(inputs_embeds.device)
+            num_placeholders, num_features = mask.sum(), image_features.shape[0]
+            torch_compilable_check(
+                num_placeholders == num_features,
+                lambda: (
+                    f"The text has {num_placeholders} image placeholders and the images give {num_features} visual tokens; "
+                    "give processor and model the same num_visual_tokens, and do not cut the text."
+                ),
+            )
+            inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_features)
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return DeltaLlavaModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+        )
+
+
+class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMixin):
+    """[`DeltaLlavaModel`] with a language modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: DeltaLlavaConfig):
+        super().__init__(config)
+        self.model = DeltaLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls, vision_model_name_or_path: str, text_model_name_or_path: str, processor=None, dtype=None, **config_kwargs
+    ) -> "DeltaLlavaForConditionalGeneration":
+        """An untrained Delta-LLaVA: a pretrained tower, a pretrained language model, and a freshly initialised projector.
+
+        Args:
+            vision_model_name_or_path: a CLIP or SigLIP model (or its vision tower alone), on the Hub or in a folder.
+            text_model_name_or_path: a causal language model, on the Hub or in a folder.
+            processor: the `DeltaLlavaProcessor` that the model will be used with. Its image token becomes
+                `config.image_token_id`, and the embeddings grow (to a multiple of 64) if its tokenizer has more tokens.
+            dtype: dtype of the whole model; that of the language model by default.
+            config_kwargs: further arguments of [`DeltaLlavaConfig`].
+
+        Raises:
+            ValueError: on a bad config value, or without a processor if `image_token_id` is not given.
+        """
+        language_model = AutoModelForCausalLM.from_pretrained(text_model_name_or_path, dtype=dtype or "auto")
+        vision_config = AutoConfig.from_pretrained(vision_model_name_or_path)
+        vision_config = getattr(vision_config, "vision_config", vision_config)
+        vision_tower = AutoModel.from_pretrained(
+            vision_model_name_or_path, config=vision_config, dtype=language_model.dtype
+        )
+        if processor is not None:
+            config_kwargs.setdefault("image_token_id", processor.image_token_id)
+            if len(processor.tokenizer) > language_model.config.vocab_size:
+                language_model.resize_token_embeddings(len(processor.tokenizer), pad_to_multiple_of=64)
+        elif "image_token_id" not in config_kwargs:
+            raise ValueError("Pass the processor, or image_token_id: the model must know its placeholder token.")
+        has_class_token = CLASS_TOKEN_TOWERS.get(vision_config.model_type, True)
+        config_kwargs.setdefault("vision_feature_select_strategy", "default" if has_class_token else "full")
+        config = DeltaLlavaConfig(vision_config=vision_config, text_config=language_model.config, **config_kwargs)
+
+        model = cls._from_config(config, dtype=language_model.dtype)
+        model.model.vision_tower.load_state_dict(vision_tower.state_dict())
+        model.model.language_model.load_state_dict(language_model.get_decoder().state_dict())
+        model.lm_head.load_state_dict(language_model.get_output_embeddings().state_dict())
+        model.generation_config = language_model.generation_config
+        return model
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(self, pixel_values: torch.Tensor, num_visual_tokens: VisualTokens = None, **kwargs):
+        """See [`DeltaLlavaModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, num_visual_tokens, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_visual_tokens: VisualTokens = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ) -> DeltaLlavaCausalLMOutputWithPast:
+        """
+        Args:
+            labels: (batch, sequence), -100 where no loss is wanted; shifted inside.
+            logits_to_keep: how many logits from the end to compute (0: all), or the positions to compute.
+
+        The other arguments and the errors are those of [`DeltaLlavaModel.forward`].
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            num_visual_tokens=num_visual_tokens,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        softcap = getattr(self.config.text_config, "final_logit_softcapping", None)  # Gemma 2
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return DeltaLlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        # Images are flattened over rows. Beams need each row's images as a group (A B A B); repeating image by image
+        # (A A B B) would hand a row the wrong picture. Newer transformers encode the images before this and drop them.
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        num_visual_tokens = model_kwargs.pop("num_visual_tokens", None)
+        if expand_size > 1 and pixel_values is not None:
+            budgets = self.model.budget_per_image(len(pixel_values), num_visual_tokens)
+            placeholders = self.model.get_placeholder_mask(input_ids, model_kwargs.get("inputs_embeds")).sum(-1)
+            groups = _images_per_row(placeholders.tolist(), budgets)
+            order = [image for group in groups for image in group * expand_size]
+            pixel_values, num_visual_tokens = pixel_values[order], [budgets[image] for image in order]
+        if pixel_values is not None:
+            model_kwargs.update(pixel_values=pixel_values, num_visual_tokens=num_visual_tokens)
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
+
+def _images_per_row(placeholders: list[int], budgets: list[int]) -> list[list[int]]:
+    """Which images each row shows, from the number of placeholders per row and of visual tokens per image."""
+    rows, image = [], 0
+    for count in placeholders:
+        row = []
+        while count > 0 and image < len(budgets):
+            count -= budgets[image]
+            row.append(image)
+            image += 1
+        rows.append(row)
+    return rows
+
+
+__all__ = ["DeltaLlavaForConditionalGeneration", "DeltaLlavaModel", "DeltaLlavaPreTrainedModel"]
