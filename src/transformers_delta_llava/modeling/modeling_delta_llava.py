@@ -97,6 +97,11 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         features = self._patch_features(states, self.config.vision_feature_layer)
         budgets = self.budget_per_image(len(pixel_values), num_visual_tokens)
         outputs.pooler_output = self._project(features, levels, budgets)
+        # Gemma multiplies its embeddings by a constant. When Delta-LLaVA was released it did so to all that entered the
+        # model, visual tokens too; now the embedding layer does it, and only to text.
+        embed_scale = getattr(self.get_input_embeddings(), "embed_scale", None)
+        if embed_scale is not None:
+            outputs.pooler_output = [tokens * embed_scale.to(tokens) for tokens in outputs.pooler_output]
         return outputs
 
     def _run_vision_tower(
@@ -274,27 +279,32 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
             ValueError: on a bad config value, or without a processor if `image_token_id` is not given.
         """
         language_model = AutoModelForCausalLM.from_pretrained(text_model_name_or_path, dtype=dtype or "auto")
+        lm_head, dtype = language_model.get_output_embeddings(), language_model.dtype
+        if lm_head.bias is not None:
+            raise ValueError(f"{text_model_name_or_path}: the head of this language model has a bias; use one without.")
         vision_config = AutoConfig.from_pretrained(vision_model_name_or_path)
-        vision_config = getattr(vision_config, "vision_config", vision_config)
         vision_tower = AutoModel.from_pretrained(
-            vision_model_name_or_path, config=vision_config, dtype=language_model.dtype
+            vision_model_name_or_path, config=getattr(vision_config, "vision_config", vision_config), dtype=dtype
         )
         if processor is not None:
             config_kwargs.setdefault("image_token_id", processor.image_token_id)
             if len(processor.tokenizer) > language_model.config.vocab_size:
                 language_model.resize_token_embeddings(len(processor.tokenizer), pad_to_multiple_of=64)
+                lm_head = language_model.get_output_embeddings()
         elif "image_token_id" not in config_kwargs:
             raise ValueError("Pass the processor, or image_token_id: the model must know its placeholder token.")
-        has_class_token = CLASS_TOKEN_TOWERS.get(vision_config.model_type, True)
+        has_class_token = CLASS_TOKEN_TOWERS.get(vision_tower.config.model_type, True)
         config_kwargs.setdefault("vision_feature_select_strategy", "default" if has_class_token else "full")
-        config = DeltaLlavaConfig(vision_config=vision_config, text_config=language_model.config, **config_kwargs)
+        config = DeltaLlavaConfig(vision_tower.config, language_model.config, **config_kwargs)
 
-        model = cls._from_config(config, dtype=language_model.dtype)
-        model.model.vision_tower.load_state_dict(vision_tower.state_dict())
-        model.model.language_model.load_state_dict(language_model.get_decoder().state_dict())
-        model.lm_head.load_state_dict(language_model.get_output_embeddings().state_dict())
+        with torch.device("meta"):  # everything but the projector is replaced
+            model = cls(config)
+        model.model.vision_tower = vision_tower
+        model.model.language_model = language_model.get_decoder()
+        model.lm_head = lm_head
+        model.model.multi_modal_projector = DeltaLlavaProjector(config).apply(model._init_weights).to(dtype)
         model.generation_config = language_model.generation_config
-        return model
+        return model.eval()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
@@ -356,20 +366,26 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
             image_hidden_states=outputs.image_hidden_states,
         )
 
+    def prepare_inputs_for_generation(self, *args, is_first_iteration=False, **kwargs):
+        if not is_first_iteration and kwargs.get("use_cache", True):  # the images are in the cache by now
+            kwargs = {key: value for key, value in kwargs.items() if key not in ("pixel_values", "num_visual_tokens")}
+        return super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # Images are flattened over rows. Beams need each row's images as a group (A B A B); repeating image by image
         # (A A B B) would hand a row the wrong picture. Newer transformers encode the images before this and drop them.
         pixel_values = model_kwargs.pop("pixel_values", None)
-        num_visual_tokens = model_kwargs.pop("num_visual_tokens", None)
-        if expand_size > 1 and pixel_values is not None:
-            budgets = self.model.budget_per_image(len(pixel_values), num_visual_tokens)
-            placeholders = self.model.get_placeholder_mask(input_ids, model_kwargs.get("inputs_embeds")).sum(-1)
-            groups = _images_per_row(placeholders.tolist(), budgets)
-            order = [image for group in groups for image in group * expand_size]
-            pixel_values, num_visual_tokens = pixel_values[order], [budgets[image] for image in order]
-        if pixel_values is not None:
-            model_kwargs.update(pixel_values=pixel_values, num_visual_tokens=num_visual_tokens)
-        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        if pixel_values is None:
+            return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        budgets = self.model.budget_per_image(len(pixel_values), model_kwargs.pop("num_visual_tokens", None))
+        placeholders = self.model.get_placeholder_mask(input_ids, model_kwargs.get("inputs_embeds")).sum(-1)
+        rows = _images_per_row(placeholders.tolist(), budgets)
+        order = [image for row in rows for image in row * expand_size]
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        images = {"pixel_values": pixel_values[order], "num_visual_tokens": [budgets[image] for image in order]}
+        return input_ids, {**model_kwargs, **images}
 
 
 def _images_per_row(placeholders: list[int], budgets: list[int]) -> list[list[int]]:
