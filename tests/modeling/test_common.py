@@ -153,8 +153,8 @@ class CommonTests(common.ModelTesterMixin, transformers_tests.GenerationTesterMi
         super().test_can_init_all_missing_weights()
 
     def _check_features_ignore_output_hidden_states(self, model_class, config, inputs, method_name) -> None:
-        # The mixin's version also compares `last_hidden_state`. Ours is the deepest state that the projector needs: the
-        # layers above it, and a norm after the last one, are not computed.
+        # The mixin's version also compares `last_hidden_state`. Ours is the deepest state that the projector needs:
+        # the layers above it, and a norm after the last one, are not computed.
         model = model_class(copy.deepcopy(config)).eval()
         with torch.no_grad():
             features = getattr(model, method_name)(**inputs)
