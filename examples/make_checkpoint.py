@@ -50,7 +50,7 @@ class Recipe:
     hidden_size: int = 128
     text_layers: int = 2
     rank: int = 16
-    dtype: torch.dtype = torch.float16
+    dtype: torch.dtype = torch.bfloat16  # what the authors train in
 
 
 def projector_shapes(width: int, hidden_size: int, rank: int = 16) -> Shapes:
@@ -85,7 +85,7 @@ def _with_bias(name: str, shape: tuple[int, ...]) -> Shapes:
 
 
 def draw(shapes: Shapes, recipe: Recipe) -> Tensors:
-    """Values that depend on name, shape and seed only: norms are 1, biases 0, the rest is normal with std 0.02."""
+    """Values that depend on name, shape and seed only: norms are 1, biases 0, the rest is normal."""
     tensors = {}
     for name, shape in shapes.items():
         generator = torch.Generator().manual_seed(zlib.crc32(f"{recipe.seed}:{name}".encode()))
@@ -94,7 +94,7 @@ def draw(shapes: Shapes, recipe: Recipe) -> Tensors:
         elif len(shape) == 1 and name.endswith("weight"):
             tensor = torch.ones(shape)
         else:
-            tensor = torch.randn(shape, generator=generator) * 0.02
+            tensor = torch.randn(shape, generator=generator) / 8
         tensors[name] = tensor.to(recipe.dtype)
     return tensors
 
@@ -149,7 +149,7 @@ def train_tokenizer() -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=512,
         special_tokens=["<unk>", "<s>", "</s>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        initial_alphabet=[chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"],  # ASCII, the space and the newline
         show_progress=False,
     )
     tokenizer.train_from_iterator(TOKENIZER_TEXT.splitlines(), trainer)
