@@ -32,7 +32,7 @@ class DeltaLlavaModelOutputWithPast(BaseModelOutputWithPast):
 
 @dataclass
 class DeltaLlavaCausalLMOutputWithPast(ModelOutput):
-    """Output of [`DeltaLlavaForConditionalGeneration`]; `image_hidden_states` as in [`DeltaLlavaModelOutputWithPast`]."""
+    """Output of [`DeltaLlavaForConditionalGeneration`], with `image_hidden_states` as in the base model's."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
@@ -86,19 +86,19 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             num_visual_tokens: budget of all images, or one per image; the config's default when `None`.
 
         Returns:
-            The tower's output, in which `pooler_output` is a list with one (budget, hidden_size) tensor per image, in the
-            projector's dtype.
+            The tower's output, in which `pooler_output` is a list with one (budget, hidden_size) tensor per image, in
+            the projector's dtype.
 
         Raises:
-            ValueError: if a budget is not one of `config.visual_token_budgets`, or their number is not that of the images.
+            ValueError: if a budget is not one of `config.visual_token_budgets`, or there is not one per image.
         """
         outputs, states = self._run_vision_tower(pixel_values, **kwargs)
         levels = [self._patch_features(states, level) for level in self.config.vision_feature_levels]
         features = self._patch_features(states, self.config.vision_feature_layer)
         budgets = self.budget_per_image(len(pixel_values), num_visual_tokens)
         outputs.pooler_output = self._project(features, levels, budgets)
-        # Gemma multiplies its embeddings by a constant. When Delta-LLaVA was released it did so to all that entered the
-        # model, visual tokens too; now the embedding layer does it, and only to text.
+        # Gemma multiplies its embeddings by a constant. When Delta-LLaVA was released it did so to all that entered
+        # the model, visual tokens too; now the embedding layer does it, and only to text.
         embed_scale = getattr(self.get_input_embeddings(), "embed_scale", None)
         if embed_scale is not None:
             outputs.pooler_output = [tokens * embed_scale.to(tokens) for tokens in outputs.pooler_output]
@@ -109,11 +109,16 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
     ) -> tuple[BaseModelOutputWithPooling, Sequence[torch.Tensor | None]]:
         """The tower's output, and a sequence with the hidden states that the config names at their own indices.
 
-        CLIP and SigLIP run layer by layer: layers above the deepest one needed, and the pooling head, are not computed,
-        and no other hidden state is kept. Other towers, and callers that ask for all states or attentions, get a full run.
+        CLIP and SigLIP run layer by layer: layers above the deepest one needed, and the pooling head, are not
+        computed, and no other hidden state is kept. Other towers, and callers that ask for all states or attentions,
+        get a full run.
         """
         tower = self.vision_tower
-        records = [name for name in ("output_hidden_states", "output_attentions") if kwargs.get(name) or getattr(tower.config, name, False)]
+        records = [
+            name
+            for name in ("output_hidden_states", "output_attentions")
+            if kwargs.get(name) or getattr(tower.config, name, False)
+        ]
         if records or tower.config.model_type not in CLASS_TOKEN_TOWERS:
             outputs = tower(pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True})
             states = outputs.hidden_states
@@ -122,7 +127,9 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             return outputs, states
 
         num_states = tower.config.num_hidden_layers + 1
-        needed = {level % num_states for level in (self.config.vision_feature_layer, *self.config.vision_feature_levels)}
+        needed = {
+            level % num_states for level in (self.config.vision_feature_layer, *self.config.vision_feature_levels)
+        }
         states = [None] * num_states
         interpolate = kwargs.pop("interpolate_pos_encoding", False)
         hidden_states = tower.embeddings(pixel_values, interpolate_pos_encoding=interpolate)
@@ -156,7 +163,8 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             return [num_visual_tokens] * num_images
         if len(num_visual_tokens) != num_images:
             raise ValueError(
-                f"num_visual_tokens holds {len(num_visual_tokens)} numbers for {num_images} images; give one per image."
+                f"num_visual_tokens holds {len(num_visual_tokens)} numbers for {num_images} images; "
+                "give one per image."
             )
         return list(num_visual_tokens)
 
@@ -227,8 +235,8 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             torch_compilable_check(
                 num_placeholders == num_features,
                 lambda: (
-                    f"The text has {num_placeholders} image placeholders and the images give {num_features} visual tokens; "
-                    "give processor and model the same num_visual_tokens, and do not cut the text."
+                    f"The text has {num_placeholders} image placeholders and the images give {num_features} visual "
+                    "tokens; give processor and model the same num_visual_tokens, and do not cut the text."
                 ),
             )
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_features)
@@ -265,13 +273,13 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
     def from_vision_text_pretrained(
         cls, vision_model_name_or_path: str, text_model_name_or_path: str, processor=None, dtype=None, **config_kwargs
     ) -> "DeltaLlavaForConditionalGeneration":
-        """An untrained Delta-LLaVA: a pretrained tower, a pretrained language model, and a freshly initialised projector.
+        """An untrained Delta-LLaVA: a pretrained tower, a pretrained language model, and a new projector.
 
         Args:
             vision_model_name_or_path: a CLIP or SigLIP model (or its vision tower alone), on the Hub or in a folder.
             text_model_name_or_path: a causal language model, on the Hub or in a folder.
             processor: the `DeltaLlavaProcessor` that the model will be used with. Its image token becomes
-                `config.image_token_id`, and the embeddings grow (to a multiple of 64) if its tokenizer has more tokens.
+                `config.image_token_id`, and the embeddings grow (to a multiple of 64) if its tokenizer needs it.
             dtype: dtype of the whole model; that of the language model by default.
             config_kwargs: further arguments of [`DeltaLlavaConfig`].
 
@@ -281,7 +289,9 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         language_model = AutoModelForCausalLM.from_pretrained(text_model_name_or_path, dtype=dtype or "auto")
         lm_head, dtype = language_model.get_output_embeddings(), language_model.dtype
         if lm_head.bias is not None:
-            raise ValueError(f"{text_model_name_or_path}: the head of this language model has a bias; use one without.")
+            raise ValueError(
+                f"{text_model_name_or_path}: the head of this language model has a bias; use one without."
+            )
         vision_config = AutoConfig.from_pretrained(vision_model_name_or_path)
         vision_tower = AutoModel.from_pretrained(
             vision_model_name_or_path, config=getattr(vision_config, "vision_config", vision_config), dtype=dtype
