@@ -127,7 +127,7 @@ class DeltaLlavaConfig(PreTrainedConfig):
         delta_sharing: str = "levels",
         tie_word_embeddings: bool | None = None,
         image_seq_length: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         self.vision_config = _sub_config(vision_config, DEFAULT_VISION_CONFIG)
         self.text_config = _sub_config(text_config, DEFAULT_TEXT_CONFIG)
@@ -303,8 +303,8 @@ def _check_tower(config: DeltaLlavaConfig) -> None:
                 )
 
     has_class_token = CLASS_TOKEN_TOWERS.get(vision.model_type)
-    strategy = {True: "default", False: "full"}.get(has_class_token, config.vision_feature_select_strategy)
-    if config.vision_feature_select_strategy != strategy:
+    strategy = "default" if has_class_token else "full"
+    if has_class_token is not None and config.vision_feature_select_strategy != strategy:
         reason = "starts with a class token" if has_class_token else "has no class token"
         _refuse(
             "vision_feature_select_strategy",

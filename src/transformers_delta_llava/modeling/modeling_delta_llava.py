@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -10,14 +11,15 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
-from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
 from .configuration_delta_llava import CLASS_TOKEN_TOWERS, DeltaLlavaConfig
 from .projector_delta_llava import DeltaLlavaProjector, DeltaProjection, PositionEmbedding2D, WindowAttention
 
 
 # How many visual tokens each image gets: one number for all, one per image, or None for the config's default.
-VisualTokens = int | list[int] | torch.Tensor | None
+VisualTokens: TypeAlias = int | list[int] | torch.Tensor | None
 
 
 @dataclass
@@ -43,6 +45,8 @@ class DeltaLlavaCausalLMOutputWithPast(ModelOutput):
 
 
 class DeltaLlavaPreTrainedModel(PreTrainedModel):
+    """What the models share: initialisation, and what they tell transformers about themselves."""
+
     config: DeltaLlavaConfig
     config_class = DeltaLlavaConfig
     base_model_prefix = "model"
@@ -77,7 +81,10 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, num_visual_tokens: VisualTokens = None, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        num_visual_tokens: VisualTokens = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Visual tokens of images.
 
@@ -105,8 +112,8 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         return outputs
 
     def _run_vision_tower(
-        self, pixel_values: torch.Tensor, **kwargs
-    ) -> tuple[BaseModelOutputWithPooling, Sequence[torch.Tensor | None]]:
+        self, pixel_values: torch.Tensor, **kwargs: Any
+    ) -> tuple[BaseModelOutputWithPooling, Sequence[torch.Tensor]]:
         """The tower's output, and a sequence with the hidden states that the config names at their own indices.
 
         CLIP and SigLIP run layer by layer: layers above the deepest one needed, and the pooling head, are not
@@ -130,7 +137,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         needed = {
             level % num_states for level in (self.config.vision_feature_layer, *self.config.vision_feature_levels)
         }
-        states = [None] * num_states
+        kept: list[Any] = [None] * num_states
         interpolate = kwargs.pop("interpolate_pos_encoding", False)
         hidden_states = tower.embeddings(pixel_values, interpolate_pos_encoding=interpolate)
         if hasattr(tower, "pre_layrnorm"):
@@ -139,10 +146,10 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             if layer is not None:
                 hidden_states = layer(hidden_states, None, **kwargs)
             if index in needed:
-                states[index] = hidden_states
-        return BaseModelOutputWithPooling(last_hidden_state=hidden_states), states
+                kept[index] = hidden_states
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states), kept
 
-    def _patch_features(self, states: Sequence[torch.Tensor | None], level: int) -> torch.Tensor:
+    def _patch_features(self, states: Sequence[torch.Tensor], level: int) -> torch.Tensor:
         """Hidden state `level` without the class token, in the projector's dtype."""
         features = states[level]
         if self.config.vision_feature_select_strategy == "default":
@@ -187,6 +194,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         """Where visual tokens go: a boolean (batch, sequence), from `input_ids` or else from the embeddings."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
+        assert inputs_embeds is not None
         token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
@@ -202,7 +210,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         num_visual_tokens: VisualTokens = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> DeltaLlavaModelOutputWithPast:
         """
         Args:
@@ -271,7 +279,12 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
 
     @classmethod
     def from_vision_text_pretrained(
-        cls, vision_model_name_or_path: str, text_model_name_or_path: str, processor=None, dtype=None, **config_kwargs
+        cls,
+        vision_model_name_or_path: str,
+        text_model_name_or_path: str,
+        processor: Any = None,
+        dtype: torch.dtype | None = None,
+        **config_kwargs: Any,
     ) -> "DeltaLlavaForConditionalGeneration":
         """An untrained Delta-LLaVA: a pretrained tower, a pretrained language model, and a new projector.
 
@@ -319,7 +332,12 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def get_image_features(self, pixel_values: torch.Tensor, num_visual_tokens: VisualTokens = None, **kwargs):
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        num_visual_tokens: VisualTokens = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
         """See [`DeltaLlavaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, num_visual_tokens, **kwargs)
 
@@ -337,7 +355,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         num_visual_tokens: VisualTokens = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> DeltaLlavaCausalLMOutputWithPast:
         """
         Args:
@@ -376,12 +394,18 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    def prepare_inputs_for_generation(self, *args, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> dict:
         if not is_first_iteration and kwargs.get("use_cache", True):  # the images are in the cache by now
             kwargs = {key: value for key, value in kwargs.items() if key not in ("pixel_values", "num_visual_tokens")}
         return super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.LongTensor | None, dict]:
         # Images are flattened over rows. Beams need each row's images as a group (A B A B); repeating image by image
         # (A A B B) would hand a row the wrong picture. Newer transformers encode the images before this and drop them.
         pixel_values = model_kwargs.pop("pixel_values", None)

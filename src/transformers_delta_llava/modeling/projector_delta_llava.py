@@ -7,6 +7,7 @@ paper's (arXiv 2512.18910). Every block works on tokens (B, tokens, channels), s
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,7 @@ class DeltaProjection(nn.Module):
             if delta_u.dim() == 3:  # a sum of rank-r updates is one update of rank L * r
                 delta_u, delta_v = delta_u.transpose(0, 1).flatten(1), delta_v.flatten(0, 1)
             projected = projected + hidden_states @ delta_u @ delta_v
-        if self.norm is not None:
+        if self.act is not None and self.norm is not None:
             projected = self.norm(self.act(projected))
         return projected
 
@@ -91,7 +92,16 @@ class StochasticDepth(nn.Module):
         return branch * mask / keep
 
 
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Equation (2) for (B, heads, tokens, d); returns (B, tokens, heads, d) and the weights."""
     weights = (query @ key.transpose(2, 3) * scaling).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
@@ -177,12 +187,11 @@ class ReleasedTransformerBlock(nn.Module):
         drop, mix = config.projector_drop_path, config.projector_mix_ratio
 
         self.stem = nn.Linear(channels, attention_channels, bias=False)
+        self.attention: EfficientMultiHeadSelfAttention | None = None
         if config.use_emhsa:
             self.attention_norm = nn.LayerNorm(attention_channels)
             self.attention = EfficientMultiHeadSelfAttention(config, attention_channels)
             self.attention_drop = StochasticDepth(drop * mix)
-        else:
-            self.attention = None
         self.local_proj = nn.Linear(attention_channels, local_channels, bias=False)
         self.conv_attention = MultiHeadConvolutionalAttention(local_channels, head_dim)
         self.conv_drop = StochasticDepth(drop * (1 - mix))
