@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+
 Parameters = dict[str, Tensor]
 
 

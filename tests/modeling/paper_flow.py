@@ -11,6 +11,7 @@ from tests.modeling.projector_cases import drawn_inputs, projector, projector_co
 from tests.reference import oracle
 from tests.reference.goldens import difference
 
+
 TOLERANCE = 1e-10  # float64; the float32 position table is the same on both sides
 
 

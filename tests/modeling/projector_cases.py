@@ -10,6 +10,7 @@ from tests.reference import fixture_recipe, goldens, names, oracle
 from transformers_delta_llava.modeling.configuration_delta_llava import DeltaLlavaConfig
 from transformers_delta_llava.modeling.projector_delta_llava import DeltaLlavaProjector
 
+
 SEED = 7
 # In float64 the only disagreement left is that of the float32 position table.
 FLOAT64_TOLERANCE = 1e-6

@@ -13,6 +13,7 @@ from tests.reference import oracle
 from tests.reference.goldens import difference
 from transformers_delta_llava.modeling.projector_delta_llava import DeltaLlavaProjector
 
+
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "one base for all roles": {"delta_sharing": "all"},

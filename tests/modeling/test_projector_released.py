@@ -17,6 +17,7 @@ from tests.reference import names, oracle
 from tests.reference.goldens import difference
 from transformers_delta_llava.modeling.projector_delta_llava import DeltaLlavaProjector, eager_attention_forward
 
+
 # Gradients that are zero but for rounding: a softmax ignores what is added to all scores.
 KEY_BIASES = ("block.attention.k_proj.bias", "k_proj.norm.bias")
 

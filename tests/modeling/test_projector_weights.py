@@ -13,6 +13,7 @@ from transformers_delta_llava.modeling.configuration_delta_llava import DeltaLla
 from transformers_delta_llava.modeling.modeling_delta_llava import DeltaLlavaModel
 from transformers_delta_llava.modeling.projector_delta_llava import DeltaLlavaProjector, DeltaProjection
 
+
 CLIP_LARGE_BUDGETS = {1: 576, 2: 144, 3: 64, 4: 36, 6: 16, 8: 9, 12: 4, 24: 1}
 
 

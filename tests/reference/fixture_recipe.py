@@ -40,6 +40,7 @@ import zlib
 
 import numpy as np
 
+
 EMBEDDING_MARKS = ("embed_tokens", "position_embedding", "class_embedding")
 
 

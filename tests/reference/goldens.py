@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.reference import fixture_recipe
 
+
 FOLDER = Path(__file__).parent
 MANIFEST: dict[str, Any] = json.loads((FOLDER / "manifest.json").read_text())
 PREFIX: str = MANIFEST["name_prefix"]

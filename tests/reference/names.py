@@ -6,6 +6,7 @@ tests do not depend on the code they help to check.
 
 from torch import Tensor
 
+
 BLOCK = "combined_block.ntb."
 
 RULES = {

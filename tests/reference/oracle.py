@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+
 PREFIX = "model.mm_projector."
 BLOCK = "combined_block.ntb."
 DELTA_EPS = 1e-6

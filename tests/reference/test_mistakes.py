@@ -10,6 +10,7 @@ from torch import Tensor
 from tests.reference import goldens, oracle
 from tests.reference.goldens import MANIFEST, TOLERANCE, difference
 
+
 Mistake = Callable[[pytest.MonkeyPatch, dict[str, Tensor]], None]
 
 
