@@ -11,8 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
+from transformers.utils import can_return_tuple, torch_compilable_check
 
 from .configuration_delta_llava import CLASS_TOKEN_TOWERS, DeltaLlavaConfig
 from .projector_delta_llava import DeltaLlavaProjector, DeltaProjection, PositionEmbedding2D, WindowAttention
@@ -45,8 +44,6 @@ class DeltaLlavaCausalLMOutputWithPast(ModelOutput):
 
 
 class DeltaLlavaPreTrainedModel(PreTrainedModel):
-    """What the models share: initialisation, and what they tell transformers about themselves."""
-
     config: DeltaLlavaConfig
     config_class = DeltaLlavaConfig
     base_model_prefix = "model"
@@ -81,10 +78,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        num_visual_tokens: VisualTokens = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, pixel_values: torch.Tensor, num_visual_tokens: VisualTokens = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """Visual tokens of images.
 
@@ -113,7 +107,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
 
     def _run_vision_tower(
         self, pixel_values: torch.Tensor, **kwargs: Any
-    ) -> tuple[BaseModelOutputWithPooling, Sequence[torch.Tensor]]:
+    ) -> tuple[BaseModelOutputWithPooling, Sequence[Any]]:
         """The tower's output, and a sequence with the hidden states that the config names at their own indices.
 
         CLIP and SigLIP run layer by layer: layers above the deepest one needed, and the pooling head, are not
@@ -121,23 +115,22 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         get a full run.
         """
         tower = self.vision_tower
-        records = [
-            name
+        wanted = {
+            name: kwargs.get(name) or getattr(tower.config, name, False)
             for name in ("output_hidden_states", "output_attentions")
-            if kwargs.get(name) or getattr(tower.config, name, False)
-        ]
-        if records or tower.config.model_type not in CLASS_TOKEN_TOWERS:
+        }
+        if any(wanted.values()) or tower.config.model_type not in CLASS_TOKEN_TOWERS:
             outputs = tower(pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True})
-            states = outputs.hidden_states
-            if "output_hidden_states" not in records:
+            all_states = outputs.hidden_states
+            if not wanted["output_hidden_states"]:
                 outputs.hidden_states = None
-            return outputs, states
+            return outputs, all_states
 
         num_states = tower.config.num_hidden_layers + 1
         needed = {
             level % num_states for level in (self.config.vision_feature_layer, *self.config.vision_feature_levels)
         }
-        kept: list[Any] = [None] * num_states
+        states: list[torch.Tensor | None] = [None] * num_states
         interpolate = kwargs.pop("interpolate_pos_encoding", False)
         hidden_states = tower.embeddings(pixel_values, interpolate_pos_encoding=interpolate)
         if hasattr(tower, "pre_layrnorm"):
@@ -146,10 +139,10 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             if layer is not None:
                 hidden_states = layer(hidden_states, None, **kwargs)
             if index in needed:
-                kept[index] = hidden_states
-        return BaseModelOutputWithPooling(last_hidden_state=hidden_states), kept
+                states[index] = hidden_states
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states), states
 
-    def _patch_features(self, states: Sequence[torch.Tensor], level: int) -> torch.Tensor:
+    def _patch_features(self, states: Sequence[Any], level: int) -> torch.Tensor:
         """Hidden state `level` without the class token, in the projector's dtype."""
         features = states[level]
         if self.config.vision_feature_select_strategy == "default":
@@ -188,13 +181,10 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
                 visual_tokens[image] = tokens
         return visual_tokens
 
-    def get_placeholder_mask(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def get_placeholder_mask(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Where visual tokens go: a boolean (batch, sequence), from `input_ids` or else from the embeddings."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
-        assert inputs_embeds is not None
         token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
@@ -210,7 +200,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         num_visual_tokens: VisualTokens = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> DeltaLlavaModelOutputWithPast:
         """
         Args:
@@ -283,7 +273,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         vision_model_name_or_path: str,
         text_model_name_or_path: str,
         processor: Any = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         **config_kwargs: Any,
     ) -> "DeltaLlavaForConditionalGeneration":
         """An untrained Delta-LLaVA: a pretrained tower, a pretrained language model, and a new projector.
@@ -297,7 +287,8 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
             config_kwargs: further arguments of [`DeltaLlavaConfig`].
 
         Raises:
-            ValueError: on a bad config value, or without a processor if `image_token_id` is not given.
+            ValueError: on a bad config value, without both processor and `image_token_id`, or on a language model
+                whose head has a bias.
         """
         language_model = AutoModelForCausalLM.from_pretrained(text_model_name_or_path, dtype=dtype or "auto")
         lm_head, dtype = language_model.get_output_embeddings(), language_model.dtype
@@ -333,10 +324,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         return self.lm_head
 
     def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        num_visual_tokens: VisualTokens = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, pixel_values: torch.Tensor, num_visual_tokens: VisualTokens = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """See [`DeltaLlavaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, num_visual_tokens, **kwargs)
@@ -355,7 +343,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         num_visual_tokens: VisualTokens = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> DeltaLlavaCausalLMOutputWithPast:
         """
         Args:
@@ -394,7 +382,9 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> dict:
+    def prepare_inputs_for_generation(
+        self, *args: Any, is_first_iteration: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
         if not is_first_iteration and kwargs.get("use_cache", True):  # the images are in the cache by now
             kwargs = {key: value for key, value in kwargs.items() if key not in ("pixel_values", "num_visual_tokens")}
         return super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
@@ -405,7 +395,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         is_encoder_decoder: bool = False,
         input_ids: torch.LongTensor | None = None,
         **model_kwargs: Any,
-    ) -> tuple[torch.LongTensor | None, dict]:
+    ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
         # Images are flattened over rows. Beams need each row's images as a group (A B A B); repeating image by image
         # (A A B B) would hand a row the wrong picture. Newer transformers encode the images before this and drop them.
         pixel_values = model_kwargs.pop("pixel_values", None)
@@ -424,9 +414,10 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
 
 def _images_per_row(placeholders: list[int], budgets: list[int]) -> list[list[int]]:
     """Which images each row shows, from the number of placeholders per row and of visual tokens per image."""
-    rows, image = [], 0
+    rows: list[list[int]] = []
+    image = 0
     for count in placeholders:
-        row = []
+        row: list[int] = []
         while count > 0 and image < len(budgets):
             count -= budgets[image]
             row.append(image)

@@ -52,8 +52,8 @@ class DeltaProjection(nn.Module):
         else:
             self.register_parameter("delta_u", None)
             self.register_parameter("delta_v", None)
-        self.act = ACT2FN[hidden_act] if hidden_act else None
-        self.norm = nn.LayerNorm(out_features, eps=1e-6) if hidden_act else None
+        self.act = ACT2FN[hidden_act] if hidden_act else nn.Identity()
+        self.norm = nn.LayerNorm(out_features, eps=1e-6) if hidden_act else nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -72,9 +72,7 @@ class DeltaProjection(nn.Module):
             if delta_u.dim() == 3:  # a sum of rank-r updates is one update of rank L * r
                 delta_u, delta_v = delta_u.transpose(0, 1).flatten(1), delta_v.flatten(0, 1)
             projected = projected + hidden_states @ delta_u @ delta_v
-        if self.act is not None and self.norm is not None:
-            projected = self.norm(self.act(projected))
-        return projected
+        return self.norm(self.act(projected))
 
 
 class StochasticDepth(nn.Module):
@@ -97,7 +95,7 @@ def eager_attention_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: None,
     scaling: float,
     dropout: float = 0.0,
     **kwargs: Any,
@@ -187,7 +185,7 @@ class ReleasedTransformerBlock(nn.Module):
         drop, mix = config.projector_drop_path, config.projector_mix_ratio
 
         self.stem = nn.Linear(channels, attention_channels, bias=False)
-        self.attention: EfficientMultiHeadSelfAttention | None = None
+        self.attention = None
         if config.use_emhsa:
             self.attention_norm = nn.LayerNorm(attention_channels)
             self.attention = EfficientMultiHeadSelfAttention(config, attention_channels)
