@@ -21,7 +21,8 @@ LAYERS = {
     "modeling": set(),
     "processing": set(),
     "conversion": {"modeling", "processing"},
-    "cli": {"conversion", "modeling", "processing"},
+    "evaluation": {"modeling", "processing"},
+    "cli": {"conversion", "evaluation", "modeling", "processing"},
 }
 # Files that are copied into Hub repos, where only what transformers brings along is sure to be installed.
 HUB_FILES = sorted([*PACKAGE.glob("modeling/[!_]*.py"), *PACKAGE.glob("processing/[!_]*.py")])
@@ -29,6 +30,7 @@ HUB_IMPORTS = {"torch", "transformers", "numpy", "PIL"} | sys.stdlib_module_name
 PUBLIC_MODULES = (
     "transformers_delta_llava",
     "transformers_delta_llava.conversion",
+    "transformers_delta_llava.evaluation",
     "transformers_delta_llava.processing",
 )
 

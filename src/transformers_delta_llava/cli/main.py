@@ -7,10 +7,12 @@ import typer
 
 from .. import __version__
 from .convert import convert
+from .evaluate import evaluate
 
 
 app = typer.Typer(name="delta-llava", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(convert)
+app.add_typer(evaluate, name="evaluate")
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,76 @@
+"""`delta-llava evaluate`."""
+
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from ..evaluation import Score, answer_questions, draw_test_questions, load_questions, majority_answers, score_answers
+from ..modeling import DeltaLlavaForConditionalGeneration
+from ..processing import DeltaLlavaProcessor
+
+
+evaluate = typer.Typer(no_args_is_help=True, help="Measure a model on a benchmark.")
+
+
+@evaluate.callback()
+def _group() -> None:
+    """Keeps the benchmark's name a word of the command while there is only one."""
+
+
+@evaluate.command("easy-vqa")
+def easy_vqa(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a Delta-LLaVA.", show_default=False)],
+    num_visual_tokens: Annotated[
+        list[int] | None,
+        typer.Option(help="Visual tokens per image, may be given several times; by default the model's."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Ask only so many test questions, always the same.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 64,
+    device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Precision to run in: float32, bfloat16 or float16.")] = "float32",
+    output: Annotated[Path | None, typer.Option(help="JSON file to write the numbers to.")] = None,
+) -> None:
+    """Accuracy on easy-VQA's test questions, beside what one gets from the question alone."""
+    console = Console()
+    questions = draw_test_questions(limit)
+    truths = [question.answer for question in questions]
+    blind = score_answers(truths, majority_answers(load_questions("train"), questions))
+    loaded = DeltaLlavaForConditionalGeneration.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
+    processor = DeltaLlavaProcessor.from_pretrained(model)
+
+    table = Table(
+        "", "overall", "yes/no", "open", "seconds", title=f"easy-VQA, {len(questions)} test questions, percent"
+    )
+    results = []
+    for budget in num_visual_tokens or [loaded.config.image_seq_length]:
+        loaded.config.scale_factor_for(budget)  # a bad budget is refused before the bar appears
+        start = time.perf_counter()
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(f"{budget} visual tokens", total=len(questions))
+            answers = answer_questions(loaded, processor, questions, budget, batch_size, partial(bar.advance, task))
+        seconds = time.perf_counter() - start
+        scores = score_answers(truths, answers)
+        table.add_row(f"{budget} visual tokens", *_cells(scores), f"{seconds:.0f}")
+        results.append({"num_visual_tokens": budget, "seconds": round(seconds, 1), "scores": _numbers(scores)})
+    table.add_row("question alone", *_cells(blind), "")
+    console.print(table)
+    if output is not None:
+        report = {"benchmark": "easy-vqa", "split": "test", "questions": len(questions), "model": Path(model).name}
+        report |= {"dtype": dtype, "results": results, "question_alone": _numbers(blind)}
+        output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _cells(scores: dict[str, Score]) -> list[str]:
+    return [f"{s.accuracy:.2f} ({s.interval[0]:.2f} to {s.interval[1]:.2f})" for s in scores.values()]
+
+
+def _numbers(scores: dict[str, Score]) -> dict[str, dict]:
+    return {name: score.to_dict() for name, score in scores.items()}

@@ -1,0 +1,129 @@
+"""easy-VQA (Victor Zhou, 2019, MIT): one coloured shape on a plain ground, questions in a few fixed wordings, 13 answers.
+
+The package `easy-vqa` on PyPI holds all of it: 4,000 training images with 38,575 questions, and 1,000 test images with
+9,673 questions.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ..modeling import DeltaLlavaForConditionalGeneration
+from ..processing import DeltaLlavaProcessor
+
+
+MAX_NEW_TOKENS = 8  # no answer needs more
+
+
+class Question(NamedTuple):
+    """What is asked, what is right, the number of the image in its split, and the image's file."""
+
+    text: str
+    answer: str
+    image_id: int
+    image: str
+
+
+def load_questions(split: str) -> list[Question]:
+    """
+    All questions of `"train"` or `"test"`, in the order of the package.
+
+    Raises:
+        ValueError: for another split, or where the package is not installed.
+    """
+    try:
+        import easy_vqa
+    except ImportError as error:
+        raise ValueError("easy-VQA is not installed: pip install easy-vqa (3 MB, it brings the images).") from error
+    if split == "train":
+        questions, images = easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()
+    elif split == "test":
+        questions, images = easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()
+    else:
+        raise ValueError(f"split={split!r}: easy-VQA has train and test.")
+    return [Question(text, answer, image, images[image]) for text, answer, image in zip(*questions)]
+
+
+def draw_test_questions(limit: int | None = None) -> list[Question]:
+    """
+    The test questions, or `limit` of them: always the same ones, drawn from all images.
+
+    Raises:
+        ValueError: a limit below 1, or the package is not installed.
+    """
+    questions = load_questions("test")
+    if limit is None or limit >= len(questions):
+        return questions
+    if limit < 1:
+        raise ValueError(f"limit={limit}: ask at least one question.")
+    chosen = sorted(random.Random(0).sample(range(len(questions)), limit))
+    return [questions[index] for index in chosen]
+
+
+def majority_answers(train: Sequence[Question], questions: Sequence[Question]) -> list[str]:
+    """What one answers without looking: for each question the answer it most often had in training."""
+    overall = Counter(question.answer for question in train).most_common(1)[0][0]
+    counts: dict[str, Counter[str]] = {}
+    for question in train:
+        counts.setdefault(question.text, Counter())[question.answer] += 1
+    return [counts[q.text].most_common(1)[0][0] if q.text in counts else overall for q in questions]
+
+
+@torch.inference_mode()
+def answer_questions(
+    model: DeltaLlavaForConditionalGeneration,
+    processor: DeltaLlavaProcessor,
+    questions: Sequence[Question],
+    num_visual_tokens: int | None = None,
+    batch_size: int = 64,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[str]:
+    """
+    The model's answers, generated greedily in batches through the processor's chat template, stripped of blanks.
+
+    Args:
+        model: on any device; it is used in evaluation mode and left in it.
+        processor: its own; prompts are padded on the left.
+        questions: of `load_questions`.
+        num_visual_tokens: visual tokens per image; the model's default when `None`.
+        batch_size: questions at a time.
+        on_batch: called with the number of questions answered in each batch.
+
+    Raises:
+        ValueError: a budget that the model does not have.
+    """
+    model.eval()
+    answers: list[str] = []
+    for batch in _batches(questions, batch_size):
+        inputs = processor.apply_chat_template(
+            [_conversation(question) for question in batch],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs=_options(num_visual_tokens),
+        ).to(model.device, model.dtype)
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+        said = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers += [text.strip() for text in said]
+        if on_batch is not None:
+            on_batch(len(batch))
+    return answers
+
+
+def _options(num_visual_tokens: int | None) -> dict[str, Any]:
+    """Options of a processor's call, made anew for each: transformers writes into them."""
+    options: dict[str, Any] = {"return_tensors": "pt", "padding": True}
+    return options if num_visual_tokens is None else {**options, "num_visual_tokens": num_visual_tokens}
+
+
+def _conversation(question: Question) -> list[dict[str, Any]]:
+    content = [{"type": "image", "url": question.image}, {"type": "text", "text": question.text}]
+    return [{"role": "user", "content": content}]
+
+
+def _batches(questions: Sequence[Question], batch_size: int) -> Iterator[Sequence[Question]]:
+    for start in range(0, len(questions), batch_size):
+        yield questions[start : start + batch_size]

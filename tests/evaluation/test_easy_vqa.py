@@ -1,0 +1,128 @@
+import builtins
+import json
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from tests.tiny import tiny_config, tiny_processor
+from transformers_delta_llava import DeltaLlavaForConditionalGeneration
+from transformers_delta_llava.cli.main import app
+from transformers_delta_llava.evaluation import (
+    Question,
+    answer_questions,
+    draw_test_questions,
+    load_questions,
+    majority_answers,
+    score_answers,
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> DeltaLlavaForConditionalGeneration:
+    torch.manual_seed(0)
+    return DeltaLlavaForConditionalGeneration(tiny_config()).eval()
+
+
+@pytest.fixture(scope="module")
+def processor(model):
+    return tiny_processor(model.config)
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> list[Question]:
+    folder = tmp_path_factory.mktemp("images")
+    asked = []
+    for index, colour in enumerate(["red", "green", "blue", "black", "white"]):
+        Image.new("RGB", (24, 24), colour).save(folder / f"{index}.png")
+        asked.append(Question("what " * (index + 1), colour, index, str(folder / f"{index}.png")))
+    return asked
+
+
+def test_the_package_holds_what_its_author_says() -> None:
+    train, test = load_questions("train"), load_questions("test")
+    assert (len(train), len({q.image_id for q in train})) == (38575, 4000)
+    assert (len(test), len({q.image_id for q in test})) == (9673, 1000)
+    assert len({q.answer for q in train + test}) == 13
+    assert test[0].image.endswith(f"{test[0].image_id}.png") and "test" in test[0].image
+
+
+def test_majority_of_the_question_alone() -> None:
+    test = load_questions("test")
+    scores = score_answers([q.answer for q in test], majority_answers(load_questions("train"), test))
+    assert {name: round(score.accuracy, 1) for name, score in scores.items()} == {
+        "overall": 67.0,
+        "yes/no": 82.5,
+        "open": 23.3,
+    }
+
+
+def test_majority_answers_an_unseen_question_with_the_commonest_answer() -> None:
+    train = [
+        Question("a", "yes", 0, ""),
+        Question("a", "no", 0, ""),
+        Question("a", "no", 0, ""),
+        Question("b", "red", 0, ""),
+    ]
+    assert majority_answers(train, [Question(text, "", 0, "") for text in "abc"]) == ["no", "red", "no"]
+
+
+def test_a_limit_draws_the_same_questions_from_all_images() -> None:
+    some = draw_test_questions(200)
+    assert some == draw_test_questions(200) and len(set(some)) == 200
+    assert max(question.image_id for question in some) > 900
+    with pytest.raises(ValueError, match="limit=0: ask at least one"):
+        draw_test_questions(0)
+
+
+def test_unknown_split_is_refused() -> None:
+    with pytest.raises(ValueError, match="split='valid': easy-VQA has train and test"):
+        load_questions("valid")
+
+
+def test_a_missing_package_is_one_sentence(monkeypatch) -> None:
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "easy_vqa":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ValueError, match="easy-VQA is not installed: pip install easy-vqa"):
+        load_questions("test")
+
+
+@pytest.mark.parametrize("budget", [None, 4])
+def test_batched_answers_are_those_of_single_questions(model, processor, questions, budget) -> None:
+    counts = []
+    together = answer_questions(model, processor, questions, budget, batch_size=3, on_batch=counts.append)
+    alone = [answer_questions(model, processor, [question], budget)[0] for question in questions]
+    assert together == alone
+    assert counts == [3, 2]
+    assert all(together)  # the comparison would hold of nothing at all
+
+
+def test_the_budget_reaches_the_projector(model, processor, questions) -> None:
+    shapes = []
+    hook = model.model.multi_modal_projector.register_forward_hook(lambda _, __, out: shapes.append(out.shape[:2]))
+    answer_questions(model, processor, questions, 9, batch_size=5)
+    hook.remove()
+    assert shapes == [(5, 9)]
+
+
+def test_command_prints_and_writes_the_numbers(model, processor, tmp_path) -> None:
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    arguments = ["evaluate", "easy-vqa", str(tmp_path / "model"), "--limit", "6", "--num-visual-tokens", "4"]
+    arguments += ["--num-visual-tokens", "1", "--output", str(tmp_path / "numbers.json")]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "120"}, catch_exceptions=False)
+    assert result.exit_code == 0
+    report = json.loads((tmp_path / "numbers.json").read_text())
+    assert (report["questions"], report["model"]) == (6, "model")
+    assert [entry["num_visual_tokens"] for entry in report["results"]] == [4, 1]
+    assert report["results"][0]["scores"]["overall"]["accuracy"] == 0.0  # random weights: no word is an answer
+    alone = report["question_alone"]["overall"]
+    assert f"{alone['accuracy']:.2f} ({alone['interval_95'][0]:.2f} to" in result.stdout
+    assert "4 visual tokens" in result.stdout and "1 visual tokens" in result.stdout
