@@ -58,6 +58,17 @@ def test_another_select_layer():
     assert convert_config({**CONFIG, "mm_vision_select_layer": -4}, VISION).vision_feature_layer == -4
 
 
+def test_a_shallow_tower_says_which_levels_were_read():
+    shallow = CLIPVisionConfig(**{**TOWER, "num_hidden_layers": 3})
+    keys = {"mm_vision_feature_levels": [1, 2, 3], "mm_vision_select_layer": -1}
+    config = convert_config({**CONFIG, **keys}, shallow)
+    assert config.vision_feature_levels == [1, 2, 3]
+    assert unused_keys({**CONFIG, **keys})[1] == []
+    assert convert_config({**CONFIG, **keys, "mm_hidden_size": 384}, shallow).vision_config.hidden_size == 128
+    with pytest.raises(ValueError, match="vision_feature_levels"):  # the released levels need 24 layers
+        convert_config(CONFIG, shallow)
+
+
 @pytest.mark.parametrize("width", [None, 128, 512])
 def test_mm_hidden_size_may_count_one_level_or_all(width):
     assert convert_config({**CONFIG, "mm_hidden_size": width}, VISION).vision_config.hidden_size == 128

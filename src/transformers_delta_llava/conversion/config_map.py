@@ -10,13 +10,16 @@ from .language_models import language_model
 from .settings import build_config
 
 
-# What the released code reads from hidden states 12, 16, 22 and 23 is fixed, whatever the config says.
+# The released code always reads these hidden states, and its config has no key for them.
 RELEASED_LEVELS = (12, 16, 22, 23)
+# Not a key of the authors': checkpoints with a shallower tower, which only this package trains, say what they read.
+LEVELS_KEY = "mm_vision_feature_levels"
 # Tables of embeddings are kept at a multiple of this, as is usual on the Hub.
 VOCABULARY_MULTIPLE = 64
 
 USED_KEYS = frozenset(
     {
+        LEVELS_KEY,
         "image_aspect_ratio",
         "mm_hidden_size",
         "mm_patch_merge_type",
@@ -107,7 +110,7 @@ def convert_config(
         image_token_id=vocabulary.image_token_id,
         scale_factor=config["scale_factor"],
         vision_feature_layer=config.get("mm_vision_select_layer", -2),
-        vision_feature_levels=list(RELEASED_LEVELS),
+        vision_feature_levels=_levels(config),
         vision_feature_select_strategy="full" if vision_config.model_type == "siglip_vision_model" else "default",
         projector_layout="released",
     )
@@ -137,10 +140,14 @@ def _default_vocabulary(config: dict) -> Vocabulary:
     return Vocabulary(grown_vocabulary(rows, rows + 1), image_token_id=rows)
 
 
+def _levels(config: dict) -> list[int]:
+    return list(config.get(LEVELS_KEY) or RELEASED_LEVELS)
+
+
 def _check_tower(config: dict, vision_config: PreTrainedConfig) -> None:
     width, claimed = vision_config.hidden_size, config.get("mm_hidden_size")
     # Some training scripts write the width of one level, others that of all levels side by side.
-    if claimed not in (None, width, width * len(RELEASED_LEVELS)):
+    if claimed not in (None, width, width * len(_levels(config))):
         raise ConversionError(
             f"config.json says mm_hidden_size={claimed}, but the vision tower is {width} wide; "
             "give the tower that the checkpoint was trained with (--vision-tower)."
