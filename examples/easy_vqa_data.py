@@ -1,0 +1,116 @@
+"""easy-VQA as training data: images, conversations in LLaVA's format, and a tokenizer made from the questions.
+
+    pip install easy-vqa
+    python examples/easy_vqa_data.py [OUTPUT] [--versions 4] [--questions-per-row 3] [--seed 0]
+
+OUTPUT (`easy-vqa-data` by default) gets `train.json`, `images/` and `tokenizer/`, everything that
+`examples/recipes/easy-vqa.yaml` reads. Only the training split is used, none of it is held back.
+
+Every image comes in several versions: as it is, and with its shape put elsewhere on the same ground, sometimes mirrored.
+No answer depends on the place, and 4,000 places are few for a vision tower that starts from nothing. For each version
+the questions on the image are shuffled and dealt into conversations, each question once.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from PIL import Image, ImageChops, ImageOps
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from transformers_delta_llava.evaluation import Question, load_questions
+from transformers_delta_llava.processing import load_chat_template
+
+
+def main() -> None:
+    """Write the three parts."""
+    parser = argparse.ArgumentParser(description="Write easy-VQA as training data in LLaVA's format.")
+    parser.add_argument("output", type=Path, nargs="?", default=Path("easy-vqa-data"))
+    parser.add_argument("--versions", type=int, default=4, help="of each image, the original among them")
+    parser.add_argument("--questions-per-row", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    questions = load_questions("train")
+    rows = write_rows(
+        arguments.output, questions, arguments.versions, arguments.questions_per_row, random.Random(arguments.seed)
+    )
+    size = write_tokenizer(arguments.output / "tokenizer", questions)
+    images = len(list((arguments.output / "images").iterdir()))
+    print(f"{arguments.output}: {rows} rows, {images} images, a tokenizer of {size} tokens")
+
+
+def write_rows(output: Path, questions: list[Question], versions: int, per_row: int, chance: random.Random) -> int:
+    """Write `train.json` and `images/`; returns the number of rows."""
+    by_image: dict[int, list[Question]] = {}
+    for question in questions:
+        by_image.setdefault(question.image_id, []).append(question)
+    folder = output / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for image_id, asked in sorted(by_image.items()):
+        with Image.open(asked[0].image) as file:
+            original = file.convert("RGB")
+        for version in range(versions):
+            name = f"{image_id}-{version}.png"
+            (original if version == 0 else move_shape(original, chance)).save(folder / name)
+            shuffled = chance.sample(asked, len(asked))
+            for start in range(0, len(shuffled), per_row):
+                turns = conversation(shuffled[start : start + per_row])
+                rows.append({"id": f"{image_id}-{version}-{start}", "image": name, "conversations": turns})
+    (output / "train.json").write_text(json.dumps(rows), encoding="utf-8")
+    return len(rows)
+
+
+def conversation(questions: list[Question]) -> list[dict[str, str]]:
+    """Questions on one image as turns of LLaVA's format, the image before the first."""
+    turns = []
+    for index, question in enumerate(questions):
+        text = question.text if index else f"<image>\n{question.text}"
+        turns += [{"from": "human", "value": text}, {"from": "gpt", "value": question.answer}]
+    return turns
+
+
+def move_shape(image: Image.Image, chance: random.Random) -> Image.Image:
+    """The image with its shape, whole, somewhere else on its ground, and mirrored every second time."""
+    corners = [image.getpixel((x, y)) for x in (0, image.width - 1) for y in (0, image.height - 1)]
+    ground = Image.new("RGB", image.size, max(corners, key=corners.count))  # a shape covers one corner at most
+    box = ImageChops.difference(image, ground).getbbox()
+    if box is None:
+        return image.copy()
+    shape = image.crop(box)
+    if chance.random() < 0.5:
+        shape = ImageOps.mirror(shape)
+    ground.paste(shape, (chance.randint(0, image.width - shape.width), chance.randint(0, image.height - shape.height)))
+    return ground
+
+
+def write_tokenizer(folder: Path, questions: list[Question]) -> int:
+    """Write a byte-level BPE tokenizer with Llama's special tokens, trained on the prompts; returns its size."""
+    system = load_chat_template("vicuna_v1").split("{{- '", 1)[1].split("' if", 1)[0].replace("\\'", "'")
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((f"{system}USER: \n{q.text} ASSISTANT: {q.answer}" for q in questions), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<unk>",
+        model_max_length=512,
+    )
+    fast.save_pretrained(folder)
+    return len(fast)
+
+
+if __name__ == "__main__":
+    main()
