@@ -21,7 +21,8 @@ LAYERS = {
     "modeling": set(),
     "processing": set(),
     "conversion": {"modeling", "processing"},
-    "cli": {"conversion", "modeling", "processing"},
+    "training": {"conversion", "modeling", "processing"},  # prepares tokenizers as conversion does
+    "cli": {"conversion", "modeling", "processing", "training"},
 }
 # Files that are copied into Hub repos, where only what transformers brings along is sure to be installed.
 HUB_FILES = sorted([*PACKAGE.glob("modeling/[!_]*.py"), *PACKAGE.glob("processing/[!_]*.py")])
