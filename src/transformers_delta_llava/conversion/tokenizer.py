@@ -98,13 +98,16 @@ def _is_installed(module: str) -> bool:
 
 
 def _write_settings(folder: Path, sentencepiece_class: str | None) -> None:
+    """Say outright what transformers took for granted when the authors' checkpoints were made, and no longer does."""
     path = folder / "tokenizer_config.json"
     settings = read_json(path) if path.is_file() else {}
     for name in _DROPPED_SETTINGS:
         settings.pop(name, None)
     if sentencepiece_class:
-        # What the authors' tokenizers did unless told otherwise; newer transformers have other defaults.
-        settings = {"tokenizer_class": sentencepiece_class, "add_bos_token": True, "legacy": True, **settings}
+        settings = {"tokenizer_class": sentencepiece_class, "add_bos_token": True, **settings}
+    written_by_v5 = "backend" in settings  # its tokenizers do not mention `legacy`, and are what they are
+    if str(settings.get("tokenizer_class")).startswith("LlamaTokenizer") and not written_by_v5:
+        settings = {"legacy": True, **settings}
     write_json(settings, path)
 
 
