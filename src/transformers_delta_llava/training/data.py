@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from .errors import DataError
 from .recipe import DataRecipe
 from .row_index import RowIndex, build_index, cached_index, iterate_json_rows
-from .rows import RowError, image_names, to_messages
+from .rows import RowError, check_caption, image_names, to_messages
 
 
 class Rows(Protocol):
@@ -35,12 +35,13 @@ class JsonRows:
         path: the file.
         images: folder that image names start from.
         cache: folder of the index.
+        captions: leave out what is no caption of images, as the `plain` format must.
     """
 
-    def __init__(self, path: Path, images: Path | None = None, cache: Path | None = None):
-        self.path, self.images = path, images
+    def __init__(self, path: Path, images: Path | None = None, cache: Path | None = None, captions: bool = False):
+        self.path, self.images, self.captions = path, images, captions
         stat = path.stat()
-        key = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, str(images and images.resolve())]
+        key = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, str(images and images.resolve()), captions]
         self.index = cached_index(cache, key, self._build) if cache else self._build()
 
     def __len__(self) -> int:
@@ -75,6 +76,8 @@ class JsonRows:
         except ValueError as error:
             raise RowError(f"it is no JSON ({error})") from error
         messages = to_messages(row)
+        if self.captions:
+            check_caption(messages)
         for name in image_names(row):
             path = self._image_path(name)
             if not os.path.isfile(path):
@@ -88,13 +91,14 @@ class DatasetRows:
 
     Args:
         dataset: a `datasets.Dataset`.
+        captions: leave out what is no caption of images, as the `plain` format must.
     """
 
-    def __init__(self, dataset: Any):
+    def __init__(self, dataset: Any, captions: bool = False):
         missing = {"messages"} - set(dataset.column_names)
         if missing:
             raise DataError(f"The dataset has no column messages; it has {', '.join(dataset.column_names)}.")
-        self.dataset = dataset
+        self.dataset, self.captions = dataset, captions
         self.index = build_index(self._light_rows(), self._measure, _row_name)
 
     def __len__(self) -> int:
@@ -123,6 +127,8 @@ class DatasetRows:
     def _measure(self, row: dict[str, Any]) -> tuple[int, int]:
         images = image_names({"images": row.get("images")})
         messages = to_messages({"messages": _clean(row["messages"])}, images)
+        if self.captions:
+            check_caption(messages)
         return sum(_text_length(message) for message in messages), len(images)
 
 
@@ -134,11 +140,12 @@ def open_rows(recipe: DataRecipe) -> Rows:
         DataError: data that cannot be read, or (with `on_error: fail`) has a row that cannot be used.
     """
     rows: Rows
+    captions = recipe.chat_template == "plain"
     if recipe.path is not None:
         images = Path(recipe.images).expanduser() if recipe.images else None
-        rows = JsonRows(Path(recipe.path).expanduser(), images, Path(recipe.cache).expanduser())
+        rows = JsonRows(Path(recipe.path).expanduser(), images, Path(recipe.cache).expanduser(), captions)
     else:
-        rows = DatasetRows(_load_dataset(str(recipe.dataset), recipe.split))
+        rows = DatasetRows(_load_dataset(str(recipe.dataset), recipe.split), captions)
     bad = rows.index.bad
     if bad and recipe.on_error == "fail":
         count = "the only one" if len(bad) == 1 else f"the first of {len(bad)}"

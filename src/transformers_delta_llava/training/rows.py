@@ -64,6 +64,18 @@ def to_messages(row: Any, images: Sequence[Any] | None = None) -> list[dict[str,
     ]
 
 
+def check_caption(messages: list[dict[str, Any]]) -> None:
+    """
+    Refuse what the `plain` format has no place for.
+
+    Raises:
+        RowError: a conversation that is not one question with an image, and its answer.
+    """
+    turns = [message for message in messages if message["role"] != "system"]
+    if len(turns) > 2 or all(item["type"] == "text" for item in turns[0]["content"]):
+        raise RowError("it is no caption of an image, which the plain format is for")
+
+
 def _turn(turn: Any) -> tuple[str, str, int]:
     """Role, text without placeholders, and number of images."""
     if not isinstance(turn, dict):
