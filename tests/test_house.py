@@ -22,7 +22,8 @@ LAYERS = {
     "processing": set(),
     "conversion": {"modeling", "processing"},
     "evaluation": {"modeling", "processing"},
-    "cli": {"conversion", "evaluation", "modeling", "processing"},
+    "training": {"conversion", "modeling", "processing"},  # prepares tokenizers as conversion does
+    "cli": {"conversion", "evaluation", "modeling", "processing", "training"},
 }
 # Files that are copied into Hub repos, where only what transformers brings along is sure to be installed.
 HUB_FILES = sorted([*PACKAGE.glob("modeling/[!_]*.py"), *PACKAGE.glob("processing/[!_]*.py")])

@@ -4,17 +4,16 @@ import json
 import time
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ..evaluation import Score, answer_questions, draw_test_questions, load_questions, majority_answers, score_answers
-from ..modeling import DeltaLlavaForConditionalGeneration
-from ..processing import DeltaLlavaProcessor
+
+if TYPE_CHECKING:
+    from ..evaluation import Score
 
 
 evaluate = typer.Typer(no_args_is_help=True, help="Measure a model on a benchmark.")
@@ -39,6 +38,12 @@ def easy_vqa(
     output: Annotated[Path | None, typer.Option(help="JSON file to write the numbers to.")] = None,
 ) -> None:
     """Accuracy on easy-VQA's test questions, beside what one gets from the question alone."""
+    import torch  # these take seconds to import, which `--help` need not wait for
+
+    from ..evaluation import answer_questions, draw_test_questions, load_questions, majority_answers, score_answers
+    from ..modeling import DeltaLlavaForConditionalGeneration
+    from ..processing import DeltaLlavaProcessor
+
     console = Console()
     questions = draw_test_questions(limit)
     truths = [question.answer for question in questions]
@@ -68,9 +73,9 @@ def easy_vqa(
         output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def _cells(scores: dict[str, Score]) -> list[str]:
+def _cells(scores: dict[str, "Score"]) -> list[str]:
     return [f"{s.accuracy:.2f} ({s.interval[0]:.2f} to {s.interval[1]:.2f})" for s in scores.values()]
 
 
-def _numbers(scores: dict[str, Score]) -> dict[str, dict]:
+def _numbers(scores: dict[str, "Score"]) -> dict[str, dict]:
     return {name: score.to_dict() for name, score in scores.items()}
