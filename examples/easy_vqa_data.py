@@ -1,7 +1,7 @@
 """easy-VQA as training data: images, conversations in LLaVA's format, and a tokenizer made from the questions.
 
     pip install easy-vqa
-    python examples/easy_vqa_data.py [OUTPUT] [--versions 4] [--questions-per-row 3] [--seed 0]
+    python examples/easy_vqa_data.py [OUTPUT] [--versions 8] [--questions-per-row 3] [--seed 0]
 
 OUTPUT (`easy-vqa-data` by default) gets `train.json`, `images/` and `tokenizer/`, everything that
 `examples/recipes/easy-vqa.yaml` reads. Only the training split is used, none of it is held back.
@@ -28,7 +28,7 @@ def main() -> None:
     """Write the three parts."""
     parser = argparse.ArgumentParser(description="Write easy-VQA as training data in LLaVA's format.")
     parser.add_argument("output", type=Path, nargs="?", default=Path("easy-vqa-data"))
-    parser.add_argument("--versions", type=int, default=4, help="of each image, the original among them")
+    parser.add_argument("--versions", type=int, default=8, help="of each image, the original among them")
     parser.add_argument("--questions-per-row", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
