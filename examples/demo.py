@@ -1,9 +1,9 @@
-"""The main job, end to end: a checkpoint in the authors' format becomes a repo that answers about a photo.
+"""The main job, end to end: a trained checkpoint in the authors' format becomes a repo that answers about pictures.
 
     make demo
 
-No trained Delta-LLaVA weights have been published. The checkpoint is made from a seed (`make_checkpoint.py`), so the
-answer is noise; all the rest is as it will be with trained weights.
+The checkpoint is `examples/easy-vqa/`: small, but really trained. The pictures are test images of easy-VQA, which it has
+never seen, and the answers come from a process in which this package cannot be imported.
 """
 
 import json
@@ -19,60 +19,69 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from make_checkpoint import Recipe, write_checkpoint, write_vision_tower
+from transformers_delta_llava.evaluation import Question, Score, draw_test_questions, score_answers
 
 
 ROOT = Path(__file__).resolve().parents[1]
+CHECKPOINT = ROOT / "examples" / "easy-vqa"
 OUTPUT = ROOT / "demo-output"
-PHOTO = ROOT / "examples" / "images" / "chelsea.jpg"
-QUESTION = "What is in this picture?"
-BUDGETS = (144, 16)
+QUESTIONS, SHOWN = 500, 10
+BUDGETS = (16, 1)
 
 
 def main() -> None:
     """Run all steps in `demo-output/` and print what came out."""
     console = Console()
-    console.print(
-        "Weights: random, from a seed. No trained Delta-LLaVA weights exist yet, so the answers are noise.\n"
-    )
     shutil.rmtree(OUTPUT, ignore_errors=True)
-    checkpoint, tower, repo = OUTPUT / "llava-tiny", OUTPUT / "vision-tower", OUTPUT / "delta-llava-tiny"
-    table = Table("step", "seconds", "result", title="A checkpoint becomes a Hub repo")
+    OUTPUT.mkdir()
+    repo = OUTPUT / "delta-llava-easy-vqa"
+    steps = Table("step", "seconds", "result", title="A trained checkpoint becomes a Hub repo")
 
     start = time.perf_counter()
-    write_vision_tower(tower, Recipe())
-    write_checkpoint(checkpoint, Recipe(), vision_tower=str(tower))
-    table.add_row("write a checkpoint in the authors' format", _since(start), _contents(checkpoint))
+    command = [sys.executable, "-m", "transformers_delta_llava", "convert", str(CHECKPOINT), str(repo)]
+    _run([*command, "--vision-tower", str(CHECKPOINT / "vision-tower")])
+    steps.add_row("delta-llava convert examples/easy-vqa", f"{time.perf_counter() - start:.1f}", _contents(repo))
 
-    start = time.perf_counter()
-    _run([sys.executable, "-m", "transformers_delta_llava", "convert", str(checkpoint), str(repo)])
-    table.add_row("delta-llava convert", _since(start), _contents(repo))
+    questions = draw_test_questions(QUESTIONS)
+    truths = [question.answer for question in questions]
+    answers: dict[int, list[str]] = {}
+    for budget in BUDGETS:
+        report = answer_without_package(repo, questions, budget)
+        answers[budget] = report["answers"]
+        if budget == BUDGETS[0]:
+            seconds = f"{report['seconds_to_load']:.1f}"
+            steps.add_row("load the repo where the package is absent", seconds, "the model's code came with the repo")
+        result = _percent(score_answers(truths, answers[budget])["overall"])
+        step = f"{QUESTIONS} test questions, {budget} visual token{'s' if budget > 1 else ''} per image"
+        steps.add_row(step, f"{report['seconds_to_answer']:.1f}", result)
 
-    report = ask_without_package(repo)
-    seconds = f"{report['seconds_to_load']:.1f}"
-    table.add_row("load the repo where the package is absent", seconds, "the model's code came with the repo")
-    for answer in report["answers"]:
-        result = f"{answer['visual_tokens']} visual tokens\n{answer['text']!r}"
-        table.add_row(f"ask: {QUESTION}", f"{answer['seconds']:.1f}", escape(result))
-    console.print(table)
-    console.print(f"The repo is in {repo}, the photo is {PHOTO}.", soft_wrap=True)
+    shown = Table("image", "question", "truth", *(f"answer, {budget} tokens" for budget in BUDGETS))
+    for index in range(0, QUESTIONS, QUESTIONS // SHOWN):
+        question = questions[index]
+        row = (f"test/{question.image_id}.png", question.text, question.answer)
+        shown.add_row(*row, *(_judged(answers[budget][index], question.answer) for budget in BUDGETS))
+    console.print(shown)
+    console.print(steps)
+    console.print(f"The repo is in {repo}, its weights' history in {CHECKPOINT}.", soft_wrap=True)
 
 
-def ask_without_package(repo: Path) -> dict:
-    """Run `ask.py` on `repo` in a process that has the dependencies and not this package, and return its report.
+def answer_without_package(repo: Path, questions: list[Question], budget: int) -> dict:
+    """Run `answer.py` on `repo` in a process that has the dependencies and not this package, and return its report.
 
     `make` installs the package in editable mode: a .pth file in site-packages, which only the `site` module reads.
     With `-S` Python leaves that module out, and PYTHONPATH brings the dependencies back. The process says itself
     whether it could import the package.
     """
-    command = [sys.executable, "-S", str(ROOT / "examples" / "ask.py"), str(repo), str(PHOTO), QUESTION]
+    asked = OUTPUT / "questions.json"
+    asked.write_text(json.dumps([{"image": q.image, "question": q.text} for q in questions]), encoding="utf-8")
+    command = [sys.executable, "-S", str(ROOT / "examples" / "answer.py"), str(repo), str(asked)]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(map(sysconfig.get_path, ("purelib", "platlib")))),
         "HF_HUB_OFFLINE": "1",  # nothing may come from the network
         "HF_MODULES_CACHE": str(OUTPUT / "modules"),  # nor from an earlier run
     }
-    output = _run([*command, "--num-visual-tokens", *map(str, BUDGETS)], environment)
+    output = _run([*command, "--num-visual-tokens", str(budget)], environment)
     report = json.loads(output.splitlines()[-1])
     if report["package_importable"]:
         sys.exit("The second process can import transformers_delta_llava: install it with pip install --editable.")
@@ -88,8 +97,13 @@ def _run(command: list[str], environment: dict[str, str] | None = None) -> str:
     return result.stdout
 
 
-def _since(start: float) -> str:
-    return f"{time.perf_counter() - start:.1f}"
+def _judged(answer: str, truth: str) -> str:
+    return escape(answer) if answer == truth else f"[red]{escape(answer)} (wrong)[/red]"
+
+
+def _percent(score: Score) -> str:
+    low, high = score.interval
+    return f"{score.accuracy:.1f} % right (95 % interval: {low:.1f} to {high:.1f})"
 
 
 def _contents(folder: Path) -> str:
