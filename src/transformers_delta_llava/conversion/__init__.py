@@ -1,0 +1,10 @@
+"""From a trained checkpoint in the authors' layout to a Hub repo."""
+
+from .config_map import convert_config
+from .convert import convert_checkpoint
+from .errors import ConversionError
+from .key_map import convert_state_dict
+from .report import ConversionReport
+
+
+__all__ = ["ConversionError", "ConversionReport", "convert_checkpoint", "convert_config", "convert_state_dict"]

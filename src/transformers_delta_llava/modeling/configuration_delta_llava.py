@@ -1,5 +1,8 @@
 """Configuration of Delta-LLaVA: a vision tower, the delta projector and a language model."""
 
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
@@ -44,7 +47,8 @@ class DeltaLlavaConfig(PreTrainedConfig):
         image_token_id (`int`, *optional*, defaults to 32000):
             Id of the placeholder token; it must be smaller than the vocabulary.
         scale_factor (`int`, *optional*, defaults to 2):
-            Default spatial reduction `s` of the paper: `(grid / s) ** 2` visual tokens per image. No weight depends on it.
+            Default spatial reduction `s` of the paper: `(grid / s) ** 2` visual tokens per image. No weight depends on
+            it.
         vision_feature_layer (`int`, *optional*, defaults to -2):
             Hidden state of the tower that makes the queries. 0 is the embedding, `i` the output of layer `i`;
             negative numbers count from the end.
@@ -100,31 +104,31 @@ class DeltaLlavaConfig(PreTrainedConfig):
 
     def __init__(
         self,
-        vision_config=None,
-        text_config=None,
-        image_token_id=32000,
-        scale_factor=2,
-        vision_feature_layer=-2,
-        vision_feature_levels=(12, 16, 22, 23),
-        vision_feature_select_strategy="default",
-        delta_rank=16,
-        projector_layout="released",
-        projector_num_attention_heads=None,
-        projector_head_dim=32,
-        projector_mix_ratio=0.75,
-        projector_mlp_ratio=2,
-        projector_sr_ratio=1,
-        projector_window_size=1,
-        projector_drop_path=0.1,
-        projector_hidden_act="gelu",
-        use_emhsa=True,
-        use_transformer_block=True,
-        use_delta_projection=True,
-        delta_sharing="levels",
-        tie_word_embeddings=None,
-        image_seq_length=None,
-        **kwargs,
-    ):
+        vision_config: PreTrainedConfig | dict | None = None,
+        text_config: PreTrainedConfig | dict | None = None,
+        image_token_id: int = 32000,
+        scale_factor: int = 2,
+        vision_feature_layer: int = -2,
+        vision_feature_levels: Sequence[int] = (12, 16, 22, 23),
+        vision_feature_select_strategy: str = "default",
+        delta_rank: int = 16,
+        projector_layout: str = "released",
+        projector_num_attention_heads: int | None = None,
+        projector_head_dim: int = 32,
+        projector_mix_ratio: float = 0.75,
+        projector_mlp_ratio: float = 2,
+        projector_sr_ratio: int = 1,
+        projector_window_size: int = 1,
+        projector_drop_path: float = 0.1,
+        projector_hidden_act: str = "gelu",
+        use_emhsa: bool = True,
+        use_transformer_block: bool = True,
+        use_delta_projection: bool = True,
+        delta_sharing: str = "levels",
+        tie_word_embeddings: bool | None = None,
+        image_seq_length: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.vision_config = _sub_config(vision_config, DEFAULT_VISION_CONFIG)
         self.text_config = _sub_config(text_config, DEFAULT_TEXT_CONFIG)
         self.image_token_id = image_token_id
@@ -162,7 +166,9 @@ class DeltaLlavaConfig(PreTrainedConfig):
         return self.vision_config.image_size // self.vision_config.patch_size
 
     def num_visual_tokens(self, scale_factor: int | None = None) -> int:
-        """Visual tokens per image at `scale_factor` (default: the config's), equation (5). The one place that counts them.
+        """Visual tokens per image at `scale_factor` (the config's by default), equation (5).
+
+        This is the one place that counts them.
 
         Raises:
             ValueError: if the grid cannot be reduced by `scale_factor`.
@@ -206,13 +212,15 @@ class DeltaLlavaConfig(PreTrainedConfig):
             if budget == num_visual_tokens:
                 return scale_factor
         budgets = ", ".join(map(str, self.visual_token_budgets))
-        raise ValueError(f"num_visual_tokens={num_visual_tokens}: the patch grid cannot give it; use one of {budgets}.")
+        raise ValueError(
+            f"num_visual_tokens={num_visual_tokens}: the patch grid cannot give it; use one of {budgets}."
+        )
 
     def _scale_factors(self) -> list[int]:
         return [s for s in range(1, self.grid_size + 1) if self.grid_size % (s * self.projector_window_size) == 0]
 
-    def to_dict(self):
-        """As in the base class, plus a complete `auto_map`: saving a class on its own would only write its own entry."""
+    def to_dict(self) -> dict[str, Any]:
+        """As in the base class, plus the whole `auto_map`: what transformers saves has only the saved class in it."""
         return {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
 
     def _check(self) -> None:
@@ -223,7 +231,7 @@ class DeltaLlavaConfig(PreTrainedConfig):
         self.num_visual_tokens()
 
 
-def _sub_config(config, default: dict):
+def _sub_config(config: PreTrainedConfig | dict | None, default: dict) -> PreTrainedConfig:
     if config is None:
         config = default
     if not isinstance(config, dict):
@@ -245,20 +253,38 @@ def _check_choices(config: DeltaLlavaConfig) -> None:
         if getattr(config, field) not in choices:
             _refuse(field, getattr(config, field), f"use one of {', '.join(map(repr, choices))}")
     if config.projector_hidden_act not in ACT2FN:
-        _refuse("projector_hidden_act", config.projector_hidden_act, "use an activation that transformers knows, such as 'gelu'")
+        _refuse(
+            "projector_hidden_act",
+            config.projector_hidden_act,
+            "use an activation that transformers knows, such as 'gelu'",
+        )
     if config.projector_layout == "released" and config.projector_window_size != 1:
-        _refuse("projector_window_size", config.projector_window_size, "the 'released' layout has windows of 1; use projector_layout='paper'")
+        _refuse(
+            "projector_window_size",
+            config.projector_window_size,
+            "the 'released' layout has windows of 1; use projector_layout='paper'",
+        )
     if config.projector_layout == "released" and config.delta_sharing != "levels":
-        _refuse("delta_sharing", config.delta_sharing, "the 'released' layout shares no base; use projector_layout='paper'")
+        _refuse(
+            "delta_sharing", config.delta_sharing, "the 'released' layout shares no base; use projector_layout='paper'"
+        )
 
 
 def _check_tower(config: DeltaLlavaConfig) -> None:
     vision = config.vision_config
     for field in ("image_size", "patch_size"):
         if not _is_int(getattr(vision, field, None), minimum=1):
-            _refuse(f"vision_config.{field}", getattr(vision, field, None), "use one whole number: the patch grid must be square")
+            _refuse(
+                f"vision_config.{field}",
+                getattr(vision, field, None),
+                "use one whole number: the patch grid must be square",
+            )
     if config.grid_size < 1:
-        _refuse("vision_config.image_size", vision.image_size, f"it must hold at least one patch of {vision.patch_size} pixels")
+        _refuse(
+            "vision_config.image_size",
+            vision.image_size,
+            f"it must hold at least one patch of {vision.patch_size} pixels",
+        )
 
     states = vision.num_hidden_layers + 1
     if not config.vision_feature_levels:
@@ -272,12 +298,13 @@ def _check_tower(config: DeltaLlavaConfig) -> None:
                 _refuse(
                     field,
                     getattr(config, field),
-                    f"the tower has {states} hidden states (the embedding and {states - 1} layers); use {-states} to {states - 1}",
+                    f"the tower has {states} hidden states (the embedding and {states - 1} layers); "
+                    f"use {-states} to {states - 1}",
                 )
 
     has_class_token = CLASS_TOKEN_TOWERS.get(vision.model_type)
-    strategy = {True: "default", False: "full"}.get(has_class_token, config.vision_feature_select_strategy)
-    if config.vision_feature_select_strategy != strategy:
+    strategy = "default" if has_class_token else "full"
+    if has_class_token is not None and config.vision_feature_select_strategy != strategy:
         reason = "starts with a class token" if has_class_token else "has no class token"
         _refuse(
             "vision_feature_select_strategy",
@@ -292,11 +319,11 @@ def _check_projector(config: DeltaLlavaConfig) -> None:
         if not _is_int(getattr(config, field), minimum=1):
             _refuse(field, getattr(config, field), "use a whole number of at least 1")
     if config.grid_size % config.projector_window_size:
-        divisors = [d for d in range(1, config.grid_size + 1) if config.grid_size % d == 0]
         _refuse(
             "projector_window_size",
             config.projector_window_size,
-            f"windows must tile the {config.grid_size} x {config.grid_size} grid; use one of {', '.join(map(str, divisors))}",
+            f"windows must tile the {config.grid_size} x {config.grid_size} grid; use one of "
+            + _divisors(config.grid_size),
         )
     if config.delta_rank > width:
         _refuse("delta_rank", config.delta_rank, f"a low-rank update has at most the tower's width, {width}")
@@ -306,19 +333,18 @@ def _check_projector(config: DeltaLlavaConfig) -> None:
     # The released block splits its channels between attention and convolution, so each needs a head.
     needed = 2 if config.projector_layout == "released" and config.use_transformer_block else 1
     if width % config.projector_head_dim or width < needed * config.projector_head_dim:
-        divisors = [d for d in range(1, width // needed + 1) if width % d == 0]
         _refuse(
             "projector_head_dim",
             config.projector_head_dim,
-            f"it must divide the tower's width, {width}, into at least {needed} head(s); use one of {', '.join(map(str, divisors))}",
+            f"it must divide the tower's width, {width}, into at least {needed} head(s); use one of "
+            + _divisors(width, at_most=width // needed),
         )
     heads = config.num_window_attention_heads
     if not _is_int(heads, minimum=1) or width % heads:
-        divisors = [d for d in range(1, width + 1) if width % d == 0]
         _refuse(
             "projector_num_attention_heads",
             heads,
-            f"heads must divide the tower's width, {width}; use one of {', '.join(map(str, divisors))}",
+            f"heads must divide the tower's width, {width}; use one of {_divisors(width)}",
         )
     if not 0 < config.projector_mix_ratio < 1:
         _refuse("projector_mix_ratio", config.projector_mix_ratio, "use a share between 0 and 1, both excluded")
@@ -341,11 +367,15 @@ def _check_text(config: DeltaLlavaConfig) -> None:
             )
 
 
-def _is_int(value, minimum: int) -> bool:
+def _is_int(value: object, minimum: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
-def _refuse(field: str, value, remedy: str) -> None:
+def _divisors(number: int, at_most: int | None = None) -> str:
+    return ", ".join(str(d) for d in range(1, (at_most or number) + 1) if number % d == 0)
+
+
+def _refuse(field: str, value: object, remedy: str) -> NoReturn:
     raise ValueError(f"{field}={value!r}: {remedy}.")
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -10,14 +11,15 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
-from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
 from .configuration_delta_llava import CLASS_TOKEN_TOWERS, DeltaLlavaConfig
 from .projector_delta_llava import DeltaLlavaProjector, DeltaProjection, PositionEmbedding2D, WindowAttention
 
 
 # How many visual tokens each image gets: one number for all, one per image, or None for the config's default.
-VisualTokens = int | list[int] | torch.Tensor | None
+VisualTokens: TypeAlias = int | list[int] | torch.Tensor | None
 
 
 @dataclass
@@ -32,7 +34,7 @@ class DeltaLlavaModelOutputWithPast(BaseModelOutputWithPast):
 
 @dataclass
 class DeltaLlavaCausalLMOutputWithPast(ModelOutput):
-    """Output of [`DeltaLlavaForConditionalGeneration`]; `image_hidden_states` as in [`DeltaLlavaModelOutputWithPast`]."""
+    """Output of [`DeltaLlavaForConditionalGeneration`], with `image_hidden_states` as in the base model's."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
@@ -43,6 +45,8 @@ class DeltaLlavaCausalLMOutputWithPast(ModelOutput):
 
 
 class DeltaLlavaPreTrainedModel(PreTrainedModel):
+    """What the models share: how they are initialised, and what they tell transformers about themselves."""
+
     config: DeltaLlavaConfig
     config_class = DeltaLlavaConfig
     base_model_prefix = "model"
@@ -77,7 +81,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, num_visual_tokens: VisualTokens = None, **kwargs
+        self, pixel_values: torch.Tensor, num_visual_tokens: VisualTokens = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """Visual tokens of images.
 
@@ -86,39 +90,50 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             num_visual_tokens: budget of all images, or one per image; the config's default when `None`.
 
         Returns:
-            The tower's output, in which `pooler_output` is a list with one (budget, hidden_size) tensor per image, in the
-            projector's dtype.
+            The tower's output, in which `pooler_output` is a list with one (budget, hidden_size) tensor per image, in
+            the projector's dtype.
 
         Raises:
-            ValueError: if a budget is not one of `config.visual_token_budgets`, or their number is not that of the images.
+            ValueError: if a budget is not one of `config.visual_token_budgets`, or there is not one per image.
         """
         outputs, states = self._run_vision_tower(pixel_values, **kwargs)
         levels = [self._patch_features(states, level) for level in self.config.vision_feature_levels]
         features = self._patch_features(states, self.config.vision_feature_layer)
         budgets = self.budget_per_image(len(pixel_values), num_visual_tokens)
         outputs.pooler_output = self._project(features, levels, budgets)
+        # Gemma multiplies its embeddings by a constant. When Delta-LLaVA was released it did so to all that entered
+        # the model, visual tokens too; now the embedding layer does it, and only to text.
+        embed_scale = getattr(self.get_input_embeddings(), "embed_scale", None)
+        if embed_scale is not None:
+            outputs.pooler_output = [tokens * embed_scale.to(tokens) for tokens in outputs.pooler_output]
         return outputs
 
     def _run_vision_tower(
-        self, pixel_values: torch.Tensor, **kwargs
-    ) -> tuple[BaseModelOutputWithPooling, Sequence[torch.Tensor | None]]:
+        self, pixel_values: torch.Tensor, **kwargs: Any
+    ) -> tuple[BaseModelOutputWithPooling, Sequence[Any]]:
         """The tower's output, and a sequence with the hidden states that the config names at their own indices.
 
-        CLIP and SigLIP run layer by layer: layers above the deepest one needed, and the pooling head, are not computed,
-        and no other hidden state is kept. Other towers, and callers that ask for all states or attentions, get a full run.
+        CLIP and SigLIP run layer by layer: layers above the deepest one needed, and the pooling head, are not
+        computed, and no other hidden state is kept. Other towers, and callers that ask for all states or attentions,
+        get a full run.
         """
         tower = self.vision_tower
-        records = [name for name in ("output_hidden_states", "output_attentions") if kwargs.get(name) or getattr(tower.config, name, False)]
-        if records or tower.config.model_type not in CLASS_TOKEN_TOWERS:
+        wanted = {
+            name: kwargs.get(name) or getattr(tower.config, name, False)
+            for name in ("output_hidden_states", "output_attentions")
+        }
+        if any(wanted.values()) or tower.config.model_type not in CLASS_TOKEN_TOWERS:
             outputs = tower(pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True})
-            states = outputs.hidden_states
-            if "output_hidden_states" not in records:
+            all_states = outputs.hidden_states
+            if not wanted["output_hidden_states"]:
                 outputs.hidden_states = None
-            return outputs, states
+            return outputs, all_states
 
         num_states = tower.config.num_hidden_layers + 1
-        needed = {level % num_states for level in (self.config.vision_feature_layer, *self.config.vision_feature_levels)}
-        states = [None] * num_states
+        needed = {
+            level % num_states for level in (self.config.vision_feature_layer, *self.config.vision_feature_levels)
+        }
+        states: list[torch.Tensor | None] = [None] * num_states
         interpolate = kwargs.pop("interpolate_pos_encoding", False)
         hidden_states = tower.embeddings(pixel_values, interpolate_pos_encoding=interpolate)
         if hasattr(tower, "pre_layrnorm"):
@@ -130,7 +145,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
                 states[index] = hidden_states
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states), states
 
-    def _patch_features(self, states: Sequence[torch.Tensor | None], level: int) -> torch.Tensor:
+    def _patch_features(self, states: Sequence[Any], level: int) -> torch.Tensor:
         """Hidden state `level` without the class token, in the projector's dtype."""
         features = states[level]
         if self.config.vision_feature_select_strategy == "default":
@@ -151,7 +166,8 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             return [num_visual_tokens] * num_images
         if len(num_visual_tokens) != num_images:
             raise ValueError(
-                f"num_visual_tokens holds {len(num_visual_tokens)} numbers for {num_images} images; give one per image."
+                f"num_visual_tokens holds {len(num_visual_tokens)} numbers for {num_images} images; "
+                "give one per image."
             )
         return list(num_visual_tokens)
 
@@ -168,9 +184,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
                 visual_tokens[image] = tokens
         return visual_tokens
 
-    def get_placeholder_mask(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def get_placeholder_mask(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Where visual tokens go: a boolean (batch, sequence), from `input_ids` or else from the embeddings."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
@@ -189,7 +203,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         num_visual_tokens: VisualTokens = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> DeltaLlavaModelOutputWithPast:
         """
         Args:
@@ -222,8 +236,8 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             torch_compilable_check(
                 num_placeholders == num_features,
                 lambda: (
-                    f"The text has {num_placeholders} image placeholders and the images give {num_features} visual tokens; "
-                    "give processor and model the same num_visual_tokens, and do not cut the text."
+                    f"The text has {num_placeholders} image placeholders and the images give {num_features} visual "
+                    "tokens; give processor and model the same num_visual_tokens, and do not cut the text."
                 ),
             )
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_features)
@@ -258,25 +272,33 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
 
     @classmethod
     def from_vision_text_pretrained(
-        cls, vision_model_name_or_path: str, text_model_name_or_path: str, processor=None, dtype=None, **config_kwargs
+        cls,
+        vision_model_name_or_path: str,
+        text_model_name_or_path: str,
+        processor: Any = None,
+        dtype: torch.dtype | str | None = None,
+        **config_kwargs: Any,
     ) -> "DeltaLlavaForConditionalGeneration":
-        """An untrained Delta-LLaVA: a pretrained tower, a pretrained language model, and a freshly initialised projector.
+        """An untrained Delta-LLaVA: a pretrained tower, a pretrained language model, and a new projector.
 
         Args:
             vision_model_name_or_path: a CLIP or SigLIP model (or its vision tower alone), on the Hub or in a folder.
             text_model_name_or_path: a causal language model, on the Hub or in a folder.
             processor: the `DeltaLlavaProcessor` that the model will be used with. Its image token becomes
-                `config.image_token_id`, and the embeddings grow (to a multiple of 64) if its tokenizer has more tokens.
+                `config.image_token_id`, and the embeddings grow (to a multiple of 64) if its tokenizer needs it.
             dtype: dtype of the whole model; that of the language model by default.
             config_kwargs: further arguments of [`DeltaLlavaConfig`].
 
         Raises:
-            ValueError: on a bad config value, or without a processor if `image_token_id` is not given.
+            ValueError: on a bad config value, without both processor and `image_token_id`, or on a language model
+                whose head has a bias.
         """
         language_model = AutoModelForCausalLM.from_pretrained(text_model_name_or_path, dtype=dtype or "auto")
         lm_head, dtype = language_model.get_output_embeddings(), language_model.dtype
         if lm_head.bias is not None:
-            raise ValueError(f"{text_model_name_or_path}: the head of this language model has a bias; use one without.")
+            raise ValueError(
+                f"{text_model_name_or_path}: the head of this language model has a bias; use one without."
+            )
         vision_config = AutoConfig.from_pretrained(vision_model_name_or_path)
         vision_tower = AutoModel.from_pretrained(
             vision_model_name_or_path, config=getattr(vision_config, "vision_config", vision_config), dtype=dtype
@@ -304,7 +326,9 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def get_image_features(self, pixel_values: torch.Tensor, num_visual_tokens: VisualTokens = None, **kwargs):
+    def get_image_features(
+        self, pixel_values: torch.Tensor, num_visual_tokens: VisualTokens = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
         """See [`DeltaLlavaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, num_visual_tokens, **kwargs)
 
@@ -322,7 +346,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         num_visual_tokens: VisualTokens = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> DeltaLlavaCausalLMOutputWithPast:
         """
         Args:
@@ -361,12 +385,20 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    def prepare_inputs_for_generation(self, *args, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(
+        self, *args: Any, is_first_iteration: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
         if not is_first_iteration and kwargs.get("use_cache", True):  # the images are in the cache by now
             kwargs = {key: value for key, value in kwargs.items() if key not in ("pixel_values", "num_visual_tokens")}
         return super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
         # Images are flattened over rows. Beams need each row's images as a group (A B A B); repeating image by image
         # (A A B B) would hand a row the wrong picture. Newer transformers encode the images before this and drop them.
         pixel_values = model_kwargs.pop("pixel_values", None)
@@ -385,9 +417,10 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
 
 def _images_per_row(placeholders: list[int], budgets: list[int]) -> list[list[int]]:
     """Which images each row shows, from the number of placeholders per row and of visual tokens per image."""
-    rows, image = [], 0
+    rows: list[list[int]] = []
+    image = 0
     for count in placeholders:
-        row = []
+        row: list[int] = []
         while count > 0 and image < len(budgets):
             count -= budgets[image]
             row.append(image)

@@ -1,12 +1,13 @@
 """The Delta-LLaVA projector: patch features of a vision tower in, a few visual tokens out.
 
-Shapes: B images, N = G * G patches in row-major order, C the tower's width, s the scale factor, g = G / s the side of the
-query grid, V = g * g visual tokens, H the language model's width, r the rank. Section and equation numbers are the paper's
-(arXiv 2512.18910). Every block works on tokens (B, tokens, channels), so a 1 x 1 convolution is an `nn.Linear` here.
+Shapes: B images, N = G * G patches in row-major order, C the tower's width, s the scale factor, g = G / s the side of
+the query grid, V = g * g visual tokens, H the language model's width, r the rank. Section and equation numbers are the
+paper's (arXiv 2512.18910). Every block works on tokens (B, tokens, channels), so a 1 x 1 convolution is an `nn.Linear`.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +25,11 @@ class DeltaProjection(nn.Module):
     The product `delta_u @ delta_v` is never formed: `x @ delta_u @ delta_v` costs less at these ranks.
 
     `updates` is the shape of the set of updates that share the base: `()` for one, `(L,)` for one per level. With
-    `hidden_act` the map is followed by that activation and a LayerNorm, as in the released code; the paper has neither.
+    `hidden_act` the map is followed by that activation and a LayerNorm, as in the released code; the paper has
+    neither.
 
-    Parameters: `weight` (out, in), `delta_u` (*updates, in, rank), `delta_v` (*updates, rank, out); the last two are `None`
-    when `rank` is 0 (the ablation "No DeltaProj").
+    Parameters: `weight` (out, in), `delta_u` (*updates, in, rank), `delta_v` (*updates, rank, out); the last two are
+    `None` when `rank` is 0 (the ablation "No DeltaProj").
     """
 
     delta_u: nn.Parameter | None
@@ -50,12 +52,12 @@ class DeltaProjection(nn.Module):
         else:
             self.register_parameter("delta_u", None)
             self.register_parameter("delta_v", None)
-        self.act = ACT2FN[hidden_act] if hidden_act else None
-        self.norm = nn.LayerNorm(out_features, eps=1e-6) if hidden_act else None
+        self.act = ACT2FN[hidden_act] if hidden_act else nn.Identity()
+        self.norm = nn.LayerNorm(out_features, eps=1e-6) if hidden_act else nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Truncated normal base, Xavier-uniform factors: as in the released code, the update is not zero at the start."""
+        """Truncated normal base, Xavier-uniform factors, as in the released code: the update does not start at 0."""
         init.trunc_normal_(self.weight, std=0.02)
         for factor in (self.delta_u, self.delta_v):
             if factor is not None:
@@ -70,14 +72,11 @@ class DeltaProjection(nn.Module):
             if delta_u.dim() == 3:  # a sum of rank-r updates is one update of rank L * r
                 delta_u, delta_v = delta_u.transpose(0, 1).flatten(1), delta_v.flatten(0, 1)
             projected = projected + hidden_states @ delta_u @ delta_v
-        if self.norm is not None:
-            projected = self.norm(self.act(projected))
-        return projected
+        return self.norm(self.act(projected))
 
 
 class StochasticDepth(nn.Module):
-    """Drops a residual branch per sample in training, and rescales the survivors. Its class name, or the config field's
-    name, must hold "drop": that is how transformers' tests find what to switch off."""
+    """Drops a residual branch per sample in training, and rescales the survivors."""
 
     def __init__(self, drop_rate: float):
         super().__init__()
@@ -91,15 +90,24 @@ class StochasticDepth(nn.Module):
         return branch * mask / keep
 
 
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """softmax(Q K^T / sqrt(d)) V of equation (2) for (B, heads, tokens, d); returns (B, tokens, heads, d) and the weights."""
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Equation (2) for (B, heads, tokens, d); returns (B, tokens, heads, d) and the weights."""
     weights = (query @ key.transpose(2, 3) * scaling).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class EfficientMultiHeadSelfAttention(nn.Module):
-    """EMHSA, section 4.1 and equation (2): pre-normalised global attention over the query grid, keys and values reduced.
+    """EMHSA, section 4.1 and equation (2): pre-normalised global attention over the query grid.
 
     With `projector_sr_ratio` above 1, keys and values are those of the average of each sr x sr cell.
     """
@@ -177,12 +185,11 @@ class ReleasedTransformerBlock(nn.Module):
         drop, mix = config.projector_drop_path, config.projector_mix_ratio
 
         self.stem = nn.Linear(channels, attention_channels, bias=False)
+        self.attention = None
         if config.use_emhsa:
             self.attention_norm = nn.LayerNorm(attention_channels)
             self.attention = EfficientMultiHeadSelfAttention(config, attention_channels)
             self.attention_drop = StochasticDepth(drop * mix)
-        else:
-            self.attention = None
         self.local_proj = nn.Linear(attention_channels, local_channels, bias=False)
         self.conv_attention = MultiHeadConvolutionalAttention(local_channels, head_dim)
         self.conv_drop = StochasticDepth(drop * (1 - mix))
@@ -286,7 +293,7 @@ class WindowAttention(nn.Module):
 
 
 class PositionEmbedding2D(nn.Module):
-    """Pos2D of equation (3): a fixed table for the tower's full grid, resized to the query grid as the released code does.
+    """Pos2D of equation (3): a fixed table for the tower's full grid, resized to the query grid (released code).
 
     Not in any checkpoint.
     """
@@ -297,7 +304,7 @@ class PositionEmbedding2D(nn.Module):
         self.register_buffer("table", self.make_table(), persistent=False)
 
     def make_table(self) -> torch.Tensor:
-        """(G * G, C) in float32: per patch [sin(column w), cos(column w), sin(row w), cos(row w)], w = 10000^(-4k/C)."""
+        """(G * G, C) in float32: [sin(column w), cos(column w), sin(row w), cos(row w)] with w = 10000^(-4k/C)."""
         quarter = self.channels // 4
         frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
         angle = torch.arange(self.grid_size, dtype=torch.float64, device="cpu")[:, None] * frequency
@@ -310,22 +317,25 @@ class PositionEmbedding2D(nn.Module):
         init.copy_(self.table, self.make_table())
 
     def forward(self, grid_size: int, dtype: torch.dtype) -> torch.Tensor:
-        """The table (g * g, C) of a g x g grid. Half precision rounds it before it is resized, as the released code does."""
+        """The table (g * g, C) of a g x g grid. Half precision rounds before resizing, as in the released code."""
         table = self.table.to(dtype)
         if grid_size == self.grid_size:
             return table
-        resized = F.interpolate(to_map(table[None].float()), (grid_size, grid_size), mode="bicubic", align_corners=False)
+        resized = F.interpolate(
+            to_map(table[None].float()), (grid_size, grid_size), mode="bicubic", align_corners=False
+        )
         return to_tokens(resized)[0].to(dtype)
 
 
 class DeltaLlavaProjector(nn.Module):
     """Visual tokens for the language model from the tower's patch features, in the layout `config.projector_layout`.
 
-    `"released"`: interpolate, refine (one block), add positions, project queries; keys and values from all levels side by
-    side; window attention with its own projections; feed-forward to the language model's width.
+    `"released"`: interpolate, refine (one block), add positions, project queries; keys and values from all levels side
+    by side; window attention with its own projections; feed-forward to the language model's width.
 
-    `"paper"`: equations (3) to (11). Queries and keys share one base per role (or one for all roles, `delta_sharing="all"`),
-    with a rank-r update per level; the levels' updates of the query, which has no level axis in equation (4), add up.
+    `"paper"`: equations (3) to (11). Queries, keys and values have one base each (or one for all three,
+    `delta_sharing="all"`), with a rank-r update per level. The query has no level axis in equation (4), so its updates
+    add up.
 
     No parameter depends on the scale factor.
     """
@@ -424,11 +434,13 @@ class DeltaLlavaProjector(nn.Module):
             )
         if num_levels != len(self.config.vision_feature_levels):
             raise ValueError(
-                f"The projector needs one tensor for each of vision_feature_levels={self.config.vision_feature_levels}, "
-                f"and got {num_levels}."
+                "The projector needs one tensor for each of vision_feature_levels="
+                f"{self.config.vision_feature_levels}, and got {num_levels}."
             )
         if side % (scale_factor * self.config.projector_window_size):
-            raise ValueError(f"scale_factor={scale_factor}: it does not divide the {side} x {side} patch grid into whole windows.")
+            raise ValueError(
+                f"scale_factor={scale_factor}: it does not divide the {side} x {side} patch grid into whole windows."
+            )
         return side // scale_factor
 
 

@@ -1,0 +1,53 @@
+# Every target sets up what it needs: all that must exist is make, bash and Python 3.10 or newer (choose one with PYTHON=...).
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-oldest lint format bench clean
+
+export PYTHON
+BIN := .venv/bin
+# One BLAS thread per pytest worker: the tests' matrices are tiny, more threads only get in each other's way.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+WORKERS ?= auto
+TESTS ?= tests
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/.ready  ## Convert a checkpoint, load the result without this package, ask about a photo
+	@$(BIN)/python examples/demo.py
+
+test: .venv/.ready  ## Run the tests (TESTS=path for some of them), with coverage
+	@$(PYTEST) $(BIN)/python -m pytest -n $(WORKERS) $(TESTS) --cov --cov-report=term
+ifeq ($(TESTS),tests)
+	@$(BIN)/python -m coverage report --include='*/modeling/*,*/processing/*' --fail-under=95
+endif
+
+test-oldest: .venv-oldest/.ready  ## Run the tests on the oldest transformers release supported
+	@$(PYTEST) .venv-oldest/bin/python -m pytest -n $(WORKERS) $(TESTS)
+
+lint: .venv/.ready  ## Check style, formatting and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: .venv/.ready  ## Format the code and fix what can be fixed
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: .venv/.ready  ## Run every script in benchmarks/
+	@shopt -s nullglob; scripts=(benchmarks/*.py); \
+	if (( $${#scripts[@]} == 0 )); then echo "There is no benchmark yet."; fi; \
+	for script in "$${scripts[@]}"; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+clean:  ## Delete environments, caches and outputs
+	rm -rf .venv .venv-oldest .cache .coverage .mypy_cache .pytest_cache .ruff_cache build dist demo-output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.ready: constraints.txt
+.venv-oldest/.ready: constraints-oldest.txt
+.venv/.ready .venv-oldest/.ready: pyproject.toml tools/make-venv
+	@echo "Setting up $(@D) (a few minutes the first time) ..."
+	@tools/make-venv $(@D) $(filter constraints%,$^)
+	@touch $@

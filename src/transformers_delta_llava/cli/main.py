@@ -1,0 +1,40 @@
+"""Assembles the `delta-llava` command and turns what a user can mend into one sentence."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from .convert import convert
+
+
+app = typer.Typer(name="delta-llava", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(convert)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Delta-LLaVA checkpoints as Hugging Face repos."""
+
+
+def main() -> None:
+    """Entry point of `delta-llava` and of `python -m transformers_delta_llava`.
+
+    Exits with code 2 and one sentence on stderr where the user can do something about it (`ValueError`, `OSError`).
+    """
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        print(f"delta-llava: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,230 @@
+"""A trained checkpoint in the authors' layout becomes a Hub repo."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..modeling import DeltaLlavaConfig
+from .checkpoint_reader import Checkpoint, read_checkpoint
+from .config_map import Vocabulary, convert_config, grown_vocabulary, unused_keys
+from .errors import ConversionError
+from .generation import fit_generation_config, read_generation_config
+from .hub import is_repo_id, public_name
+from .hub_repo import read_chat_template, write_code, write_config, write_processor
+from .json_files import read_json, write_json
+from .key_map import TOWER_TARGET, NameMap, map_names
+from .language_models import default_chat_template, language_model
+from .model_card import ModelCard
+from .output_folder import REPORT_FILE, atomic_folder, check_output
+from .report import ConversionReport, sha256_of
+from .settings import build_config
+from .shard_writer import Progress, parse_size, write_shards
+from .tensor_plan import EMBEDDINGS, SOURCE_EMBEDDINGS, TensorPlan, plan_tensors
+from .tokenizer import TOKENIZER_FILES, TokenIds, add_tokens, has_tokenizer, load_tokenizer, save_tokenizer
+from .vision_tower import VisionTower, adapt_to_weights, load_vision_tower
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What was read: the checkpoint and everything it needs from elsewhere."""
+
+    folder: Path
+    settings: dict
+    checkpoint: Checkpoint
+    names: NameMap
+    tower: VisionTower
+    tokenizer: PreTrainedTokenizerBase
+    token_ids: TokenIds
+    chat_template: str
+
+    @property
+    def rows(self) -> int:
+        """Size of the vocabulary that was trained."""
+        return self.checkpoint.tensors[SOURCE_EMBEDDINGS].shape[0]
+
+    @property
+    def base_models(self) -> list[str]:
+        """Hub ids of what the checkpoint was made of, as far as it says."""
+        base = str(self.settings.get("_name_or_path", ""))
+        names = [base] if base and not Path(base).exists() else []
+        return [name for name in (*names, self.tower.name) if is_repo_id(name)]
+
+    @property
+    def files(self) -> list[Path]:
+        """Files of the checkpoint's folder that a conversion reads."""
+        others = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+        return [*self.checkpoint.files, *(self.folder / name for name in others if (self.folder / name).is_file())]
+
+
+def convert_checkpoint(
+    source: str | Path,
+    output: str | Path,
+    *,
+    vision_tower: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    dtype: str | torch.dtype | None = None,
+    chat_template: str | None = None,
+    overwrite: bool = False,
+    max_shard_size: int | str = "2GB",
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Convert a full checkpoint into a folder that loads with `trust_remote_code` where this package is not installed.
+
+    The output appears complete or not at all. The source is only read, and no code from it is run. Tensors stay as they
+    are, bit for bit, unless `dtype` asks otherwise; the embeddings get rows for new tokens.
+
+    Args:
+        source: folder with `config.json` and weights (safetensors or `.bin`), with or without those of the vision tower.
+        output: folder to write.
+        vision_tower: folder or Hub id of the tower. By default the one that the checkpoint's config names.
+        tokenizer: folder or Hub id of the tokenizer. By default the source's own.
+        dtype: `float32`, `bfloat16` or `float16` to cast all weights; by default each keeps its own.
+        chat_template: name of a prompt format, or a Jinja file. By default what fits the language model.
+        overwrite: replace an output that an earlier conversion wrote.
+        max_shard_size: most bytes of tensors per weight file, as a number or as `2GB`.
+        progress: called with the bytes of tensors handled so far, and in all.
+
+    Returns:
+        What was done; the same stands in the output's `conversion.json`.
+
+    Raises:
+        ConversionError: one sentence on why there is no output.
+        ValueError: from `DeltaLlavaConfig`, on settings that no Delta-LLaVA model can have.
+        OSError: reading or writing failed.
+    """
+    source, output = Path(source), Path(output)
+    cast, shard_size = _dtype(dtype), parse_size(max_shard_size)
+    if not (source / "config.json").is_file():
+        raise ConversionError(f"The source {source} is not a folder with a config.json.")
+    settings = read_json(source / "config.json")
+    vision_tower = vision_tower or str(settings.get("mm_vision_tower") or "")
+    if not vision_tower:
+        raise ConversionError("config.json names no mm_vision_tower; pass its folder or Hub id with --vision-tower.")
+    check_output(
+        output, [Path(path) for path in (source, vision_tower, tokenizer or source) if Path(path).is_dir()], overwrite
+    )
+
+    read = _read_source(source, settings, str(vision_tower), tokenizer, chat_template)
+    template = read_chat_template(read.chat_template, read.tokenizer)
+    ids = read.token_ids
+    vocabulary = Vocabulary(grown_vocabulary(read.rows, ids.count), ids.image, ids.pad)
+    config = convert_config(read.settings, read.tower.config, vocabulary)
+    plan = plan_tensors(read.checkpoint, read.names, read.tower.checkpoint, config, cast)
+    config.dtype = plan.tensors[EMBEDDINGS].dtype
+
+    with atomic_folder(output) as folder:
+        weight_files = write_shards(plan.tensors, folder, shard_size, progress)
+        write_code(folder)
+        write_config(config, folder)
+        write_processor(config, read.tower.image_processor, read.settings.get("image_aspect_ratio") == "pad", folder)
+        save_tokenizer(read.tokenizer, folder, read.settings.get("tokenizer_model_max_length"))
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        warnings = _write_generation_config(read, config, folder)
+        (folder / "README.md").write_text(_model_card(read, config, output.resolve().name, cast), encoding="utf-8")
+        report = _report(read, config, plan, output, weight_files, warnings)
+        write_json(report.to_dict(), folder / REPORT_FILE)
+    return report
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or dtype in DTYPES.values():
+        return dtype
+    if dtype not in DTYPES:
+        raise ConversionError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")
+    return DTYPES[str(dtype)]
+
+
+def _read_source(
+    folder: Path, settings: dict, vision_tower: str, tokenizer: str | Path | None, chat_template: str | None
+) -> _Source:
+    family = language_model(settings.get("model_type"))
+    checkpoint = read_checkpoint(folder)
+    names = map_names(checkpoint.tensors)
+    if SOURCE_EMBEDDINGS not in checkpoint.tensors:
+        raise ConversionError(f"The checkpoint has no language model in it (no {SOURCE_EMBEDDINGS}).")
+    tower = _load_tower(vision_tower, names)
+    if tokenizer is None and not has_tokenizer(folder):
+        raise ConversionError(
+            f"{folder.name} brings no tokenizer; pass the folder or Hub id of its language model's with --tokenizer."
+        )
+    text_config, _ = build_config(**{**settings, "model_type": family.text_model_type})
+    text_tokenizer = load_tokenizer(str(tokenizer or folder), text_config, family.sentencepiece_class)
+    return _Source(
+        folder=folder,
+        settings=settings,
+        checkpoint=checkpoint,
+        names=names,
+        tower=tower,
+        tokenizer=text_tokenizer,
+        token_ids=add_tokens(text_tokenizer),
+        chat_template=chat_template or default_chat_template(settings),
+    )
+
+
+def _load_tower(spec: str, names: NameMap) -> VisionTower:
+    """The tower at `spec`, with its weights where the checkpoint brings none."""
+    inner = [
+        target.removeprefix(TOWER_TARGET) for target, _ in names.rules.values() if target.startswith(TOWER_TARGET)
+    ]
+    tower = load_vision_tower(spec, with_weights=not inner)
+    adapt_to_weights(tower.config, tower.checkpoint.tensors if tower.checkpoint else inner)
+    return tower
+
+
+def _write_generation_config(read: _Source, config: DeltaLlavaConfig, folder: Path) -> list[str]:
+    """Write `generation_config.json`; returns what is worth a warning."""
+    generation_config, warning = read_generation_config(read.folder)
+    fit_generation_config(
+        generation_config, read.tokenizer, read.token_ids, config.text_config, read.rows, read.chat_template
+    )
+    generation_config.save_pretrained(folder)
+    return [warning] if warning else []
+
+
+def _model_card(read: _Source, config: DeltaLlavaConfig, name: str, cast: torch.dtype | None) -> str:
+    return ModelCard.of(
+        config,
+        name=name,
+        vision_tower=read.tower.name,
+        base_models=read.base_models,
+        cast_to=str(cast).removeprefix("torch.") if cast is not None else None,
+        new_rows=config.text_config.vocab_size - read.rows,
+        new_tokens=read.token_ids.added,
+    ).render()
+
+
+def _report(
+    read: _Source,
+    config: DeltaLlavaConfig,
+    plan: TensorPlan,
+    output: Path,
+    weight_files: list[str],
+    warnings: list[str],
+) -> ConversionReport:
+    ignored_keys, unknown_keys = unused_keys(read.settings)
+    if unknown_keys:
+        warnings = [*warnings, f"config.json has keys that nobody knows: {', '.join(unknown_keys)}"]
+    return ConversionReport(
+        output=output,
+        source=public_name(str(read.folder)),
+        source_files=sha256_of(read.files),
+        vision_tower=read.tower.name,
+        vision_tower_files=sha256_of(list(read.tower.checkpoint.files) if read.tower.checkpoint else []),
+        base_models=read.base_models,
+        chat_template=Path(read.chat_template).name,
+        dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in plan.tensors.values())),
+        tensors_used=len(read.checkpoint.tensors) - len(plan.ignored),
+        tensors_ignored=plan.ignored,
+        tensors_written=len(plan.tensors),
+        config_keys_ignored=ignored_keys,
+        config_keys_unknown=unknown_keys,
+        visual_tokens=config.image_seq_length,
+        weight_files=weight_files,
+        warnings=warnings,
+    )

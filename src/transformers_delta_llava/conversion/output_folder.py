@@ -1,0 +1,67 @@
+"""An output folder appears complete or not at all."""
+
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import ConversionError
+
+
+# A folder that holds this file was written by a conversion, so a conversion may replace it.
+REPORT_FILE = "conversion.json"
+
+
+def check_output(output: Path, inputs: Iterable[Path], overwrite: bool) -> None:
+    """Refuse an output that exists or that touches one of the `inputs` (local folders that will be read).
+
+    Raises:
+        ConversionError: saying which, and what would do.
+    """
+    place = output.resolve()
+    for folder in (path.resolve() for path in inputs):
+        if place == folder or place.is_relative_to(folder) or folder.is_relative_to(place):
+            raise ConversionError(
+                f"The output {output} and the input {folder.name} are one folder or lie inside each other; "
+                "choose an output elsewhere."
+            )
+    if not output.exists() and not output.is_symlink():
+        return
+    if not overwrite:
+        raise ConversionError(f"The output {output} exists; pass --overwrite (overwrite=True) to replace it.")
+    if not (output / REPORT_FILE).is_file():
+        raise ConversionError(
+            f"The output {output} was not written by a conversion (no {REPORT_FILE} in it), so it is not replaced; "
+            "remove it yourself or choose another output."
+        )
+
+
+@contextmanager
+def atomic_folder(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that becomes `output` when the block ends, and vanishes when it fails.
+
+    What stands at `output` is replaced only then. The name is fixed, so that what a killed run left is cleared.
+    """
+    output = output.resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    growing = output.with_name(f".{output.name}.incomplete")
+    previous = output.with_name(f".{output.name}.previous")
+    _remove(growing)
+    growing.mkdir()
+    try:
+        yield growing
+        _remove(previous)
+        if output.exists():
+            output.rename(previous)
+        growing.rename(output)
+        _remove(previous)
+    except BaseException:
+        _remove(growing)
+        if previous.exists() and not output.exists():
+            previous.rename(output)
+        raise
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

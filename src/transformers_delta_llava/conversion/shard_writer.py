@@ -1,0 +1,93 @@
+"""Writes tensors into safetensors files of a limited size, one file in memory at a time."""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from .checkpoint_reader import LazyTensor
+from .errors import ConversionError
+from .json_files import write_json
+
+
+# Called with the bytes written so far and the bytes in all.
+Progress = Callable[[int, int], None]
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a size such as `2GB` or `500MB` (decimal), `2GiB` (binary), or a plain number.
+
+    Raises:
+        ConversionError: if it is none of these, or zero.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(size).strip())
+    unit = _UNITS.get(match[2].upper()) if match else None
+    value = int(float(match[1]) * unit) if match and unit else 0
+    if value < 1:
+        raise ConversionError(f"max_shard_size={size!r} is not a size; use for instance 2GB or 500MB.")
+    return value
+
+
+def write_shards(
+    tensors: Mapping[str, LazyTensor], folder: Path, max_shard_size: int, progress: Progress | None = None
+) -> list[str]:
+    """Write `tensors`, in their order, as transformers names and indexes them.
+
+    Args:
+        tensors: what to write.
+        folder: an existing folder.
+        max_shard_size: most bytes of tensors per file; a tensor that is larger gets a file of its own.
+        progress: see `Progress`.
+
+    Returns:
+        The names of the weight files.
+    """
+    shards = _split(tensors, max_shard_size)
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    total, done = sum(tensor.num_bytes for tensor in tensors.values()), 0
+    for file_name, shard in zip(names, shards):
+        contents = {}
+        for name in shard:
+            contents[name] = tensors[name].load().clone(memory_format=torch.contiguous_format)
+            done += tensors[name].num_bytes
+            if progress is not None:
+                progress(done, total)
+        _save(contents, folder / file_name)
+    if len(shards) > 1:
+        _write_index(folder, {name: file for file, shard in zip(names, shards) for name in shard}, tensors, total)
+    return names
+
+
+def _save(contents: dict[str, torch.Tensor], path: Path) -> None:
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(contents, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # safetensors wraps what the file system says
+        raise OSError(f"{path.name} cannot be written: {error}") from error
+    path.chmod(mode)  # some safetensors versions let only the owner read
+
+
+def _split(tensors: Mapping[str, LazyTensor], max_shard_size: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.num_bytes > max_shard_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.num_bytes
+    return shards
+
+
+def _write_index(folder: Path, weight_map: dict[str, str], tensors: Mapping[str, LazyTensor], total: int) -> None:
+    parameters = sum(torch.Size(tensor.shape).numel() for tensor in tensors.values())
+    index = {"metadata": {"total_parameters": parameters, "total_size": total}, "weight_map": weight_map}
+    write_json(index, folder / "model.safetensors.index.json")

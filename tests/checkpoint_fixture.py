@@ -1,0 +1,224 @@
+"""Writes tiny checkpoints in the authors' layout, and tiny vision towers and tokenizers to go with them."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+
+Tensors = dict[str, torch.Tensor]
+
+TOWER = {
+    "hidden_size": 128,
+    "intermediate_size": 64,
+    "num_hidden_layers": 24,  # the released code reads hidden states 12, 16, 22 and 23
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 4,
+}
+# Sizes that every supported language model takes.
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 320,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+LLAVA_KEYS = {
+    "architectures": ["LlavaLlamaForCausalLM"],
+    "freeze_mm_mlp_adapter": False,
+    "image_aspect_ratio": "pad",
+    "mm_hidden_size": TOWER["hidden_size"],
+    "mm_patch_merge_type": "flat",
+    "mm_projector_lr": None,
+    "mm_projector_type": "delatallava",
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+    "scale_factor": 2,
+    "tokenizer_model_max_length": 2048,
+    "tokenizer_padding_side": "right",
+    "tune_mm_mlp_adapter": False,
+    "use_mm_proj": True,
+}
+TEXT_TYPES = {
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_gemma": "gemma",
+    "llava_phi3": "phi3",
+    "llava_seed_oss": "seed_oss",
+    "llava_qwen": "qwen2",
+    "llava_qwen2": "qwen2",
+    "llava_qwen3": "qwen3",
+}
+_TOKENIZER_TEXT = [
+    "USER: what is in the picture? ASSISTANT: a cat and a dog.",
+    "A chat between a curious user and a bot.",
+]
+
+
+@dataclass
+class Recipe:
+    """What a checkpoint folder holds.
+
+    Attributes:
+        model_type: of the authors' checkpoint.
+        config: keys of config.json to set, or to drop where the value is None.
+        text: settings of the language model that differ from `TEXT`.
+        tower: whether the vision tower's weights are in the checkpoint; its config is always the tower folder's.
+        tower_type: `clip` or `siglip`.
+        form: `safetensors` or `bin`.
+        shards: number of weight files; more than one come with an index.
+        tokenizer: whether the folder brings one.
+        dtype: of all tensors.
+        seed: of all values.
+    """
+
+    model_type: str = "llava_llama"
+    config: dict = field(default_factory=dict)
+    text: dict = field(default_factory=dict)
+    tower: bool = True
+    tower_type: str = "clip"
+    form: str = "safetensors"
+    shards: int = 1
+    tokenizer: bool = True
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+
+def write_checkpoint(folder: Path, recipe: Recipe | None = None, **fields: object) -> Tensors:
+    """Write a checkpoint into `folder` and its vision tower into the sibling folder `vision-tower`; returns its tensors."""
+    recipe = recipe or Recipe(**fields)  # type: ignore[arg-type]
+    folder.mkdir(parents=True)
+    tower_folder = folder.parent / "vision-tower"
+    tower = write_tower(tower_folder, recipe.tower_type, seed=recipe.seed)
+    tensors = checkpoint_tensors(recipe, tower)
+    write_weights(folder, tensors, recipe.form, recipe.shards)
+    keys = {**LLAVA_KEYS, "mm_vision_tower": str(tower_folder), "model_type": recipe.model_type}
+    keys = {**_text_settings(recipe), **keys, **recipe.config}
+    (folder / "config.json").write_text(json.dumps({key: keys[key] for key in keys if keys[key] is not None}))
+    if recipe.tokenizer:
+        write_tokenizer(folder)
+    return tensors
+
+
+def checkpoint_tensors(recipe: Recipe, tower: Tensors) -> Tensors:
+    """All tensors of a checkpoint, by the authors' names."""
+    torch.manual_seed(recipe.seed)
+    config = AutoConfig.for_model(TEXT_TYPES[recipe.model_type], **_text_settings(recipe))
+    language_model = AutoModelForCausalLM.from_config(config)
+    tensors = dict(language_model.state_dict())
+    if config.tie_word_embeddings:
+        del tensors["lm_head.weight"]  # as save_pretrained does
+    shapes = projector_shapes(TOWER["hidden_size"], config.hidden_size)
+    tensors |= {f"model.mm_projector.{name}": torch.randn(shape) * 0.1 for name, shape in shapes.items()}
+    if recipe.tower:
+        tensors |= {f"model.vision_tower.vision_tower.vision_model.{name}": value for name, value in tower.items()}
+    return {name: value.to(recipe.dtype).contiguous() for name, value in tensors.items()}
+
+
+def projector_shapes(width: int, hidden_size: int, rank: int = 16) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the released projector for a tower of `width` (a multiple of 128) and four levels of it."""
+    attention, local = width * 3 // 4, width // 4
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def add(name: str, *weight: int) -> None:
+        shapes[f"{name}.weight"] = weight
+        shapes[f"{name}.bias"] = weight[:1]
+
+    for role, inputs in (("q", width), ("k", 4 * width), ("v", 4 * width)):
+        shapes[f"{role}_proj_1.U"] = (inputs, rank)
+        shapes[f"{role}_proj_1.V"] = (rank, width)
+        shapes[f"{role}_proj_1.shared_weight.weight"] = (width, inputs)
+        add(f"{role}_proj_1.norm", width)
+    shapes["clip_attn.in_proj_weight"] = (3 * width, width)
+    shapes["clip_attn.in_proj_bias"] = (3 * width,)
+    add("clip_attn.out_proj", width, width)
+    add("mlp.0", hidden_size, width)
+    add("mlp.2", hidden_size, hidden_size)
+    block = "combined_block.ntb"
+    shapes[f"{block}.patch_embed.conv.weight"] = (attention, width, 1, 1)
+    add(f"{block}.norm_mhsa", attention)
+    add(f"{block}.e_mhsa.norm", attention)
+    for name in ("q", "k", "v", "proj"):
+        add(f"{block}.e_mhsa.{name}", attention, attention)
+    shapes[f"{block}.projection.conv.weight"] = (local, attention, 1, 1)
+    shapes[f"{block}.mhca.group_conv3x3.weight"] = (local, 32, 3, 3)
+    add(f"{block}.mhca.norm", local)
+    shapes[f"{block}.mhca.projection.weight"] = (local, local, 1, 1)
+    add(f"{block}.mlp.conv1", 2 * width, width, 1, 1)
+    add(f"{block}.mlp.conv2", width, 2 * width, 1, 1)
+    return shapes
+
+
+def write_weights(folder: Path, tensors: Tensors, form: str = "safetensors", shards: int = 1) -> None:
+    """Write `tensors` as one file, or as shards with an index."""
+    stem, suffix = ("model", ".safetensors") if form == "safetensors" else ("pytorch_model", ".bin")
+    names = (
+        [f"{stem}{suffix}"] if shards == 1 else [f"{stem}-{i + 1:05d}-of-{shards:05d}{suffix}" for i in range(shards)]
+    )
+    weight_map = {name: names[i * shards // len(tensors)] for i, name in enumerate(tensors)}
+    for file in names:
+        part = {name: tensors[name] for name in tensors if weight_map[name] == file}
+        if form == "safetensors":
+            save_file(part, folder / file, metadata={"format": "pt"})
+        else:
+            torch.save(part, folder / file)
+    if shards > 1:
+        (folder / f"{stem}{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def write_tower(
+    folder: Path, tower_type: str = "clip", whole: bool = False, seed: int = 0, **settings: object
+) -> Tensors:
+    """Write a tiny vision tower, or with `whole` the image-text model around it; returns the tower's tensors by inner name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(f"{tower_type}_vision_model", **{**TOWER, **settings})
+    tensors = {
+        name.removeprefix("vision_model."): value for name, value in AutoModel.from_config(config).state_dict().items()
+    }
+    contents = {f"vision_model.{name}": value.contiguous() for name, value in tensors.items()}
+    description = config.to_dict()
+    if whole:
+        contents |= {"logit_scale": torch.ones(1), "text_model.embeddings.token_embedding.weight": torch.ones(2, 2)}
+        description = {"model_type": tower_type, "vision_config": description, "text_config": {}}
+    write_weights(folder, contents)
+    (folder / "config.json").write_text(json.dumps(description, default=str))
+    return tensors
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a byte-level tokenizer of fewer than 320 tokens that opens texts with `<s>` and has no padding token."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TOKENIZER_TEXT, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", padding_side="right"
+    )
+    fast.save_pretrained(folder)
+
+
+def _text_settings(recipe: Recipe) -> dict:
+    return {**TEXT, **recipe.text}

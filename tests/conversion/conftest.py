@@ -1,0 +1,45 @@
+"""Checkpoints that the tests of the conversion start from."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoint_fixture import write_checkpoint
+from transformers_delta_llava.conversion import convert_checkpoint
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a complete checkpoint, `llava-tiny`, and its `vision-tower`. Only to be read."""
+    folder = tmp_path_factory.mktemp("pristine")
+    write_checkpoint(folder / "llava-tiny")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def repo(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What that checkpoint is converted to. Only to be read."""
+    output = tmp_path_factory.mktemp("converted") / "delta-llava-tiny"
+    convert_checkpoint(pristine / "llava-tiny", output)
+    return output
+
+
+@pytest.fixture
+def source(pristine: Path, tmp_path: Path) -> Path:
+    """The checkpoint for a test that changes it; it still names the pristine vision tower."""
+    return shutil.copytree(pristine / "llava-tiny", tmp_path / "llava-tiny")
+
+
+@pytest.fixture
+def edit_config(source: Path) -> Callable[..., None]:
+    """Sets keys of the source's config.json; None deletes one."""
+
+    def edit(**keys: object) -> None:
+        path = source / "config.json"
+        config = {**json.loads(path.read_text()), **keys}
+        path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+    return edit

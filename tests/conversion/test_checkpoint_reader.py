@@ -1,0 +1,188 @@
+"""Reading weights: every form, and every way in which a file can be wrong or hostile."""
+
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.checkpoint_fixture import write_weights
+from transformers_delta_llava.conversion import ConversionError
+from transformers_delta_llava.conversion.checkpoint_reader import read_checkpoint
+
+
+TENSORS = {
+    "a.weight": torch.randn(4, 3),
+    "b.weight": torch.randn(5).to(torch.bfloat16),
+    "c.weight": torch.randn(2, 2, 1, 1).half(),
+    "d.weight": torch.randn(7, 2),
+}
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_every_form_reads_the_same(tmp_path, form, shards):
+    write_weights(tmp_path, TENSORS, form, shards)
+    checkpoint = read_checkpoint(tmp_path)
+    assert checkpoint.tensors.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        entry = checkpoint.tensors[name]
+        assert (entry.shape, entry.dtype, entry.num_bytes) == (tuple(tensor.shape), tensor.dtype, tensor.nbytes)
+        assert torch.equal(entry.load(), tensor)
+    assert {file.name for file in checkpoint.files} == {file.name for file in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_shards_without_an_index(tmp_path, form):
+    write_weights(tmp_path, TENSORS, form, shards=2)
+    next(tmp_path.glob("*.index.json")).unlink()
+    assert read_checkpoint(tmp_path).tensors.keys() == TENSORS.keys()
+    next(tmp_path.glob("*-00001-of-00002*")).unlink()
+    with pytest.raises(ConversionError, match="Shards are missing"):
+        read_checkpoint(tmp_path)
+
+
+def test_safetensors_come_before_pickles(tmp_path):
+    write_weights(tmp_path, TENSORS)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"never read")
+    assert read_checkpoint(tmp_path).tensors.keys() == TENSORS.keys()
+
+
+def test_parameters_and_shared_storage_are_plain_tensors(tmp_path):
+    base = torch.randn(4, 4)
+    torch.save({"a": torch.nn.Parameter(base), "b": base, "c": base.t()}, tmp_path / "pytorch_model.bin")
+    tensors = read_checkpoint(tmp_path).tensors
+    assert not tensors["a"].load().requires_grad
+    assert torch.equal(tensors["c"].load(), base.t())
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_a_tensor_in_two_shards_is_refused(tmp_path, form):
+    write_weights(tmp_path, TENSORS, form, shards=2)
+    second = next(tmp_path.glob("*-00002-of-00002*"))
+    if form == "safetensors":
+        save_file({"a.weight": torch.ones(1), "d.weight": torch.ones(1)}, second)
+    else:
+        torch.save({"a.weight": torch.ones(1), "d.weight": torch.ones(1)}, second)
+    with pytest.raises(ConversionError, match=r"twice: a\.weight \(in .*-00001-of-00002.* and .*-00002-of-00002"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index: index["weight_map"].update({"z.weight": "model-00001-of-00002.safetensors"}), "z.weight"),
+        (lambda index: index["weight_map"].pop("a.weight"), "disagree about a.weight"),
+        (lambda index: index["weight_map"].update({"a.weight": "model-00002-of-00002.safetensors"}), "a.weight"),
+        (lambda index: index["weight_map"].update({"a.weight": "../model.safetensors"}), "outside its own folder"),
+        (lambda index: index["weight_map"].update({"a.weight": "/etc/passwd"}), "outside its own folder"),
+        (lambda index: index["weight_map"].update({"a.weight": 5}), "outside its own folder: 5"),
+        (lambda index: index["weight_map"].update({"a.weight": "gone.safetensors"}), "not there: gone.safetensors"),
+        (lambda index: index.pop("weight_map"), "no weight_map"),
+    ],
+)
+def test_a_wrong_index_is_refused(tmp_path, change, message):
+    write_weights(tmp_path, TENSORS, shards=2)
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+    with pytest.raises(ConversionError) as error:
+        read_checkpoint(tmp_path)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\ud800".encode("utf-8", "surrogatepass")])
+def test_an_index_that_is_no_json_object(tmp_path, text):
+    write_weights(tmp_path, TENSORS, shards=2)
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConversionError, match=r"model\.safetensors\.index\.json"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_empty_tensors_are_refused_by_name(tmp_path, form):
+    write_weights(tmp_path, {**TENSORS, "e.weight": torch.empty(0)}, form)
+    with pytest.raises(ConversionError, match=r"ZeRO-3.*: e\.weight; save"):
+        read_checkpoint(tmp_path)
+
+
+class _Malicious:
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_malicious_pickle_is_refused_without_running_it(tmp_path, raw, hidden):
+    mark = tmp_path / "was-run"
+    contents = {**TENSORS, "z": _Malicious(mark)} if hidden else _Malicious(mark)
+    path = tmp_path / "pytorch_model.bin"
+    if raw:
+        path.write_bytes(pickle.dumps(contents))
+    else:
+        torch.save(contents, path)
+    with pytest.raises(ConversionError, match=r"pytorch_model\.bin") as error:
+        read_checkpoint(tmp_path)
+    assert not mark.exists()
+    assert "\n" not in str(error.value)
+    assert raw or "without running it" in str(error.value)
+    # The pickle is no dud: it was the refusal that kept it from running.
+    pickle.loads(path.read_bytes()) if raw else torch.load(path, weights_only=False)
+    assert mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ([torch.ones(1)], "holds a list"),
+        ({"a": torch.ones(1), "epoch": 3}, "not plain tensors: epoch"),
+        ({"model": {"a": torch.ones(1)}}, "not plain tensors: model"),
+        ({5: torch.ones(1)}, "not plain tensors: 5"),
+        ({"a": torch.eye(3).to_sparse()}, "not plain tensors: a"),
+        ({"a": torch.empty(3, device="meta")}, "not plain tensors: a"),
+    ],
+)
+def test_a_pickle_of_other_things(tmp_path, contents, message):
+    torch.save(contents, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConversionError, match=message):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+@pytest.mark.parametrize("keep", [0, 10, 300])
+def test_a_truncated_file(tmp_path, form, keep):
+    write_weights(tmp_path, TENSORS, form)
+    path = next(tmp_path.iterdir())
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ConversionError, match=path.name):
+        read_checkpoint(tmp_path)
+
+
+def test_an_archive_that_is_no_checkpoint(tmp_path):
+    with zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w") as archive:
+        archive.writestr("hello.txt", "hello")
+    with pytest.raises(ConversionError, match="not a readable PyTorch checkpoint"):
+        read_checkpoint(tmp_path)
+
+
+def test_an_unsupported_dtype(tmp_path):
+    save_file({"a": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConversionError, match="a in model.safetensors has the unsupported type F8_E4M3"):
+        read_checkpoint(tmp_path)
+
+
+def test_no_weights(tmp_path):
+    with pytest.raises(ConversionError, match="No weights in"):
+        read_checkpoint(tmp_path)
+    (tmp_path / "mm_projector.bin").touch()
+    with pytest.raises(ConversionError, match="holds the projector only"):
+        read_checkpoint(tmp_path)

@@ -1,0 +1,128 @@
+"""config.json of a released checkpoint, key by key."""
+
+import pytest
+from transformers import CLIPVisionConfig, SiglipVisionConfig
+
+from tests.checkpoint_fixture import LLAVA_KEYS, TEXT, TEXT_TYPES, TOWER
+from transformers_delta_llava.conversion import ConversionError, convert_config
+from transformers_delta_llava.conversion.config_map import Vocabulary, grown_vocabulary, unused_keys
+from transformers_delta_llava.conversion.language_models import LANGUAGE_MODELS, default_chat_template
+
+
+CONFIG = {**TEXT, **LLAVA_KEYS, "model_type": "llava_llama", "mm_vision_tower": "openai/clip-vit-large-patch14-336"}
+VISION = CLIPVisionConfig(**TOWER)
+
+
+def test_a_released_config():
+    config = convert_config({**CONFIG, "scale_factor": 4, "rms_norm_eps": 1e-5, "rope_theta": 5000.0}, VISION)
+    assert config.scale_factor == 4
+    assert config.projector_layout == "released"
+    assert config.vision_feature_layer == -2
+    assert config.vision_feature_levels == [12, 16, 22, 23]
+    assert config.vision_feature_select_strategy == "default"
+    assert config.text_config.model_type == "llama"
+    assert config.text_config.rms_norm_eps == 1e-5
+    assert config.text_config.rope_parameters["rope_theta"] == 5000.0
+    assert config.text_config.num_key_value_heads == 2
+    assert config.vision_config.image_size == 32
+    assert config.image_seq_length == 4
+    # The image token comes after the 320 tokens of the language model, and the table is filled up.
+    assert (config.image_token_id, config.text_config.vocab_size) == (320, 384)
+    assert not hasattr(config.text_config, "mm_vision_tower")
+
+
+def test_a_given_vocabulary():
+    config = convert_config(CONFIG, VISION, Vocabulary(size=320, image_token_id=300, pad_token_id=301))
+    assert (config.image_token_id, config.text_config.vocab_size, config.text_config.pad_token_id) == (300, 320, 301)
+
+
+@pytest.mark.parametrize(("rows", "needed", "size"), [(320, 320, 320), (320, 100, 320), (320, 321, 384), (63, 64, 64)])
+def test_tables_grow_only_when_they_must(rows, needed, size):
+    assert grown_vocabulary(rows, needed) == size
+
+
+@pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
+def test_every_family(model_type):
+    config = convert_config({**CONFIG, "model_type": model_type}, VISION)
+    assert config.text_config.model_type == TEXT_TYPES[model_type]
+    assert config.text_config.hidden_size == TEXT["hidden_size"]
+    assert config.tie_word_embeddings is (model_type == "llava_gemma")
+
+
+def test_a_siglip_tower_has_no_class_token():
+    config = convert_config(CONFIG, SiglipVisionConfig(**TOWER))
+    assert config.vision_feature_select_strategy == "full"
+
+
+def test_another_select_layer():
+    assert convert_config({**CONFIG, "mm_vision_select_layer": -4}, VISION).vision_feature_layer == -4
+
+
+@pytest.mark.parametrize("width", [None, 128, 512])
+def test_mm_hidden_size_may_count_one_level_or_all(width):
+    assert convert_config({**CONFIG, "mm_hidden_size": width}, VISION).vision_config.hidden_size == 128
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llava_mpt"}, "model_type='llava_mpt'.*llava_llama, llava_mistral"),
+        ({"model_type": None}, "model_type=None"),
+        ({"model_type": ["llama"]}, "model_type="),
+        ({"scale_factor": None}, "no scale_factor"),
+        ({"scale_factor": "2"}, "no scale_factor"),
+        ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature='cls_patch'.*must be 'patch'"),
+        ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type='spatial_unpad'.*'flat'"),
+        ({"mm_use_im_start_end": True}, "mm_use_im_start_end=True"),
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio='anyres'.*'pad' or 'square'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config=.*must be absent"),
+        ({"s2": True}, "s2=True"),
+        ({"mm_hidden_size": 1024}, "mm_hidden_size=1024, but the vision tower is 128 wide.*--vision-tower"),
+        ({"vocab_size": None}, "no vocab_size"),
+    ],
+)
+def test_what_is_refused(change, message):
+    with pytest.raises(ConversionError, match=message):
+        convert_config({**CONFIG, **change}, VISION)
+
+
+def test_a_scale_factor_that_the_grid_does_not_have():
+    with pytest.raises(ValueError, match="scale_factor=3.*1, 2, 4, 8"):
+        convert_config({**CONFIG, "scale_factor": 3}, VISION)
+
+
+def test_a_setting_that_the_language_model_refuses():
+    with pytest.raises(ConversionError, match="llama config is not usable"):
+        convert_config({**CONFIG, "rope_scaling": {"rope_type": "strange"}, "hidden_size": "wide"}, VISION)
+
+
+def test_keys_are_used_ignored_for_a_reason_or_reported():
+    ignored, unknown = unused_keys({**CONFIG, "mm_new_thing": 1, "auto_map": {"AutoConfig": "evil.Config"}})
+    assert unknown == ["auto_map", "mm_new_thing"]
+    assert set(ignored) == {
+        "freeze_mm_mlp_adapter",
+        "mm_projector_lr",
+        "mm_projector_type",
+        "mm_use_im_patch_token",
+        "tokenizer_padding_side",
+        "tune_mm_mlp_adapter",
+        "use_mm_proj",
+    }
+    assert all(ignored.values())
+
+
+@pytest.mark.parametrize(
+    ("config", "template"),
+    [
+        ({"model_type": "llava_llama"}, "vicuna_v1"),
+        ({"model_type": "llava_llama", "_name_or_path": "lmsys/vicuna-7b-v1.5"}, "vicuna_v1"),
+        ({"model_type": "llava_llama", "_name_or_path": "meta-llama/Llama-2-7b-chat-hf"}, "llama_2"),
+        ({"model_type": "llava_llama", "_name_or_path": "NousResearch/Nous-Hermes-2-Yi-34B"}, "hermes"),
+        ({"model_type": "llava_llama", "_name_or_path": "/data/llama-2/vicuna"}, "vicuna_v1"),
+        ({"model_type": "llava_mistral"}, "llama_2"),
+        ({"model_type": "llava_qwen2", "_name_or_path": "hermes"}, "chatml"),
+        ({"model_type": "llava_phi3"}, "phi_3"),
+    ],
+)
+def test_the_prompt_format_follows_the_language_model(config, template):
+    assert default_chat_template(config) == template

@@ -1,0 +1,311 @@
+"""A whole checkpoint becomes a whole repo."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.checkpoint_fixture import (
+    TEXT_TYPES,
+    Recipe,
+    write_checkpoint,
+    write_tokenizer,
+    write_tower,
+    write_weights,
+)
+from transformers_delta_llava import DeltaLlavaForConditionalGeneration, modeling, processing
+from transformers_delta_llava.conversion import ConversionError, convert_checkpoint, convert_state_dict
+from transformers_delta_llava.conversion.checkpoint_reader import read_checkpoint
+
+
+def stored(repo: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor.load() for name, tensor in read_checkpoint(repo).tensors.items()}
+
+
+def assert_holds(repo: Path, source: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> None:
+    """Every tensor of the source is in the repo, bit for bit, and nothing else; grown tables start with the source's rows."""
+    tensors, expected = stored(repo), convert_state_dict(source)
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        value = tensors[name]
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            value = value[: len(tensor)]
+        assert torch.equal(value, tensor if dtype is None else tensor.to(dtype)), name
+        assert value.dtype == (dtype or tensor.dtype)
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("tower", [True, False])
+@pytest.mark.parametrize(("form", "shards"), [("safetensors", 1), ("safetensors", 3), ("bin", 1), ("bin", 2)])
+def test_every_form_of_a_checkpoint(tmp_path, form, shards, tower):
+    tensors = write_checkpoint(tmp_path / "source", form=form, shards=shards, tower=tower)
+    report = convert_checkpoint(tmp_path / "source", tmp_path / "out")
+    if not tower:
+        inner = read_checkpoint(tmp_path / "vision-tower").tensors
+        tensors |= {f"model.vision_tower.vision_tower.{name}": tensor.load() for name, tensor in inner.items()}
+    assert_holds(tmp_path / "out", tensors)
+    assert report.tensors_written == len(tensors)
+    assert bool(report.vision_tower_files) is not tower
+
+
+@pytest.mark.parametrize("model_type", TEXT_TYPES)
+def test_every_language_model(tmp_path, model_type):
+    dtype = torch.bfloat16
+    tensors = write_checkpoint(tmp_path / "source", model_type=model_type, dtype=dtype, text={"vocab_size": 299})
+    convert_checkpoint(tmp_path / "source", tmp_path / "out")
+    assert_holds(tmp_path / "out", tensors)
+    model, info = DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    assert model.dtype is dtype
+    assert model.config.text_config.model_type == TEXT_TYPES[model_type]
+    assert model.get_input_embeddings().weight.shape[0] == 320
+    tied = model.lm_head.weight is model.get_input_embeddings().weight
+    assert tied is (model_type == "llava_gemma")
+    pixels = torch.randn(1, 3, 32, 32, dtype=dtype)
+    ids = torch.tensor([[1, *[model.config.image_token_id] * 16, 5, 6]])
+    answer = model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert answer.shape == (1, 22)
+    assert answer[0, 19:].max() < 299
+
+
+def test_a_siglip_tower_without_its_head(tmp_path):
+    tensors = write_checkpoint(tmp_path / "source", tower_type="siglip")
+    tensors = {name: tensor for name, tensor in tensors.items() if ".vision_model.head." not in name}
+    write_weights(tmp_path / "source", tensors)
+    convert_checkpoint(tmp_path / "source", tmp_path / "out")
+    assert_holds(tmp_path / "out", tensors)
+    processor = json.loads((tmp_path / "out" / "processor_config.json").read_text())
+    assert processor["image_processor"]["image_processor_type"] == "SiglipImageProcessor"
+    _, info = DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+
+
+@pytest.mark.parametrize(("given", "dtype"), [("bfloat16", torch.bfloat16), (torch.float16, torch.float16)])
+def test_casting(pristine, tmp_path, given, dtype):
+    report = convert_checkpoint(pristine / "llava-tiny", tmp_path / "out", dtype=given)
+    source = {name: tensor.load() for name, tensor in read_checkpoint(pristine / "llava-tiny").tensors.items()}
+    assert_holds(tmp_path / "out", source, dtype)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    assert list(report.dtypes) == [str(dtype).removeprefix("torch.")]
+    assert "cast to" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_mixed_dtypes_are_kept(source, tmp_path):
+    tensors = {name: tensor.load() for name, tensor in read_checkpoint(source).tensors.items()}
+    tensors = {name: t if "mm_projector" in name else t.bfloat16() for name, t in tensors.items()}
+    write_weights(source, tensors)
+    report = convert_checkpoint(source, tmp_path / "out")
+    assert_holds(tmp_path / "out", tensors)
+    assert report.dtypes == {"float32": 45, "bfloat16": len(tensors) - 45}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_shards(pristine, tmp_path):
+    report = convert_checkpoint(pristine / "llava-tiny", tmp_path / "out", max_shard_size="4MB")
+    assert len(report.weight_files) > 2
+    source = {name: tensor.load() for name, tensor in read_checkpoint(pristine / "llava-tiny").tensors.items()}
+    assert_holds(tmp_path / "out", source)
+    assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+
+
+def test_the_files_of_a_repo(repo):
+    code = {"configuration_delta_llava.py", "projector_delta_llava.py", "modeling_delta_llava.py"}
+    code |= {"processing_delta_llava.py"}
+    others = "config.json generation_config.json processor_config.json tokenizer.json tokenizer_config.json README.md"
+    others += " chat_template.jinja conversion.json model.safetensors"
+    assert set(files(repo)) == code | set(others.split())
+    for package in (modeling, processing):
+        for file in Path(package.__file__).parent.glob("*_delta_llava.py"):
+            assert (repo / file.name).read_bytes() == file.read_bytes()
+    config = json.loads((repo / "config.json").read_text())
+    assert config["model_type"] == "delta_llava"
+    assert config["architectures"] == ["DeltaLlavaForConditionalGeneration"]
+    head = "modeling_delta_llava.DeltaLlavaForConditionalGeneration"
+    expected = {
+        "AutoConfig": "configuration_delta_llava.DeltaLlavaConfig",
+        "AutoModel": "modeling_delta_llava.DeltaLlavaModel",
+        "AutoModelForImageTextToText": head,
+        "AutoModelForMultimodalLM": head,
+    }
+    assert expected.items() <= config["auto_map"].items()
+    processor = json.loads((repo / "processor_config.json").read_text())
+    assert processor["processor_class"] == "DeltaLlavaProcessor"
+    assert processor["auto_map"] == {"AutoProcessor": "processing_delta_llava.DeltaLlavaProcessor"}
+    assert (processor["num_visual_tokens"], processor["visual_token_budgets"]) == (16, [64, 16, 4, 1])
+    assert processor["do_pad"] is True
+
+
+def test_pictures_are_padded_as_the_checkpoint_was_trained(source, edit_config, tmp_path):
+    edit_config(image_aspect_ratio="square")
+    convert_checkpoint(source, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "processor_config.json").read_text())["do_pad"] is False
+
+
+def test_the_report(pristine, source, edit_config, tmp_path):
+    edit_config(mm_new_thing=1, _name_or_path="lmsys/vicuna-7b-v1.5")
+    (source / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.9}')
+    tensors = {name: tensor.load() for name, tensor in read_checkpoint(source).tensors.items()}
+    write_weights(source, {**tensors, "model.mm_projector.pos_embed": torch.zeros(4, 4)}, shards=2)
+    (source / "model.safetensors").unlink()
+    seen = []
+    report = convert_checkpoint(source, tmp_path / "out", progress=lambda done, total: seen.append(done / total))
+    assert seen[-1] == 1
+    assert report.source == "llava-tiny"
+    assert report.vision_tower == "vision-tower"
+    assert report.base_models == ["lmsys/vicuna-7b-v1.5"]
+    assert report.tensors_used == len(tensors) == report.tensors_written
+    assert list(report.tensors_ignored) == ["model.mm_projector.pos_embed"]
+    assert report.config_keys_unknown == ["mm_new_thing"]
+    assert len(report.warnings) == 2
+    assert "mm_new_thing" in report.warnings[1]
+    assert report.source_files == files(source)
+
+    written = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert written["source"] == {"name": "llava-tiny", "sha256": files(source)}
+    assert written["tensors"]["used"] == len(tensors)
+    assert written["tensors"]["ignored"].keys() == {"model.mm_projector.pos_embed"}
+    assert written["versions"]["torch"] == torch.__version__
+    card = (tmp_path / "out" / "README.md").read_text()
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["base_model"] == ["lmsys/vicuna-7b-v1.5"]
+
+
+def test_no_path_of_this_machine_is_published(source, edit_config, tmp_path):
+    write_tower(tmp_path / "towers" / "my-tower")
+    write_tokenizer(tmp_path / "tokenizers" / "mine")
+    (tmp_path / "mine.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    edit_config(_name_or_path=str(tmp_path / "base"), mm_vision_tower=str(tmp_path / "towers" / "my-tower"))
+    paths = {"tokenizer": tmp_path / "tokenizers" / "mine", "chat_template": str(tmp_path / "mine.jinja")}
+    report = convert_checkpoint(source, tmp_path / "out", **paths)
+    assert report.chat_template == "mine.jinja"
+    assert report.base_models == []
+    for path in (tmp_path / "out").iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path.name
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(pristine, repo, tmp_path):
+    convert_checkpoint(pristine / "llava-tiny", tmp_path / repo.name)
+    assert files(tmp_path / repo.name) == files(repo)
+
+
+def test_overwriting(repo, source, tmp_path):
+    output = shutil.copytree(repo, tmp_path / "out")
+    (output / "old-file").touch()
+    with pytest.raises(ConversionError, match="--overwrite"):
+        convert_checkpoint(source, output)
+    assert (output / "old-file").exists()
+    convert_checkpoint(source, output, overwrite=True)
+    assert files(output).keys() == files(repo).keys()
+
+
+@pytest.mark.parametrize("place", ["", "inside"])
+def test_the_source_is_no_place_for_the_output(source, place):
+    before = files(source)
+    with pytest.raises(ConversionError, match="one folder or lie inside each other"):
+        convert_checkpoint(source, source / place, overwrite=True)
+    assert files(source) == before
+
+
+def test_the_towers_folder_is_no_place_for_the_output(source, edit_config, tmp_path):
+    write_tower(tmp_path / "tower")
+    (tmp_path / "tower" / "conversion.json").touch()
+    edit_config(mm_vision_tower=str(tmp_path / "tower"))
+    with pytest.raises(ConversionError, match="input tower are one folder"):
+        convert_checkpoint(source, tmp_path / "tower", overwrite=True)
+
+
+def test_a_failure_publishes_nothing_and_leaves_the_source_alone(source, tmp_path):
+    tensors = {name: tensor.load() for name, tensor in read_checkpoint(source).tensors.items()}
+    del tensors["model.norm.weight"]
+    write_weights(source, tensors)
+    before = files(source)
+    with pytest.raises(ConversionError, match=r"lacks.*language_model\.norm\.weight"):
+        convert_checkpoint(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["llava-tiny"]
+    assert files(source) == before
+
+
+def test_a_failure_while_writing_publishes_nothing(source, tmp_path):
+    def fail(done, total):
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        convert_checkpoint(source, tmp_path / "out", progress=fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["llava-tiny"]
+
+
+def test_the_tower_may_be_given(pristine, source, edit_config, tmp_path):
+    edit_config(mm_vision_tower="/no/such/folder")
+    with pytest.raises(ConversionError, match="vision tower /no/such/folder is not a folder"):
+        convert_checkpoint(source, tmp_path / "out")
+    convert_checkpoint(source, tmp_path / "out", vision_tower=pristine / "vision-tower")
+    edit_config(mm_vision_tower=None)
+    with pytest.raises(ConversionError, match="--vision-tower"):
+        convert_checkpoint(source, tmp_path / "out2")
+
+
+@pytest.mark.parametrize(
+    ("geometry", "message"),
+    [
+        ({"hidden_size": 256}, "mm_hidden_size=128, but the vision tower is 256 wide"),
+        ({"patch_size": 8}, r"patch_embedding\.weight is \(128, 3, 4, 4\) instead of \(128, 3, 8, 8\)"),
+        ({"image_size": 64}, "position_embedding.weight is"),
+        ({"num_hidden_layers": 12}, "vision_feature_levels"),
+    ],
+)
+def test_a_tower_that_disagrees_is_refused(source, tmp_path, geometry, message):
+    write_tower(tmp_path / "tower", **geometry)
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(source, tmp_path / "out", vision_tower=tmp_path / "tower")
+
+
+def test_the_tokenizer_may_be_given(source, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink()
+    with pytest.raises(ConversionError, match="brings no tokenizer.*--tokenizer"):
+        convert_checkpoint(source, tmp_path / "out")
+    write_tokenizer(tmp_path / "tokenizer")
+    convert_checkpoint(source, tmp_path / "out", tokenizer=str(tmp_path / "tokenizer"))
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "dtype='int8' is not one of float32, bfloat16, float16"),
+        ({"dtype": torch.int8}, "is not one of"),
+        ({"max_shard_size": "lots"}, "max_shard_size='lots'"),
+        ({"chat_template": "vicuna_v9"}, "vicuna_v9 is neither a file nor one of vicuna_v1"),
+    ],
+)
+def test_options_are_checked(source, tmp_path, options, message):
+    with pytest.raises(ConversionError, match=message):
+        convert_checkpoint(source, tmp_path / "out", **options)
+
+
+def test_prompt_formats(source, tmp_path):
+    assert convert_checkpoint(source, tmp_path / "a").chat_template == "vicuna_v1"
+    convert_checkpoint(source, tmp_path / "b", chat_template="chatml")
+    assert "<|im_start|>" in (tmp_path / "b" / "chat_template.jinja").read_text()
+    own = tmp_path / "own.jinja"
+    own.write_text("{% for message in messages %}{{ raise_exception('no') }}{% endfor %}")
+    with pytest.raises(ConversionError, match="own.jinja does not render a conversation: no"):
+        convert_checkpoint(source, tmp_path / "c", chat_template=str(own))
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    with pytest.raises(ConversionError, match="is not a folder with a config.json"):
+        convert_checkpoint(tmp_path / "nowhere", tmp_path / "out")
+    folder = tmp_path / "projector-only"
+    write_checkpoint(folder, Recipe(tower=False))
+    tensors = {name: tensor.load() for name, tensor in read_checkpoint(folder).tensors.items()}
+    write_weights(folder, {name: tensor for name, tensor in tensors.items() if "mm_projector" in name})
+    with pytest.raises(ConversionError, match="no language model"):
+        convert_checkpoint(folder, tmp_path / "out")

@@ -1,0 +1,134 @@
+"""Finding a vision tower, and refusing what is none."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoint_fixture import write_tower, write_weights
+from transformers_delta_llava.conversion import ConversionError, hub
+from transformers_delta_llava.conversion.vision_tower import KNOWN_TOWERS, adapt_to_weights, load_vision_tower
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("tower_type", ["clip", "siglip"])
+def test_a_folder(tmp_path, tower_type, whole):
+    tensors = write_tower(tmp_path / "my-tower", tower_type, whole=whole)
+    tower = load_vision_tower(str(tmp_path / "my-tower"), with_weights=True)
+    assert tower.name == "my-tower"
+    assert tower.config.model_type == f"{tower_type}_vision_model"
+    assert (tower.config.hidden_size, tower.config.image_size) == (128, 32)
+    assert tower.checkpoint.tensors.keys() == tensors.keys()
+    assert all(torch.equal(tower.checkpoint.tensors[name].load(), tensors[name]) for name in tensors)
+
+
+def test_names_without_the_inner_level_and_old_buffers(tmp_path):
+    tensors = write_tower(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    write_weights(tmp_path, {**tensors, "embeddings.position_ids": torch.arange(3)}, "bin")
+    tower = load_vision_tower(str(tmp_path), with_weights=True)
+    assert tower.checkpoint.tensors.keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("spec", KNOWN_TOWERS)
+def test_known_towers_need_no_download_for_their_geometry(spec):
+    tower = load_vision_tower(spec, with_weights=False)
+    assert tower.name == spec
+    assert tower.checkpoint is None
+    side = tower.config.image_size
+    processor = tower.image_processor
+    if "siglip" in spec:
+        assert (tower.config.image_size // tower.config.patch_size, tower.config.hidden_size) == (27, 1152)
+        assert processor["size"] == {"height": side, "width": side}
+        assert "crop_size" not in processor
+        assert processor["image_mean"] == [0.5, 0.5, 0.5]
+    else:
+        assert (tower.config.hidden_size, tower.config.num_hidden_layers) == (1024, 24)
+        assert processor["size"] == {"shortest_edge": side}
+        assert processor["crop_size"] == {"height": side, "width": side}
+        assert [int(mean * 255) for mean in processor["image_mean"]] == [122, 116, 104]
+
+
+def test_the_folders_own_preprocessing_counts(tmp_path):
+    write_tower(tmp_path)
+    own = {"image_mean": [0.1, 0.2, 0.3], "size": 32, "crop_size": {"height": 32, "width": 32}, "auto_map": {"A": "b"}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**own, "image_processor_type": "Evil"}))
+    processor = load_vision_tower(str(tmp_path), with_weights=False).image_processor
+    assert processor["image_mean"] == [0.1, 0.2, 0.3]
+    assert processor["size"] == {"shortest_edge": 32}
+    assert processor["image_processor_type"] == "CLIPImageProcessor"
+    assert "auto_map" not in processor
+
+
+@pytest.mark.parametrize("size", [336, {"shortest_edge": 336}])
+def test_preprocessing_of_another_size_is_refused(tmp_path, size):
+    write_tower(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": size}))
+    with pytest.raises(ConversionError, match="image_size=32.*336"):
+        load_vision_tower(str(tmp_path), with_weights=False)
+
+
+def test_what_is_no_tower(tmp_path):
+    with pytest.raises(ConversionError, match="has no config.json"):
+        load_vision_tower(str(tmp_path), with_weights=False)
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ConversionError, match="model_type='vit'; use one of clip, siglip"):
+        load_vision_tower(str(tmp_path), with_weights=False)
+    with pytest.raises(ConversionError, match="not a folder, and not a Hub id"):
+        load_vision_tower(str(tmp_path / "nowhere"), with_weights=False)
+
+
+def test_the_siglip_head_is_optional(tmp_path):
+    names = write_tower(tmp_path, "siglip").keys()
+    config = load_vision_tower(str(tmp_path), with_weights=False).config
+    adapt_to_weights(config, names)
+    assert config.vision_use_head is True
+    adapt_to_weights(config, [name for name in names if not name.startswith("head.")])
+    assert config.vision_use_head is False
+
+
+def test_a_hub_id_is_downloaded_safetensors_first(tmp_path, monkeypatch):
+    repo = tmp_path / "repo"
+    tensors = write_tower(repo)
+    asked = []
+
+    def snapshot_download(repo_id, allow_patterns):
+        asked.append((repo_id, allow_patterns))
+        cache = tmp_path / "cache"
+        cache.mkdir(exist_ok=True)
+        for pattern in allow_patterns:
+            for file in repo.glob(pattern):
+                shutil.copy(file, cache)
+        return str(cache)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    tower = load_vision_tower("owner/tower", with_weights=True)
+    assert tower.name == "owner/tower"
+    assert tower.checkpoint.tensors.keys() == tensors.keys()
+    assert [repo_id for repo_id, _ in asked] == ["owner/tower"]
+    assert not any("bin" in pattern for pattern in asked[0][1])
+
+    shutil.rmtree(tmp_path / "cache")
+    (repo / "model.safetensors").unlink()
+    write_weights(repo, tensors, "bin")
+    assert load_vision_tower("owner/tower", with_weights=True).checkpoint.tensors.keys() == tensors.keys()
+
+
+def test_the_hub_out_of_reach(monkeypatch):
+    def snapshot_download(repo_id, allow_patterns):
+        raise OSError("no network\nand a long story")
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    with pytest.raises(ConversionError, match=r"owner/tower is not a folder here, .*\(no network\); pass the path"):
+        load_vision_tower("owner/tower", with_weights=False)
+
+
+def test_names_to_publish_hold_no_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub.public_name("openai/clip-vit-large-patch14-336") == "openai/clip-vit-large-patch14-336"
+    assert hub.public_name(str(tmp_path / "tower")) == "tower"
+    Path("local/tower").mkdir(parents=True)
+    assert hub.public_name("local/tower") == "tower"
+    assert hub.public_name("../tower/") == "tower"

@@ -1,0 +1,82 @@
+"""One forward pass of the `paper` layout, what flowed through it, and the same chain by the equations."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tests.modeling import paper_equations as paper
+from tests.modeling.projector_cases import drawn_inputs, projector, projector_config
+from tests.reference import oracle
+from tests.reference.goldens import difference
+
+
+TOLERANCE = 1e-10  # float64; the float32 position table is the same on both sides
+
+
+class Flow:
+    """One forward pass and what went in and out of its submodules, by the symbols of the paper."""
+
+    def __init__(self, fields: dict[str, Any], scale_factor: int = 2, attention: str = "sdpa"):
+        self.config = projector_config(projector_layout="paper", attention=attention, **({"grid": 12} | fields))
+        self.module = projector(self.config)
+        self.p = {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+        self.z, *self.levels = drawn_inputs(self.config)
+        self.side = self.config.grid_size // scale_factor
+        seen: dict[str, Any] = {}
+
+        def keep(module: nn.Module, source: str | None, result: str | None) -> RemovableHandle:
+            """Records what first goes into and comes out of a module."""
+
+            def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+                for name, value in ((source, inputs if len(inputs) == 3 else inputs[0]), (result, output)):
+                    if name:
+                        seen.setdefault(name, value)
+
+            return module.register_forward_hook(hook)
+
+        hooks = [
+            keep(self.module.refine, "interpolated", "refined"),
+            keep(self.module.qkv_proj if self.shares_all else self.module.q_proj, "q_hat", "q0"),
+            keep(self.module.block, "block input", "q"),
+            keep(self.module.window_attention, "memory", "y"),
+            keep(self.module.out_proj, "t", None),
+        ]
+        with torch.no_grad():
+            self.output = self.module(self.z, self.levels, scale_factor)
+        for hook in hooks:
+            hook.remove()
+        self.seen = seen
+
+    @property
+    def shares_all(self) -> bool:
+        return self.config.delta_sharing == "all"
+
+    @property
+    def block_sizes(self) -> tuple[int, int]:
+        return self.config.projector_head_dim, self.config.projector_sr_ratio
+
+    def projected(self, role: str, x: Tensor, *level: int) -> Tensor:
+        if self.shares_all:
+            return paper.project(paper.below(self.p, "qkv_proj"), x, "qkv".index(role), *level)
+        return paper.project(paper.below(self.p, f"{role}_proj"), x, *level)
+
+
+def whole(flow: Flow, use_emhsa: bool = True, use_block: bool = True) -> Tensor:
+    """Equations (3) to (11) one after another, from the inputs alone."""
+    table = oracle.position_table(flow.config.grid_size, flow.z.shape[-1])
+    q = paper.refine(
+        paper.below(flow.p, "refine"), paper.interpolated(flow.z, flow.side), *flow.block_sizes, use_emhsa=use_emhsa
+    )
+    q = flow.projected("q", q + oracle.resize_positions(table, flow.side).double())
+    if use_block:
+        q = paper.cascade(paper.below(flow.p, "block"), q, *flow.block_sizes, use_emhsa=use_emhsa)
+    keys, values = ([flow.projected(role, z, i) for i, z in enumerate(flow.levels)] for role in "kv")
+    heads = flow.config.projector_num_attention_heads or 1
+    y = paper.window_attention(q, keys, values, heads, flow.config.projector_window_size)
+    return paper.linear(flow.p, "out_proj", paper.feed_forward(flow.p, y))
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    assert difference(actual, expected) <= TOLERANCE

@@ -1,0 +1,478 @@
+import copy
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionModel,
+    LlamaConfig,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from tests.tiny import IMAGE_TOKEN_ID, TEXT, VISION, left_pad, prompt, tiny_config
+from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaModel
+
+
+LANGUAGE_MODELS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi3", "seed_oss")
+
+
+def make_model(config=None, seed=0):
+    torch.manual_seed(seed)
+    return DeltaLlavaForConditionalGeneration(config or tiny_config()).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def pixel_values():
+    return torch.randn(5, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def mixed_batch(pixel_values):
+    """Four prompts: one image, two images, none, two images with other budgets; as a batch and one by one."""
+    rows = [([9], [0]), ([36, 4], [1, 2]), ([], []), ([1, 144], [3, 4])]
+    ids = [prompt(budgets, seed=index) for index, (budgets, _) in enumerate(rows)]
+    images = {
+        "pixel_values": pixel_values,
+        "num_visual_tokens": torch.tensor([b for budgets, _ in rows for b in budgets]),
+    }
+    singles = []
+    for row, (budgets, chosen) in zip(ids, rows):
+        single = {"input_ids": row[None], "attention_mask": torch.ones(1, len(row), dtype=torch.long)}
+        if chosen:
+            single |= {"pixel_values": pixel_values[chosen], "num_visual_tokens": budgets}
+        singles.append(single)
+    return {**left_pad(ids), **images}, singles
+
+
+class TestBatches:
+    @torch.no_grad()
+    def test_logits_of_a_mixed_batch_equal_single_runs(self, model, mixed_batch):
+        batch, singles = mixed_batch
+        logits = model(**batch).logits
+        for row, single in zip(logits, singles):
+            expected = model(**single).logits[0]
+            torch.testing.assert_close(row[-len(expected) :], expected, atol=1e-4, rtol=0)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"cache_implementation": "static"},
+            {"use_cache": False},
+            {"num_beams": 3},
+            {"num_beams": 3, "num_return_sequences": 2},
+            {"prefill_chunk_size": 16},
+        ],
+        ids=str,
+    )
+    def test_generation_of_a_mixed_batch_equals_single_runs(self, model, mixed_batch, options):
+        options = {**options, "max_new_tokens": 6, "do_sample": False}
+        batch, singles = mixed_batch
+        copies = options.get("num_return_sequences", 1)
+        generated = model.generate(**batch, **options)[:, -6:].split(copies)
+        for row, single in zip(generated, singles):
+            assert torch.equal(row, model.generate(**single, **options)[:, -6:])
+
+    def test_expanding_keeps_the_images_of_a_row_together(self, model, pixel_values):
+        """What transformers calls before beams, on the versions that have not encoded the images by then."""
+        batch = left_pad([prompt([9, 4]), prompt([]), prompt([9])])
+        for inputs in (batch, {"input_ids": None, "inputs_embeds": model.get_input_embeddings()(batch["input_ids"])}):
+            input_ids, expanded = model._expand_inputs_for_generation(
+                2, **inputs, pixel_values=pixel_values[:3], num_visual_tokens=torch.tensor([9, 4, 9])
+            )
+            assert torch.equal(expanded["pixel_values"], pixel_values[[0, 1, 0, 1, 2, 2]])
+            assert expanded["num_visual_tokens"] == [9, 4, 9, 4, 9, 9]
+            assert len(input_ids if input_ids is not None else expanded["inputs_embeds"]) == 6
+
+    def test_images_are_dropped_once_they_are_in_the_cache(self, model, pixel_values):
+        kwargs = {"pixel_values": pixel_values, "num_visual_tokens": 9, "attention_mask": torch.ones(1, 3)}
+        first = model.prepare_inputs_for_generation(torch.ones(1, 3).long(), is_first_iteration=True, **kwargs)
+        later = model.prepare_inputs_for_generation(torch.ones(1, 3).long(), **kwargs)
+        uncached = model.prepare_inputs_for_generation(torch.ones(1, 3).long(), use_cache=False, **kwargs)
+        assert first["pixel_values"] is uncached["pixel_values"] is pixel_values
+        assert "pixel_values" not in later and "num_visual_tokens" not in later
+
+    def test_sampled_copies_see_the_images_of_their_own_row(self, model, pixel_values):
+        batch = left_pad([prompt([9, 9], seed=1), prompt([9], seed=2)])
+        images = {"pixel_values": pixel_values[:3], "num_visual_tokens": 9}
+        expected = model.generate(**batch, **images, max_new_tokens=4, do_sample=False)
+        copies = model.generate(**batch, **images, max_new_tokens=4, do_sample=True, top_k=1, num_return_sequences=2)
+        assert torch.equal(copies[::2], expected) and torch.equal(copies[1::2], expected)
+
+    def test_assisted_generation(self, model, pixel_values):
+        inputs = {**left_pad([prompt([9])]), "pixel_values": pixel_values[:1], "num_visual_tokens": 9}
+        expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        assert torch.equal(
+            model.generate(**inputs, max_new_tokens=6, do_sample=False, prompt_lookup_num_tokens=2), expected
+        )
+
+    def test_text_only(self, model):
+        """Without images the model is its language model."""
+        ids = prompt([])[None]
+        language_model = model.model.language_model(input_ids=ids).last_hidden_state
+        assert torch.equal(model.model(input_ids=ids).last_hidden_state, language_model)
+
+
+class TestForward:
+    def test_default_budget_is_the_configs(self, model, pixel_values):
+        ids = prompt([36])[None]
+        outputs = model(input_ids=ids, pixel_values=pixel_values[:1])
+        assert outputs.image_hidden_states.shape == (36, 48)
+        explicit = model(input_ids=ids, pixel_values=pixel_values[:1], num_visual_tokens=36)
+        assert torch.equal(outputs.logits, explicit.logits)
+
+    def test_visual_tokens_land_on_their_placeholders(self, model, pixel_values):
+        ids = prompt([4, 9])[None]
+        features = model.get_image_features(pixel_values[:2], [4, 9]).pooler_output
+        assert [tuple(tokens.shape) for tokens in features] == [(4, 48), (9, 48)]
+        embeds = model.get_input_embeddings()(ids).clone()
+        embeds[ids == IMAGE_TOKEN_ID] = torch.cat(features)
+        expected = model(inputs_embeds=embeds).logits
+        actual = model(input_ids=ids, pixel_values=pixel_values[:2], num_visual_tokens=[4, 9]).logits
+        assert torch.equal(actual, expected)
+
+    def test_placeholders_are_found_in_inputs_embeds(self, model, pixel_values):
+        ids = prompt([36])[None]
+        embeds = model.get_input_embeddings()(ids)
+        before = embeds.clone()
+        actual = model(inputs_embeds=embeds, pixel_values=pixel_values[:1]).logits
+        assert torch.equal(actual, model(input_ids=ids, pixel_values=pixel_values[:1]).logits)
+        assert torch.equal(embeds, before), "the caller's embeddings must not change"
+
+    def test_encoded_images_can_be_given_instead_of_pixels(self, model, pixel_values):
+        ids = prompt([36])[None]
+        encoded = {"image": model.get_image_features(pixel_values[:1])}
+        actual = model(input_ids=ids, mm_encoder_outputs=encoded).logits
+        assert torch.equal(actual, model(input_ids=ids, pixel_values=pixel_values[:1]).logits)
+        with pytest.raises(ValueError, match="both pixel_values and mm_encoder_outputs"):
+            model(input_ids=ids, pixel_values=pixel_values[:1], mm_encoder_outputs=encoded)
+
+    def test_logits_to_keep(self, model, pixel_values):
+        inputs = {"input_ids": prompt([36])[None], "pixel_values": pixel_values[:1]}
+        logits = model(**inputs).logits
+        torch.testing.assert_close(model(**inputs, logits_to_keep=2).logits, logits[:, -2:])
+        torch.testing.assert_close(model(**inputs, logits_to_keep=torch.tensor([0, 5])).logits, logits[:, [0, 5]])
+
+    def test_loss_is_the_shifted_cross_entropy(self, model, pixel_values):
+        ids = prompt([36])[None]
+        labels = ids.masked_fill(ids == IMAGE_TOKEN_ID, -100)
+        outputs = model(
+            input_ids=ids, pixel_values=pixel_values[:1], labels=labels, mm_token_type_ids=torch.zeros_like(ids)
+        )
+        expected = torch.nn.functional.cross_entropy(outputs.logits[0, :-1], labels[0, 1:])
+        torch.testing.assert_close(outputs.loss, expected)
+
+    def test_tuple_output(self, model, pixel_values):
+        inputs = {"input_ids": prompt([36])[None], "pixel_values": pixel_values[:1]}
+        assert torch.equal(model(**inputs, return_dict=False)[0], model(**inputs).logits)
+
+    @pytest.mark.parametrize("num_visual_tokens", [None, 36, [36, 36], torch.tensor([36, 36])], ids=str)
+    def test_forms_of_one_budget(self, model, pixel_values, num_visual_tokens):
+        features = model.get_image_features(pixel_values[:2], num_visual_tokens).pooler_output
+        assert torch.equal(
+            torch.stack(features), torch.stack(model.get_image_features(pixel_values[:2]).pooler_output)
+        )
+
+
+class TestErrors:
+    def test_wrong_number_of_placeholders(self, model, pixel_values):
+        with pytest.raises(
+            ValueError, match="The text has 35 image placeholders and the images give 36 visual tokens"
+        ):
+            model(input_ids=prompt([35])[None], pixel_values=pixel_values[:1])
+
+    def test_unknown_budget(self, model, pixel_values):
+        with pytest.raises(ValueError, match="num_visual_tokens=7: .* use one of 144, 36, 16, 9, 4, 1"):
+            model(input_ids=prompt([7])[None], pixel_values=pixel_values[:1], num_visual_tokens=7)
+
+    def test_wrong_number_of_budgets(self, model, pixel_values):
+        with pytest.raises(ValueError, match="num_visual_tokens holds 2 numbers for 1 images"):
+            model(input_ids=prompt([9])[None], pixel_values=pixel_values[:1], num_visual_tokens=[9, 9])
+
+    def test_ids_and_embeddings(self, model):
+        ids = prompt([])[None]
+        with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+            model(input_ids=ids, inputs_embeds=model.get_input_embeddings()(ids))
+        with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+            model()
+
+
+class TestVisionTower:
+    def count_layers(self, model, pixel_values):
+        runs = []
+        layers = model.model.vision_tower.encoder.layers
+        handles = [
+            layer.register_forward_hook(lambda *_, index=index: runs.append(index))
+            for index, layer in enumerate(layers, 1)
+        ]
+        outputs = model.get_image_features(pixel_values[:1])
+        for handle in handles:
+            handle.remove()
+        return runs, outputs
+
+    def test_only_layers_in_use_run_and_no_states_are_kept(self, pixel_values):
+        model = make_model(tiny_config(vision_feature_layer=2, vision_feature_levels=[0, 1]))
+        runs, outputs = self.count_layers(model, pixel_values)
+        assert runs == [1, 2]
+        assert outputs.hidden_states is None
+
+    @pytest.mark.parametrize("tower", ["clip_vision_model", "siglip_vision_model"])
+    def test_partial_run_equals_the_full_run(self, tower, pixel_values):
+        strategy = "default" if tower == "clip_vision_model" else "full"
+        levels = [0, 2, 4]
+        config = tiny_config(
+            {"model_type": tower}, vision_feature_levels=levels, vision_feature_select_strategy=strategy
+        )
+        model = make_model(config)
+        partial = model.get_image_features(pixel_values[:2])
+        full = model.get_image_features(pixel_values[:2], output_hidden_states=True)
+        assert len(full.hidden_states) == 5
+        assert torch.equal(torch.stack(partial.pooler_output), torch.stack(full.pooler_output))
+
+    def test_attentions_on_request(self, pixel_values):
+        model = make_model()
+        model.set_attn_implementation("eager")
+        outputs = model.get_image_features(pixel_values[:1], output_attentions=True)
+        assert len(outputs.attentions) == 4 and outputs.hidden_states is None
+
+    def test_another_kind_of_tower(self, pixel_values):
+        """A tower that the model does not know runs in full, through its own forward."""
+        vision = {**VISION, "model_type": "dinov2"}
+        model = make_model(tiny_config(vision))
+        assert [tokens.shape for tokens in model.get_image_features(pixel_values[:1]).pooler_output] == [(36, 48)]
+
+
+class TestAttention:
+    @torch.no_grad()
+    @pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+    def test_implementations_agree_with_sdpa(self, implementation, pixel_values):
+        model = make_model()
+        inputs = {"input_ids": prompt([36])[None], "pixel_values": pixel_values[:1]}
+        expected = model(**inputs).logits
+        model.set_attn_implementation(implementation)
+        used = {module.config._attn_implementation for module in model.modules() if hasattr(module, "is_causal")}
+        assert used == {implementation}
+        with torch.compiler.set_stance("force_eager"):  # compiling flex attention takes a minute
+            logits = model(**inputs).logits
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+    def test_of_one_part(self):
+        model = make_model()
+        model.set_attn_implementation({"vision_config": "eager"})
+        assert model.model.multi_modal_projector.block.attention.config._attn_implementation == "eager"
+        assert model.model.language_model.config._attn_implementation == "sdpa"
+
+
+class TestTraining:
+    def make_inputs(self, pixel_values):
+        ids = prompt([36, 36])[None]
+        return {"input_ids": ids, "pixel_values": pixel_values[:2], "labels": ids}
+
+    def gradients(self, model, inputs):
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+    def test_gradient_checkpointing_is_exact(self, pixel_values):
+        model = make_model(tiny_config(projector_drop_path=0.0)).train()
+        expected = {name: grad.clone() for name, grad in self.gradients(model, self.make_inputs(pixel_values)).items()}
+        model.gradient_checkpointing_enable()
+        actual = self.gradients(model, self.make_inputs(pixel_values))
+        assert actual.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(actual[name], expected[name])
+
+    def test_every_projector_parameter_learns(self, pixel_values):
+        gradients = self.gradients(make_model().train(), self.make_inputs(pixel_values))
+        for name, _ in make_model().model.multi_modal_projector.named_parameters():
+            gradient = gradients[f"model.multi_modal_projector.{name}"]
+            assert gradient.isfinite().all(), name
+            # A bias that is the same for all keys cancels in the softmax.
+            assert gradient.any() or name.endswith("k_proj.bias"), name
+
+    def test_frozen_tower_gets_no_gradient(self, pixel_values):
+        model = make_model()
+        model.model.vision_tower.requires_grad_(False)
+        gradients = self.gradients(model, self.make_inputs(pixel_values))
+        assert not any("vision_tower" in name for name in gradients)
+        assert "model.multi_modal_projector.k_proj.delta_u" in gradients
+
+    def test_stochastic_depth_only_in_training(self, pixel_values):
+        model = make_model(tiny_config(projector_drop_path=0.9))
+        features = [model.get_image_features(pixel_values).pooler_output[0] for _ in range(2)]
+        assert torch.equal(*features)
+        model.train()
+        features = [model.get_image_features(pixel_values).pooler_output[0] for _ in range(4)]
+        assert any(not torch.equal(features[0], other) for other in features[1:])
+
+
+class TestLoading:
+    def test_round_trip_of_both_models(self, model, pixel_values, tmp_path):
+        model.save_pretrained(tmp_path)
+        inputs = {"input_ids": prompt([36])[None], "pixel_values": pixel_values[:1]}
+        loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+        assert type(loaded) is DeltaLlavaForConditionalGeneration
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+        base = AutoModel.from_pretrained(tmp_path)
+        assert type(base) is DeltaLlavaModel
+        assert torch.equal(base(**inputs).last_hidden_state, model.model(**inputs).last_hidden_state)
+
+    def test_position_table_survives_the_meta_device(self, model, tmp_path):
+        """The table is in no checkpoint, and from_pretrained builds the model without memory."""
+        model.save_pretrained(tmp_path)
+        loaded = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        assert not any("position" in name for name in model.state_dict() if "multi_modal_projector" in name)
+        expected = model.model.multi_modal_projector.position.make_table()
+        torch.testing.assert_close(loaded.multi_modal_projector.position.table.float(), expected, atol=4e-3, rtol=0)
+
+    @torch.no_grad()
+    def test_half_precision_projector_between_float32_parts(self, pixel_values):
+        """Features are cast at the boundaries, so the parts may have dtypes of their own."""
+        model = make_model()
+        inputs = {"input_ids": prompt([36])[None], "pixel_values": pixel_values[:1]}
+        expected = model(**inputs).logits
+        model.model.multi_modal_projector.to(torch.bfloat16)
+        assert model.get_image_features(pixel_values[:1]).pooler_output[0].dtype == torch.bfloat16
+        logits = model(**inputs).logits
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, expected, atol=2e-2, rtol=0)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize(
+        "on_disk", [("model.vision_tower", "model.language_model"), ("model.multi_modal_projector", "lm_head")]
+    )
+    def test_offloading(self, model, pixel_values, tmp_path, on_disk):
+        model.save_pretrained(tmp_path / "model")
+        parts = ("model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head")
+        device_map = {part: "disk" if part in on_disk else "cpu" for part in parts}
+        loaded = AutoModelForImageTextToText.from_pretrained(
+            tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
+        )
+        inputs = {"input_ids": prompt([36])[None], "pixel_values": pixel_values[:1]}
+        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+
+    def test_resize_token_embeddings(self, pixel_values, tmp_path):
+        model = make_model()
+        model.resize_token_embeddings(128)
+        assert model.config.text_config.vocab_size == 128
+        inputs = {"input_ids": prompt([36])[None], "pixel_values": pixel_values[:1]}
+        assert model(**inputs).logits.shape[-1] == 128
+        model.save_pretrained(tmp_path)
+        assert AutoModelForImageTextToText.from_pretrained(tmp_path).lm_head.weight.shape[0] == 128
+
+    def test_tied_embeddings(self, tmp_path):
+        model = make_model(tiny_config(text={"tie_word_embeddings": True}))
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+        assert loaded.lm_head.weight is loaded.model.language_model.embed_tokens.weight
+        assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+    @torch.no_grad()
+    def test_compiles_without_graph_breaks(self, pixel_values):
+        model = make_model()
+        inputs = {"input_ids": prompt([36])[None], "pixel_values": pixel_values[:1]}
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+
+    def test_copies_and_pickles(self, model):
+        copied = copy.deepcopy(model)
+        assert torch.equal(
+            copied.model.multi_modal_projector.q_proj.delta_u, model.model.multi_modal_projector.q_proj.delta_u
+        )
+
+
+class TestLanguageModels:
+    @torch.no_grad()
+    @pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
+    def test_text_equals_the_plain_language_model(self, model_type, pixel_values, tmp_path):
+        torch.manual_seed(0)
+        text_config = tiny_config(text={"model_type": model_type}).text_config
+        AutoModelForCausalLM.from_config(text_config).save_pretrained(tmp_path / "text")
+        CLIPVisionModel(tiny_config().vision_config).save_pretrained(tmp_path / "vision")
+        model = DeltaLlavaForConditionalGeneration.from_vision_text_pretrained(
+            tmp_path / "vision", tmp_path / "text", image_token_id=IMAGE_TOKEN_ID, vision_feature_levels=[1, 2]
+        )
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "text")
+        text = prompt([])[None]
+        torch.testing.assert_close(model(input_ids=text).logits, plain(input_ids=text).logits)
+        inputs = {**left_pad([prompt([36])]), "pixel_values": pixel_values[:1]}
+        assert model.generate(**inputs, max_new_tokens=3).shape[1] <= inputs["input_ids"].shape[1] + 3
+        model.save_pretrained(tmp_path / "model")
+        loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+
+    def test_gemma_scales_visual_tokens_like_text(self, pixel_values):
+        """As it did when Delta-LLaVA was released: it multiplied all of inputs_embeds by sqrt(hidden_size)."""
+        model = make_model(tiny_config(text={"model_type": "gemma"}))
+        projected = []
+        model.model.multi_modal_projector.register_forward_hook(lambda *args: projected.append(args[2]))
+        features = model.get_image_features(pixel_values[:1]).pooler_output[0]
+        torch.testing.assert_close(features, projected[0][0] * 48**0.5)
+
+
+class TestFromVisionTextPretrained:
+    class Processor:
+        """What the constructor reads of a processor."""
+
+        image_token_id = 100
+        tokenizer = range(101)
+
+    @pytest.fixture
+    def text_folder(self, tmp_path):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(LlamaConfig(**TEXT)).save_pretrained(tmp_path / "text")
+        return tmp_path / "text"
+
+    def test_from_a_full_clip_model(self, text_folder, tmp_path, pixel_values):
+        text = {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "vocab_size": 9,
+        }
+        clip = CLIPModel(CLIPConfig(vision_config=VISION, text_config=text))
+        clip.save_pretrained(tmp_path / "clip")
+        model = DeltaLlavaForConditionalGeneration.from_vision_text_pretrained(
+            tmp_path / "clip", text_folder, self.Processor(), vision_feature_levels=[1, 2], delta_rank=4
+        )
+        assert model.config.image_token_id == 100
+        assert model.config.text_config.vocab_size == model.lm_head.out_features == 128
+        assert model.model.multi_modal_projector.q_proj.delta_u.shape == (64, 4)
+        assert not model.training
+        assert all(parameter.device.type == "cpu" and parameter.isfinite().all() for parameter in model.parameters())
+        expected = clip.vision_model.embeddings.patch_embedding.weight
+        assert torch.equal(model.model.vision_tower.embeddings.patch_embedding.weight, expected)
+
+    def test_from_siglip(self, text_folder, tmp_path, pixel_values):
+        config = SiglipVisionConfig(**{key: value for key, value in VISION.items() if key != "model_type"})
+        SiglipVisionModel(config).save_pretrained(tmp_path / "siglip")
+        model = DeltaLlavaForConditionalGeneration.from_vision_text_pretrained(
+            tmp_path / "siglip", text_folder, dtype=torch.bfloat16, image_token_id=99, vision_feature_levels=[1, 2]
+        )
+        assert model.config.vision_feature_select_strategy == "full"
+        assert model.dtype == model.model.multi_modal_projector.dtype == torch.bfloat16
+        assert model(input_ids=prompt([36])[None], pixel_values=pixel_values[:1]).logits.isfinite().all()
+
+    def test_needs_to_know_the_placeholder(self, text_folder, tmp_path):
+        CLIPVisionModel(tiny_config().vision_config).save_pretrained(tmp_path / "vision")
+        with pytest.raises(ValueError, match="Pass the processor, or image_token_id"):
+            DeltaLlavaForConditionalGeneration.from_vision_text_pretrained(tmp_path / "vision", text_folder)
+
+    def test_refuses_a_head_with_a_bias(self, tmp_path):
+        config = tiny_config(text={"model_type": "phi"}).text_config
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "phi")
+        with pytest.raises(ValueError, match="the head of this language model has a bias"):
+            DeltaLlavaForConditionalGeneration.from_vision_text_pretrained(
+                tmp_path, tmp_path / "phi", image_token_id=1
+            )

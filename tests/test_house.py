@@ -1,0 +1,136 @@
+"""The rules of the house that a reader of one file cannot see: who imports whom, and what must not be in the repo."""
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import transformers_delta_llava
+
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "transformers_delta_llava"
+# What each part of the package may import of the others.
+LAYERS = {
+    "modeling": set(),
+    "processing": set(),
+    "conversion": {"modeling", "processing"},
+    "cli": {"conversion", "modeling", "processing"},
+}
+# Files that are copied into Hub repos, where only what transformers brings along is sure to be installed.
+HUB_FILES = sorted([*PACKAGE.glob("modeling/[!_]*.py"), *PACKAGE.glob("processing/[!_]*.py")])
+HUB_IMPORTS = {"torch", "transformers", "numpy", "PIL"} | sys.stdlib_module_names
+PUBLIC_MODULES = (
+    "transformers_delta_llava",
+    "transformers_delta_llava.conversion",
+    "transformers_delta_llava.processing",
+)
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(level, module) of every import statement in a file; level counts the leading dots."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(0, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is None:
+            found += [(node.level, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.level, node.module or ""))
+    return found
+
+
+def tracked_files() -> list[Path]:
+    result = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in result.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*/**/*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_dependencies_point_one_way(path: Path) -> None:
+    depth = len(path.relative_to(PACKAGE).parts)
+    for level, module in imports(path):
+        assert not (level == 0 and module.startswith("transformers_delta_llava")), f"absolute import of {module}"
+        assert level <= depth, f"{'.' * level}{module} leaves the package"
+        if level == depth:  # from ..other import x, from a file in a part's folder
+            assert module.split(".")[0] in LAYERS[part(path)] | {"__version__"}, f"{part(path)} imports {module}"
+
+
+@pytest.mark.parametrize("path", HUB_FILES, ids=lambda path: path.name)
+def test_hub_files_stand_alone(path: Path) -> None:
+    siblings = {file.stem for file in path.parent.glob("*.py")} - {"__init__"}
+    for level, module in imports(path):
+        if level == 0:
+            assert module.split(".")[0] in HUB_IMPORTS, f"{module} may be missing where a repo is loaded"
+        else:
+            assert level == 1 and module in siblings, f"{'.' * level}{module} does not exist in a flat repo"
+
+
+@pytest.mark.parametrize("path", HUB_FILES, ids=lambda path: path.name)
+def test_transformers_finds_only_real_relative_imports(path: Path) -> None:
+    # transformers looks for a repo's files with regular expressions, which read docstrings too.
+    from transformers.dynamic_module_utils import get_relative_imports
+
+    assert set(get_relative_imports(path)) == {module for level, module in imports(path) if level == 1}
+
+
+def test_hub_files_are_the_files_that_are_published() -> None:
+    assert [path.name for path in HUB_FILES] == [
+        "configuration_delta_llava.py",
+        "modeling_delta_llava.py",
+        "projector_delta_llava.py",
+        "processing_delta_llava.py",
+    ]
+
+
+def test_no_path_of_a_machine_is_in_the_repo() -> None:
+    # Absolute folders of somebody's machine, and paths out of the checkout.
+    pattern = re.compile(rb"(?<![\w.:/}~-])/(?:work|root|home|Users|opt|mnt|srv)/\w|\.\./shared|file:///")
+    this_file = Path(__file__).resolve()
+    hits = [
+        f"{path.relative_to(ROOT)}: {match.group().decode()}"
+        for path in tracked_files()
+        if path.resolve() != this_file and path.suffix not in {".jpg", ".png", ".safetensors"}
+        for match in pattern.finditer(path.read_bytes())
+    ]
+    assert not hits
+
+
+def test_versions_agree() -> None:
+    version = metadata.version("transformers-delta-llava")
+    assert transformers_delta_llava.__version__ == version
+    assert re.search(rf"^## {re.escape(version)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", PUBLIC_MODULES)
+def test_public_names_are_documented(name: str) -> None:
+    module = importlib.import_module(name)
+    undocumented = [] if module.__doc__ else [name]
+    for public in module.__all__:
+        member = getattr(module, public)
+        if inspect.isclass(member) or inspect.isroutine(member):
+            undocumented += [f"{public}{suffix}" for suffix, text in documented_parts(member) if not text]
+    assert module.__all__ and not undocumented
+
+
+def documented_parts(member: object) -> list[tuple[str, str | None]]:
+    """("", docstring) of a class or function, and (".method", docstring) of the public methods that a class adds."""
+    parts = [("", member.__doc__)]
+    if inspect.isclass(member):
+        for name, attribute in vars(member).items():
+            function = getattr(attribute, "__func__", attribute)
+            adds = name == "forward" or not any(hasattr(base, name) for base in member.__mro__[1:])
+            if adds and not name.startswith("_") and (inspect.isfunction(function) or isinstance(function, property)):
+                parts.append((f".{name}", function.__doc__))
+    return parts
