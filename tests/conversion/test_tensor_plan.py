@@ -84,6 +84,14 @@ def test_wrong_shapes_are_listed(tensors):
         plan({**tensors, "model.norm.weight": torch.ones(5)})
 
 
+@pytest.mark.parametrize(
+    "name", ["model.mm_projector.q_proj_1.shared_weight.weight", "model.embed_tokens.weight", "lm_head.weight"]
+)
+def test_a_number_is_no_matrix(tensors, name):
+    with pytest.raises(ConversionError, match=r"is \(\) instead of"):
+        plan({**tensors, name: torch.tensor(1.0)}, vocabulary=Vocabulary(384, 320))
+
+
 def test_a_tower_of_another_width_is_refused(tensors):
     with pytest.raises(ConversionError, match="trained on a vision tower 128 wide, but this tower is 256 wide"):
         plan(tensors, vision={"hidden_size": 256})
