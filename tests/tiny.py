@@ -1,8 +1,11 @@
 """Tiny configs and inputs that every test of the models shares."""
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
-from transformers_delta_llava import DeltaLlavaConfig
+from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaProcessor
+from transformers_delta_llava.processing import load_chat_template
 
 
 IMAGE_TOKEN_ID = 99
@@ -59,3 +62,26 @@ def left_pad(rows: list[torch.Tensor], pad_token_id: int = 0) -> dict[str, torch
         input_ids[index, length - len(row) :] = row
         attention_mask[index, length - len(row) :] = 1
     return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def tiny_processor(config: DeltaLlavaConfig) -> DeltaLlavaProcessor:
+    """A processor for `tiny_config`: 90 letters and signs, one token each, and what a chat template needs."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {chr(33 + index): 3 + index for index in range(90)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary | {"<unk>": 93}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
+    fast.add_tokens([f"<unused{index}>" for index in range(IMAGE_TOKEN_ID - len(fast))])
+    fast.add_tokens(["<image>"], special_tokens=True)
+    side = config.vision_config.image_size
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_center_crop=True
+    )
+    return DeltaLlavaProcessor(
+        image_processor,
+        fast,
+        chat_template=load_chat_template("vicuna_v1"),
+        num_visual_tokens=config.image_seq_length,
+        visual_token_budgets=config.visual_token_budgets,
+    )

@@ -3,7 +3,7 @@
 import pytest
 from transformers import CLIPVisionConfig, SiglipVisionConfig
 
-from tests.checkpoint_fixture import LLAVA_KEYS, TEXT, TEXT_TYPES, TOWER
+from examples.make_checkpoint import LLAVA_KEYS, TEXT, TEXT_TYPES, TOWER
 from transformers_delta_llava.conversion import ConversionError, convert_config
 from transformers_delta_llava.conversion.config_map import Vocabulary, grown_vocabulary, unused_keys
 from transformers_delta_llava.conversion.language_models import LANGUAGE_MODELS, default_chat_template

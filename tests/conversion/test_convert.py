@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from tests.checkpoint_fixture import (
+from examples.make_checkpoint import (
     TEXT_TYPES,
     Recipe,
     write_checkpoint,

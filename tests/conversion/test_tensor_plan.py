@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig
 
-from tests.checkpoint_fixture import LLAVA_KEYS, TEXT, TOWER, Recipe, checkpoint_tensors, write_tower
+from examples.make_checkpoint import LLAVA_KEYS, TEXT, TOWER, Recipe, checkpoint_tensors, write_tower
 from transformers_delta_llava.conversion import ConversionError, convert_config, convert_state_dict
 from transformers_delta_llava.conversion.checkpoint_reader import Checkpoint, LazyTensor
 from transformers_delta_llava.conversion.config_map import Vocabulary

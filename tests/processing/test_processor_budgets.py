@@ -227,7 +227,9 @@ def test_texts_and_images_that_do_not_fit_are_refused(
 ) -> None:
     image = make_picture()
     images = None if rows is None else [[image] * n for n in rows] if isinstance(rows, list) else [image] * rows
-    with pytest.raises(ValueError, match=f"The number of <image> and of images differ: {message}"):
+    with pytest.raises(
+        ValueError, match=f"tokens in the prompts should be the same as the number of images: {message}"
+    ):
         processor(images=images, text=texts)
 
 
@@ -243,6 +245,7 @@ def test_text_must_be_strings(processor: Any, text: Any) -> None:
 def test_other_modalities_are_refused(processor: Any, modality: str) -> None:
     with pytest.raises(ValueError, match="images and text, no videos and no audio"):
         processor(text="hi", **{modality: np.zeros((2, 8, 8, 3))})
+    assert set(processor(text="hi", **{modality: []})) == {"input_ids", "attention_mask"}
 
 
 def test_nothing_at_all_is_refused(processor: Any) -> None:

@@ -107,7 +107,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
     ) -> tuple[Any, Any, Any, Any]:
         """Decode every image, whatever it came as, to 8-bit RGB, and keep BOS from being added twice."""
-        if videos is not None or audio is not None:
+        if _flatten(videos) or _flatten(audio):
             raise ValueError("DeltaLlavaProcessor takes images and text, no videos and no audio.")
         layout = _call_option(kwargs, "images_kwargs", "input_data_format")
         rescaled = _call_option(kwargs, "images_kwargs", "do_rescale") is False
@@ -137,16 +137,13 @@ class DeltaLlavaProcessor(ProcessorMixin):
                 raise ValueError("`text` must be a string or a list of strings.")
             wanted = [sample.count(self.image_token) for sample in text]
             given = [len(row) for row in images] if _is_nested(images) else []
+            rule = f"The number of {self.image_token} tokens in the prompts should be the same as the number of images"
             if len(given) == len(wanted) and given != wanted:
                 row = next(row for row in range(len(wanted)) if given[row] != wanted[row])
-                raise ValueError(
-                    f"The number of {self.image_token} and of images differ: text {row} holds {wanted[row]}, but "
-                    f"{given[row]} images came for it."
-                )
+                raise ValueError(f"{rule}: text {row} holds {wanted[row]}, but {given[row]} images came for it.")
             if sum(wanted) != len(_flatten(images)):
                 raise ValueError(
-                    f"The number of {self.image_token} and of images differ: the text holds {sum(wanted)}, but "
-                    f"{len(_flatten(images))} images came with it."
+                    f"{rule}: the text holds {sum(wanted)}, but {len(_flatten(images))} images came with it."
                 )
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
@@ -213,7 +210,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
 
         side = max(image.size)
         left, top = (side - image.width) // 2, (side - image.height) // 2
-        colour = tuple(int(channel * 255) for channel in np.broadcast_to(option("image_mean") or 0.0, 3))
+        mean = option("image_mean")
+        colour = tuple(int(channel * 255) for channel in np.broadcast_to(0.0 if mean is None else mean, 3))
         size, resample = _square_target(option("size")), option("resample")
         if not option("do_resize") or size is None or not isinstance(resample, int):
             square = Image.new("RGB", (side, side), colour)

@@ -1,0 +1,114 @@
+"""A saved model is a Hub repo: other processes load it with `trust_remote_code`, with or without this package."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+import transformers_delta_llava
+from tests.tiny import prompt, tiny_config, tiny_processor
+from transformers_delta_llava import DeltaLlavaForConditionalGeneration
+
+
+CODE = {
+    "configuration_delta_llava.py",
+    "modeling_delta_llava.py",
+    "processing_delta_llava.py",
+    "projector_delta_llava.py",
+}
+
+LOAD_ALL = """
+import importlib.util, json, sys
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor, pipeline
+
+folder, saved = sys.argv[1:]
+inputs = torch.load(f"{folder}/inputs.pt")
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+base = AutoModel.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+any_to_any = AutoModelForMultimodalLM.from_pretrained(folder, trust_remote_code=True)
+with torch.no_grad():
+    torch.save(model(**inputs).logits, f"{folder}/logits.pt")
+    torch.save(base(**inputs).last_hidden_state, f"{folder}/states.pt")
+
+chat = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (30, 20))}, {"type": "text", "text": "?"}]}]
+pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
+answer = pipe(text=chat, max_new_tokens=3, return_full_text=False, processor_kwargs={"num_visual_tokens": 4})
+model.save_pretrained(saved)
+processor.save_pretrained(saved)
+print(json.dumps({
+    "installed": importlib.util.find_spec("transformers_delta_llava") is not None,
+    "modules": [type(part).__module__ for part in (config, processor, base, model, any_to_any)],
+    "image_seq_length": config.image_seq_length,
+    "tokens": processor(text="<image>", images=Image.new("RGB", (9, 9)), num_visual_tokens=9)["input_ids"][0].count(99),
+    "answer": answer[0]["generated_text"],
+}))
+"""
+
+
+def load_all(folder: Path, saved: Path, tmp_path: Path, installed: bool) -> dict:
+    """Load `folder` through every Auto class in another process, which leaves its results in it.
+
+    An editable install is a .pth file, which Python reads in its `site` module: `-S` leaves it out.
+    """
+    paths = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    if installed:
+        paths.insert(0, str(Path(transformers_delta_llava.__file__).parents[1]))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(tmp_path / f"modules-{folder.name}-{installed}"),
+    }
+    before = "import transformers_delta_llava\n" if installed else ""
+    command = [sys.executable, "-S", "-c", before + LOAD_ALL, str(folder), str(saved)]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def repo(tmp_path_factory):
+    """A folder written by `save_pretrained`, with what the model and the processor make of one prompt."""
+    folder = tmp_path_factory.mktemp("repo")
+    torch.manual_seed(0)
+    model = DeltaLlavaForConditionalGeneration(tiny_config()).eval()
+    model.save_pretrained(folder)
+    tiny_processor(model.config).save_pretrained(folder)
+    inputs = {"input_ids": prompt([36])[None], "pixel_values": torch.randn(1, 3, 24, 24)}
+    torch.save(inputs, folder / "inputs.pt")
+    with torch.no_grad():
+        return folder, model(**inputs).logits, model.model(**inputs).last_hidden_state
+
+
+@pytest.mark.parametrize("installed", [False, True], ids=["package absent", "package installed"])
+def test_fresh_process_gives_the_same_results_and_saves_a_repo_again(repo, tmp_path, installed):
+    folder, logits, states = repo
+    assert set(CODE) <= {file.name for file in folder.iterdir()}
+
+    report = load_all(folder, tmp_path / "saved", tmp_path, installed)
+    assert report["installed"] is installed
+    package = "transformers_delta_llava." if installed else "transformers_modules."
+    assert all(module.startswith(package) for module in report["modules"]), report["modules"]
+    assert (report["image_seq_length"], report["tokens"]) == (36, 9)
+    assert isinstance(report["answer"], str)
+    assert torch.equal(torch.load(folder / "logits.pt"), logits)
+    assert torch.equal(torch.load(folder / "states.pt"), states)
+
+    saved = tmp_path / "saved"
+    for name in CODE:
+        assert (saved / name).read_text() == (folder / name).read_text()
+    for name in ("config.json", "processor_config.json"):
+        maps = [json.loads((path / name).read_text())["auto_map"] for path in (folder, saved)]
+        assert maps[0] == maps[1]
+    torch.save(torch.load(folder / "inputs.pt"), saved / "inputs.pt")
+    load_all(saved, tmp_path / "saved-again", tmp_path, installed=False)
+    assert torch.equal(torch.load(saved / "logits.pt"), logits)
