@@ -56,6 +56,7 @@ def test_a_siglip_tower_has_no_class_token():
 
 def test_another_select_layer():
     assert convert_config({**CONFIG, "mm_vision_select_layer": -4}, VISION).vision_feature_layer == -4
+    assert convert_config({**CONFIG, "mm_vision_select_layer": None}, VISION).vision_feature_layer == -2
 
 
 @pytest.mark.parametrize("width", [None, 128, 512])

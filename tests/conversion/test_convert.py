@@ -309,3 +309,6 @@ def test_what_is_no_checkpoint(tmp_path):
     write_weights(folder, {name: tensor for name, tensor in tensors.items() if "mm_projector" in name})
     with pytest.raises(ConversionError, match="no language model"):
         convert_checkpoint(folder, tmp_path / "out")
+    write_weights(folder, {**tensors, "model.embed_tokens.weight": torch.ones(4)})
+    with pytest.raises(ConversionError, match="should be a matrix"):
+        convert_checkpoint(folder, tmp_path / "out")
