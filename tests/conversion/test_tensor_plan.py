@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig
 
-from tests.checkpoint_fixture import LLAVA_KEYS, TEXT, TOWER, Recipe, checkpoint_tensors, write_tower
+from examples.make_checkpoint import LLAVA_KEYS, TEXT, TOWER, Recipe, checkpoint_tensors, write_tower
 from transformers_delta_llava.conversion import ConversionError, convert_config, convert_state_dict
 from transformers_delta_llava.conversion.checkpoint_reader import Checkpoint, LazyTensor
 from transformers_delta_llava.conversion.config_map import Vocabulary
@@ -75,13 +75,31 @@ def test_missing_tensors_are_listed(tensors):
 
 def test_tensors_without_a_place_are_listed(tensors):
     extra = {"model.layers.2.mlp.up_proj.weight": torch.ones(2, 2)}
-    with pytest.raises(ConversionError, match=r"no place for: model\.language_model\.layers\.2\.mlp\.up_proj\.weight"):
+    with pytest.raises(
+        ConversionError, match=r"has no place for model\.language_model\.layers\.2\.mlp\.up_proj\.weight"
+    ):
         plan({**tensors, **extra})
+
+
+def test_a_renamed_tensor_shows_under_both_names(tensors):
+    renamed = {name.replace("layers.1.input_layernorm", "layers.1.input_norm"): t for name, t in tensors.items()}
+    with pytest.raises(
+        ConversionError, match=r"^The checkpoint lacks .*1\.input_layernorm.*no place for .*1\.input_norm"
+    ):
+        plan(renamed)
 
 
 def test_wrong_shapes_are_listed(tensors):
     with pytest.raises(ConversionError, match=r"language_model\.norm\.weight is \(5,\) instead of \(32,\)"):
         plan({**tensors, "model.norm.weight": torch.ones(5)})
+
+
+@pytest.mark.parametrize(
+    "name", ["model.mm_projector.q_proj_1.shared_weight.weight", "model.embed_tokens.weight", "lm_head.weight"]
+)
+def test_a_number_is_no_matrix(tensors, name):
+    with pytest.raises(ConversionError, match=r"is \(\) instead of"):
+        plan({**tensors, name: torch.tensor(1.0)}, vocabulary=Vocabulary(384, 320))
 
 
 def test_a_tower_of_another_width_is_refused(tensors):
