@@ -46,6 +46,11 @@ class DeltaLlavaTrainer(Trainer):
         self.throughput = Throughput()
         self.sampler: StepSampler | None = None
         self.add_callback(_TellEpoch(self))
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
+            # transformers' own list names parts that a tower without its text model does not have; accelerate stops there.
+            present = {type(module).__name__ for module in self.model.modules()}
+            plugin.transformer_cls_names_to_wrap = sorted(present & set(self.model._no_split_modules))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
