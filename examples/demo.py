@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from make_checkpoint import Recipe, write_checkpoint, write_vision_tower
+from make_checkpoint import DEMO, write_checkpoint
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,12 +36,11 @@ def main() -> None:
         "Weights: random, from a seed. No trained Delta-LLaVA weights exist yet, so the answers are noise.\n"
     )
     shutil.rmtree(OUTPUT, ignore_errors=True)
-    checkpoint, tower, repo = OUTPUT / "llava-tiny", OUTPUT / "vision-tower", OUTPUT / "delta-llava-tiny"
+    checkpoint, repo = OUTPUT / "llava-tiny", OUTPUT / "delta-llava-tiny"
     table = Table("step", "seconds", "result", title="A checkpoint becomes a Hub repo")
 
     start = time.perf_counter()
-    write_vision_tower(tower, Recipe())
-    write_checkpoint(checkpoint, Recipe(), vision_tower=str(tower))
+    write_checkpoint(checkpoint, DEMO)
     table.add_row("write a checkpoint in the authors' format", _since(start), _contents(checkpoint))
 
     start = time.perf_counter()

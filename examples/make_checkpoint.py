@@ -1,294 +1,280 @@
-"""Write a small checkpoint in the format of the authors' training code, from a seed.
+"""Write small checkpoints in the format of the authors' training code, from a seed.
 
 No trained Delta-LLaVA weights have been published, so the demo and the tests make their own: every tensor has the name
 and the layout of the released code and random values. What such a model says is noise; what it exercises is everything
 between a checkpoint folder and an answer.
 
-    python examples/make_checkpoint.py OUTPUT [--scale-factor 2]
+    python examples/make_checkpoint.py OUTPUT
 
-OUTPUT gets `llava-tiny/` (the checkpoint) and `vision-tower/` (the CLIP tower that it names).
+OUTPUT gets `llava-tiny/` (the checkpoint) and `vision-tower/` (the CLIP tower that it names). It has CLIP-L/336's grid
+of 24 x 24 patches; the tests use smaller ones.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
 Shapes = dict[str, tuple[int, ...]]
 Tensors = dict[str, torch.Tensor]
 
-NUM_LEVELS = 4  # the released code concatenates the hidden states 12, 16, 22 and 23: the tower needs 24 layers
+TOWER = {
+    "hidden_size": 128,
+    "intermediate_size": 64,
+    "num_hidden_layers": 24,  # the released code reads hidden states 12, 16, 22 and 23
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 4,
+}
+# Sizes that every supported language model takes.
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 320,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+LLAVA_KEYS = {
+    "architectures": ["LlavaLlamaForCausalLM"],
+    "freeze_mm_mlp_adapter": False,
+    "image_aspect_ratio": "pad",
+    "mm_hidden_size": TOWER["hidden_size"],
+    "mm_patch_merge_type": "flat",
+    "mm_projector_lr": None,
+    "mm_projector_type": "delatallava",
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+    "scale_factor": 2,
+    "tokenizer_model_max_length": 2048,
+    "tokenizer_padding_side": "right",
+    "tune_mm_mlp_adapter": False,
+    "use_mm_proj": True,
+}
+TEXT_TYPES = {
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_gemma": "gemma",
+    "llava_phi3": "phi3",
+    "llava_seed_oss": "seed_oss",
+    "llava_qwen": "qwen2",
+    "llava_qwen2": "qwen2",
+    "llava_qwen3": "qwen3",
+}
 TOKENIZER_TEXT = """\
 A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and
 polite answers to the user's questions. USER: What is in this picture? ASSISTANT: The picture shows a cat with green
 eyes that looks at something outside of the frame. USER: Describe the image in detail. ASSISTANT: The image is a close
 view of the face of a brown cat with stripes, long white whiskers and a pink nose; the background is out of focus.
-USER: How many animals are there? Answer with a single number. ASSISTANT: 1 2 3 4 5 6 7 8 9 0
 """
 
 
-@dataclass(frozen=True)
+@dataclass
 class Recipe:
-    """Sizes and seed of a checkpoint; `width` is a multiple of 128, as the released projector needs."""
+    """What a checkpoint folder holds.
 
+    Attributes:
+        model_type: of the authors' checkpoint.
+        config: keys of config.json to set, or to drop where the value is None.
+        text: settings of the language model that differ from `TEXT`.
+        tower: whether the vision tower's weights are in the checkpoint; its config is always the tower folder's.
+        tower_type: `clip` or `siglip`.
+        tower_sizes: settings of the tower that differ from `TOWER`.
+        form: `safetensors` or `bin`.
+        shards: number of weight files; more than one come with an index.
+        tokenizer: whether the folder brings one.
+        dtype: of all tensors.
+        seed: of all values.
+    """
+
+    model_type: str = "llava_llama"
+    config: dict = field(default_factory=dict)
+    text: dict = field(default_factory=dict)
+    tower: bool = True
+    tower_type: str = "clip"
+    tower_sizes: dict = field(default_factory=dict)
+    form: str = "safetensors"
+    shards: int = 1
+    tokenizer: bool = True
+    dtype: torch.dtype = torch.float32
     seed: int = 0
-    scale_factor: int = 2
-    image_size: int = 336
-    patch_size: int = 14
-    width: int = 128
-    tower_layers: int = 24
-    hidden_size: int = 128
-    text_layers: int = 2
-    rank: int = 16
-    dtype: torch.dtype = torch.bfloat16  # what the authors train in
 
 
-def projector_shapes(width: int, hidden_size: int, rank: int = 16) -> Shapes:
-    """Name and shape of each tensor of the released projector, names as below `model.mm_projector.`."""
-    split = width * 3 // 4  # channels of global attention; the rest goes to the convolution
-    local = width - split
-    shapes: Shapes = {}
-    for role, inputs in (("q", width), ("k", NUM_LEVELS * width), ("v", NUM_LEVELS * width)):
-        shapes[f"{role}_proj_1.shared_weight.weight"] = (width, inputs)
-        shapes[f"{role}_proj_1.U"] = (inputs, rank)
-        shapes[f"{role}_proj_1.V"] = (rank, width)
-        shapes |= _with_bias(f"{role}_proj_1.norm", (width,))
-    shapes |= {"clip_attn.in_proj_weight": (3 * width, width), "clip_attn.in_proj_bias": (3 * width,)}
-    shapes |= _with_bias("clip_attn.out_proj", (width, width))
-
-    block = "combined_block.ntb"
-    shapes[f"{block}.patch_embed.conv.weight"] = (split, width, 1, 1)
-    shapes |= _with_bias(f"{block}.norm_mhsa", (split,)) | _with_bias(f"{block}.e_mhsa.norm", (split,))
-    for layer in ("q", "k", "v", "proj"):
-        shapes |= _with_bias(f"{block}.e_mhsa.{layer}", (split, split))
-    shapes[f"{block}.projection.conv.weight"] = (local, split, 1, 1)
-    shapes[f"{block}.mhca.group_conv3x3.weight"] = (local, 32, 3, 3)
-    shapes |= _with_bias(f"{block}.mhca.norm", (local,))
-    shapes[f"{block}.mhca.projection.weight"] = (local, local, 1, 1)
-    shapes |= _with_bias(f"{block}.mlp.conv1", (2 * width, width, 1, 1))
-    shapes |= _with_bias(f"{block}.mlp.conv2", (width, 2 * width, 1, 1))
-    return shapes | _with_bias("mlp.0", (hidden_size, width)) | _with_bias("mlp.2", (hidden_size, hidden_size))
+# Files and dtype as the authors' trainer leaves them, and the grid of the published models.
+DEMO = Recipe(
+    text={"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "max_position_embeddings": 2048},
+    tower_sizes={"image_size": 336, "patch_size": 14, "intermediate_size": 256},
+    form="bin",
+    shards=2,
+    dtype=torch.bfloat16,
+)
 
 
-def _with_bias(name: str, shape: tuple[int, ...]) -> Shapes:
-    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-
-
-def draw(shapes: Shapes, recipe: Recipe) -> Tensors:
-    """Values that depend on name, shape and seed only: norms are 1, biases 0, the rest is normal."""
-    tensors = {}
-    for name, shape in shapes.items():
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{recipe.seed}:{name}".encode()))
-        if name.endswith("bias"):
-            tensor = torch.zeros(shape)
-        elif len(shape) == 1 and name.endswith("weight"):
-            tensor = torch.ones(shape)
-        else:
-            tensor = torch.randn(shape, generator=generator) / 8
-        tensors[name] = tensor.to(recipe.dtype)
+def write_checkpoint(folder: Path, recipe: Recipe | None = None, **fields: object) -> Tensors:
+    """Write a checkpoint into `folder`, and its vision tower into the sibling `vision-tower`; returns its tensors."""
+    recipe = recipe or Recipe(**fields)  # type: ignore[arg-type]
+    folder.mkdir(parents=True)
+    tower_folder = folder.parent / "vision-tower"
+    tower = write_tower(tower_folder, recipe.tower_type, seed=recipe.seed, **recipe.tower_sizes)
+    tensors = checkpoint_tensors(recipe, tower)
+    write_weights(folder, tensors, recipe.form, recipe.shards)
+    keys = {**LLAVA_KEYS, "mm_vision_tower": str(tower_folder), "model_type": recipe.model_type}
+    keys = {**_text_settings(recipe), **keys, **recipe.config}
+    _write_json(folder / "config.json", {key: keys[key] for key in keys if keys[key] is not None})
+    if recipe.tokenizer:
+        write_tokenizer(folder)
     return tensors
 
 
-def vision_config(recipe: Recipe) -> CLIPVisionConfig:
-    """Configuration of the CLIP tower."""
-    return CLIPVisionConfig(
-        hidden_size=recipe.width,
-        intermediate_size=2 * recipe.width,
-        num_hidden_layers=recipe.tower_layers,
-        num_attention_heads=recipe.width // 32,
-        image_size=recipe.image_size,
-        patch_size=recipe.patch_size,
-    )
-
-
-def text_config(recipe: Recipe, vocab_size: int) -> LlamaConfig:
-    """Configuration of the Llama language model."""
-    return LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=recipe.hidden_size,
-        intermediate_size=2 * recipe.hidden_size,
-        num_hidden_layers=recipe.text_layers,
-        num_attention_heads=recipe.hidden_size // 32,
-        max_position_embeddings=2048,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-
-
-def tower_tensors(recipe: Recipe) -> Tensors:
-    """The tower's tensors as they are published: `vision_model.` in front, also where transformers has dropped it."""
+def checkpoint_tensors(recipe: Recipe, tower: Tensors) -> Tensors:
+    """All tensors of a checkpoint, by the authors' names."""
+    config = AutoConfig.for_model(TEXT_TYPES[recipe.model_type], **_text_settings(recipe))
     with torch.device("meta"):
-        state = AutoModel.from_config(vision_config(recipe)).state_dict()
-    shapes = {f"vision_model.{name.removeprefix('vision_model.')}": tuple(t.shape) for name, t in state.items()}
-    return draw(shapes, recipe)
+        shapes = _shapes(AutoModelForCausalLM.from_config(config))
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]  # as save_pretrained does
+    width = {**TOWER, **recipe.tower_sizes}["hidden_size"]
+    projector = projector_shapes(width, config.hidden_size)
+    shapes |= {f"model.mm_projector.{name}": shape for name, shape in projector.items()}
+    tensors = draw(shapes, recipe.seed)
+    if recipe.tower:
+        tensors |= {f"model.vision_tower.vision_tower.vision_model.{name}": value for name, value in tower.items()}
+    return {name: value.to(recipe.dtype) for name, value in tensors.items()}
 
 
-def text_tensors(recipe: Recipe, vocab_size: int) -> Tensors:
-    """The language model's tensors under Llama's names."""
+def projector_shapes(width: int, hidden_size: int, rank: int = 16) -> Shapes:
+    """Names and shapes of the released projector for a tower of `width` (a multiple of 128) and four levels of it."""
+    attention, local = width * 3 // 4, width // 4
+    shapes: Shapes = {}
+
+    def add(name: str, *weight: int) -> None:
+        shapes[f"{name}.weight"] = weight
+        shapes[f"{name}.bias"] = weight[:1]
+
+    for role, inputs in (("q", width), ("k", 4 * width), ("v", 4 * width)):
+        shapes[f"{role}_proj_1.U"] = (inputs, rank)
+        shapes[f"{role}_proj_1.V"] = (rank, width)
+        shapes[f"{role}_proj_1.shared_weight.weight"] = (width, inputs)
+        add(f"{role}_proj_1.norm", width)
+    shapes["clip_attn.in_proj_weight"] = (3 * width, width)
+    shapes["clip_attn.in_proj_bias"] = (3 * width,)
+    add("clip_attn.out_proj", width, width)
+    add("mlp.0", hidden_size, width)
+    add("mlp.2", hidden_size, hidden_size)
+    block = "combined_block.ntb"
+    shapes[f"{block}.patch_embed.conv.weight"] = (attention, width, 1, 1)
+    add(f"{block}.norm_mhsa", attention)
+    add(f"{block}.e_mhsa.norm", attention)
+    for name in ("q", "k", "v", "proj"):
+        add(f"{block}.e_mhsa.{name}", attention, attention)
+    shapes[f"{block}.projection.conv.weight"] = (local, attention, 1, 1)
+    shapes[f"{block}.mhca.group_conv3x3.weight"] = (local, 32, 3, 3)
+    add(f"{block}.mhca.norm", local)
+    shapes[f"{block}.mhca.projection.weight"] = (local, local, 1, 1)
+    add(f"{block}.mlp.conv1", 2 * width, width, 1, 1)
+    add(f"{block}.mlp.conv2", width, 2 * width, 1, 1)
+    return shapes
+
+
+def draw(shapes: Shapes, seed: int) -> Tensors:
+    """Values that depend on name, shape and seed alone, whatever else is drawn and whichever transformers draws it."""
+    tensors = {}
+    for name, shape in shapes.items():
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+        tensors[name] = torch.randn(shape, generator=generator) / 8
+        if len(shape) == 1 and name.endswith("weight"):  # a norm
+            tensors[name] += 1
+    return tensors
+
+
+def write_weights(folder: Path, tensors: Tensors, form: str = "safetensors", shards: int = 1) -> None:
+    """Write `tensors` as one file, or as shards with an index."""
+    stem, suffix = ("model", ".safetensors") if form == "safetensors" else ("pytorch_model", ".bin")
+    names = (
+        [f"{stem}{suffix}"] if shards == 1 else [f"{stem}-{i + 1:05d}-of-{shards:05d}{suffix}" for i in range(shards)]
+    )
+    weight_map = {name: names[i * shards // len(tensors)] for i, name in enumerate(tensors)}
+    for file in names:
+        part = {name: tensors[name] for name in tensors if weight_map[name] == file}
+        if form == "safetensors":
+            save_file(part, folder / file, metadata={"format": "pt"})
+        else:
+            torch.save(part, folder / file)
+    if shards > 1:
+        _write_json(folder / f"{stem}{suffix}.index.json", {"metadata": {}, "weight_map": weight_map})
+
+
+def write_tower(
+    folder: Path, tower_type: str = "clip", whole: bool = False, seed: int = 0, **settings: object
+) -> Tensors:
+    """Write a vision tower, or with `whole` the image-text model around it; returns the tower's tensors by inner name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = AutoConfig.for_model(f"{tower_type}_vision_model", **{**TOWER, **settings})
     with torch.device("meta"):
-        state = AutoModelForCausalLM.from_config(text_config(recipe, vocab_size)).state_dict()
-    return draw({name: tuple(tensor.shape) for name, tensor in state.items()}, recipe)
+        shapes = _shapes(AutoModel.from_config(config))
+    tensors = draw({name.removeprefix("vision_model."): shape for name, shape in shapes.items()}, seed)
+    contents = {f"vision_model.{name}": value for name, value in tensors.items()}
+    description = config.to_dict()
+    if whole:
+        contents |= {"logit_scale": torch.ones(1), "text_model.embeddings.token_embedding.weight": torch.ones(2, 2)}
+        description = {"model_type": tower_type, "vision_config": description, "text_config": {}}
+    write_weights(folder, contents)
+    _write_json(folder / "config.json", description)
+    return tensors
 
 
-def train_tokenizer() -> Tokenizer:
-    """A byte-level BPE tokenizer with Llama's special tokens, trained on the text in this file."""
+def write_tokenizer(folder: Path) -> None:
+    """Write a byte-level tokenizer of 300 tokens that spells ASCII, opens texts with `<s>` and has no padding token."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=512,
+        vocab_size=300,
         special_tokens=["<unk>", "<s>", "</s>"],
-        initial_alphabet=[chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"],  # ASCII, the space and the newline
+        initial_alphabet=[chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"],  # "Ġ" and "Ċ": space and newline
         show_progress=False,
     )
     tokenizer.train_from_iterator(TOKENIZER_TEXT.splitlines(), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return tokenizer
-
-
-def write_tokenizer(folder: Path) -> int:
-    """Write the tokenizer's files into `folder` and return the size of its vocabulary."""
-    tokenizer = train_tokenizer()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "unk_token": "<unk>",
-            "pad_token": "<unk>",
-            "model_max_length": 2048,
-            "padding_side": "right",
-        },
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
     )
-    return tokenizer.get_vocab_size()
-
-
-def write_vision_tower(folder: Path, recipe: Recipe) -> None:
-    """Write the CLIP tower as a model folder of its own: configuration, image processor and weights."""
-    folder.mkdir(parents=True)
-    vision_config(recipe).save_pretrained(folder)
-    _write_json(
-        folder / "preprocessor_config.json",
-        {
-            "image_processor_type": "CLIPImageProcessor",
-            "size": {"shortest_edge": recipe.image_size},
-            "crop_size": {"height": recipe.image_size, "width": recipe.image_size},
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
-            "image_std": [0.26862954, 0.26130258, 0.27577711],
-            "resample": 3,
-            "do_resize": True,
-            "do_center_crop": True,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "do_convert_rgb": True,
-        },
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", padding_side="right"
     )
-    save_file(tower_tensors(recipe), folder / "model.safetensors", metadata={"format": "pt"})
+    fast.save_pretrained(folder)
 
 
-def write_checkpoint(
-    folder: Path,
-    recipe: Recipe,
-    *,
-    vision_tower: str,
-    file_format: Literal["bin", "safetensors"] = "bin",
-    num_shards: int = 2,
-    with_tower: bool = True,
-    with_tokenizer: bool = True,
-) -> None:
-    """Write a checkpoint folder as the authors' trainer leaves it.
-
-    Args:
-        folder: where to write; must not exist.
-        recipe: sizes and seed.
-        vision_tower: what `mm_vision_tower` names: a folder or a Hub id.
-        file_format: PyTorch pickles or safetensors.
-        num_shards: number of weight files; more than one comes with an index.
-        with_tower: also store the tower's tensors, as training with a loaded tower does.
-        with_tokenizer: also store the tokenizer.
-    """
-    folder.mkdir(parents=True)
-    vocab_size = write_tokenizer(folder) if with_tokenizer else train_tokenizer().get_vocab_size()
-    tensors = text_tensors(recipe, vocab_size)
-    projector = draw(projector_shapes(recipe.width, recipe.hidden_size, recipe.rank), recipe)
-    tensors |= {f"model.mm_projector.{name}": tensor for name, tensor in projector.items()}
-    if with_tower:
-        tensors |= {f"model.vision_tower.vision_tower.{name}": t for name, t in tower_tensors(recipe).items()}
-    _write_json(folder / "config.json", _released_config(recipe, vocab_size, vision_tower))
-    _write_shards(folder, tensors, file_format, num_shards)
+def _shapes(model: torch.nn.Module) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _released_config(recipe: Recipe, vocab_size: int, vision_tower: str) -> dict[str, object]:
-    config = text_config(recipe, vocab_size).to_dict()
-    return config | {
-        "model_type": "llava_llama",
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "dtype": str(recipe.dtype).removeprefix("torch."),
-        "mm_vision_tower": vision_tower,
-        "mm_hidden_size": recipe.width,
-        "mm_projector_type": "delatallava",
-        "use_mm_proj": True,
-        "mm_vision_select_layer": -2,
-        "mm_vision_select_feature": "patch",
-        "mm_patch_merge_type": "flat",
-        "scale_factor": recipe.scale_factor,
-        "image_aspect_ratio": "pad",
-        "tokenizer_padding_side": "right",
-        "tokenizer_model_max_length": 2048,
-        "tune_mm_mlp_adapter": False,
-        "freeze_mm_mlp_adapter": False,
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-        "mm_projector_lr": None,
-    }
+def _text_settings(recipe: Recipe) -> dict:
+    return {**TEXT, **recipe.text}
 
 
-def _write_shards(folder: Path, tensors: Tensors, file_format: str, num_shards: int) -> None:
-    stem, suffix = {"bin": ("pytorch_model", "bin"), "safetensors": ("model", "safetensors")}[file_format]
-    names = list(tensors)
-    weight_map: dict[str, str] = {}
-    for shard in range(num_shards):
-        part = {name: tensors[name] for name in names[shard::num_shards]}
-        number = f"-{shard + 1:05d}-of-{num_shards:05d}" if num_shards > 1 else ""
-        path = folder / f"{stem}{number}.{suffix}"
-        if file_format == "bin":
-            torch.save(part, path)
-        else:
-            save_file(part, path, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, path.name)
-    if num_shards > 1:
-        total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        index_file = folder / f"{stem}.{suffix}.index.json"
-        _write_json(index_file, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _write_json(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    """Write checkpoint and tower below the folder given on the command line."""
+    """Write the demo's checkpoint and tower below the folder given on the command line."""
     parser = argparse.ArgumentParser(description="Write a small checkpoint in the authors' format (random weights).")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--scale-factor", type=int, default=2)
-    arguments = parser.parse_args()
-    recipe = Recipe(scale_factor=arguments.scale_factor)
-    write_vision_tower(arguments.output / "vision-tower", recipe)
-    write_checkpoint(arguments.output / "llava-tiny", recipe, vision_tower=str(arguments.output / "vision-tower"))
+    write_checkpoint(parser.parse_args().output / "llava-tiny", DEMO)
 
 
 if __name__ == "__main__":

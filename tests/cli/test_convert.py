@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.checkpoint_fixture import write_checkpoint
+from examples.make_checkpoint import write_checkpoint
 from transformers_delta_llava import __version__
 from transformers_delta_llava.cli.main import main
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoint_fixture import write_checkpoint
+from examples.make_checkpoint import write_checkpoint
 from transformers_delta_llava.conversion import convert_checkpoint
 
 

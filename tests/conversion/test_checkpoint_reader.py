@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.checkpoint_fixture import write_weights
+from examples.make_checkpoint import write_weights
 from transformers_delta_llava.conversion import ConversionError
 from transformers_delta_llava.conversion.checkpoint_reader import read_checkpoint
 

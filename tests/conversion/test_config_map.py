@@ -3,7 +3,7 @@
 import pytest
 from transformers import CLIPVisionConfig, SiglipVisionConfig
 
-from tests.checkpoint_fixture import LLAVA_KEYS, TEXT, TEXT_TYPES, TOWER
+from examples.make_checkpoint import LLAVA_KEYS, TEXT, TEXT_TYPES, TOWER
 from transformers_delta_llava.conversion import ConversionError, convert_config
 from transformers_delta_llava.conversion.config_map import Vocabulary, grown_vocabulary, unused_keys
 from transformers_delta_llava.conversion.language_models import LANGUAGE_MODELS, default_chat_template
@@ -56,6 +56,7 @@ def test_a_siglip_tower_has_no_class_token():
 
 def test_another_select_layer():
     assert convert_config({**CONFIG, "mm_vision_select_layer": -4}, VISION).vision_feature_layer == -4
+    assert convert_config({**CONFIG, "mm_vision_select_layer": None}, VISION).vision_feature_layer == -2
 
 
 @pytest.mark.parametrize("width", [None, 128, 512])

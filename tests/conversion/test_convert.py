@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from tests.checkpoint_fixture import (
+from examples.make_checkpoint import (
     TEXT_TYPES,
     Recipe,
     write_checkpoint,
@@ -308,4 +308,7 @@ def test_what_is_no_checkpoint(tmp_path):
     tensors = {name: tensor.load() for name, tensor in read_checkpoint(folder).tensors.items()}
     write_weights(folder, {name: tensor for name, tensor in tensors.items() if "mm_projector" in name})
     with pytest.raises(ConversionError, match="no language model"):
+        convert_checkpoint(folder, tmp_path / "out")
+    write_weights(folder, {**tensors, "model.embed_tokens.weight": torch.ones(4)})
+    with pytest.raises(ConversionError, match="should be a matrix"):
         convert_checkpoint(folder, tmp_path / "out")

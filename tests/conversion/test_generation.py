@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import AutoConfig, GenerationConfig
 
-from tests.checkpoint_fixture import write_tokenizer
+from examples.make_checkpoint import write_tokenizer
 from transformers_delta_llava.conversion.generation import fit_generation_config, read_generation_config
 from transformers_delta_llava.conversion.tokenizer import add_tokens, load_tokenizer
 

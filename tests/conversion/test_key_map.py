@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.checkpoint_fixture import TEXT, TOWER, Recipe, checkpoint_tensors, projector_shapes
+from examples.make_checkpoint import TEXT, TOWER, Recipe, checkpoint_tensors, projector_shapes
 from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.conversion import ConversionError, convert_state_dict
 from transformers_delta_llava.conversion.key_map import IGNORED, RULES, map_names

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig
 
-from tests.checkpoint_fixture import LLAVA_KEYS, TEXT, TOWER, Recipe, checkpoint_tensors, write_tower
+from examples.make_checkpoint import LLAVA_KEYS, TEXT, TOWER, Recipe, checkpoint_tensors, write_tower
 from transformers_delta_llava.conversion import ConversionError, convert_config, convert_state_dict
 from transformers_delta_llava.conversion.checkpoint_reader import Checkpoint, LazyTensor
 from transformers_delta_llava.conversion.config_map import Vocabulary
@@ -82,6 +82,14 @@ def test_tensors_without_a_place_are_listed(tensors):
 def test_wrong_shapes_are_listed(tensors):
     with pytest.raises(ConversionError, match=r"language_model\.norm\.weight is \(5,\) instead of \(32,\)"):
         plan({**tensors, "model.norm.weight": torch.ones(5)})
+
+
+@pytest.mark.parametrize(
+    "name", ["model.mm_projector.q_proj_1.shared_weight.weight", "model.embed_tokens.weight", "lm_head.weight"]
+)
+def test_a_number_is_no_matrix(tensors, name):
+    with pytest.raises(ConversionError, match=r"is \(\) instead of"):
+        plan({**tensors, name: torch.tensor(1.0)}, vocabulary=Vocabulary(384, 320))
 
 
 def test_a_tower_of_another_width_is_refused(tensors):

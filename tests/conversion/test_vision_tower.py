@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.checkpoint_fixture import write_tower, write_weights
+from examples.make_checkpoint import write_tower, write_weights
 from transformers_delta_llava.conversion import ConversionError, hub
 from transformers_delta_llava.conversion.vision_tower import KNOWN_TOWERS, adapt_to_weights, load_vision_tower
 

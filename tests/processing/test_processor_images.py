@@ -24,7 +24,7 @@ def on_a_square(image: Image.Image, mean: Any = OPENAI_CLIP_MEAN) -> Image.Image
     side = max(image.size)
     left, top = (side - image.width) // 2, (side - image.height) // 2
     square = np.empty((side, side, 3), np.uint8)
-    square[:] = [int(channel * 255) for channel in mean]
+    square[:] = [int(channel * 255) for channel in (mean if np.ndim(mean) else [mean] * 3)]
     square[top : top + image.height, left : left + image.width] = np.asarray(image)
     return Image.fromarray(square)
 
@@ -67,10 +67,9 @@ def test_a_very_long_picture_takes_little_memory(tmp_path: Path) -> None:
     # 10000 x 10000 would be 400 MB in Pillow, 300 MB more in each copy; 60000 x 2 would be 14 GB.
     script = """
 import resource
-import numpy as np
 from PIL import Image
 from transformers import CLIPImageProcessorPil
-from transformers_delta_llava.processing import DeltaLlavaProcessor
+from processing_delta_llava import DeltaLlavaProcessor  # a Hub file works by itself
 processor = object.__new__(DeltaLlavaProcessor)  # no tokenizer is needed for this
 processor.image_processor = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
 processor.num_visual_tokens = processor.image_seq_length = 4
@@ -81,8 +80,7 @@ pixels = processor._process_images(images, return_tensors="np")[0]["pixel_values
 assert pixels.shape == (3, 3, 336, 336)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    source = Path(processing_delta_llava.__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(source)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(processing_delta_llava.__file__).parent)}
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout.split()[-1]) < 200 * 1024  # kB
@@ -115,6 +113,7 @@ def test_siglips_image_processor_works_with_its_own_mean_and_size(make_processor
         {"size": {"shortest_edge": 20, "longest_edge": 24}},
         {"do_resize": False, "do_center_crop": False},
         {"image_mean": [0.1, 0.2, 0.3]},
+        {"image_mean": 0.5, "image_std": 0.25},
         {"resample": Image.Resampling.BILINEAR},
     ],
 )
@@ -150,9 +149,8 @@ def test_every_mode_of_pillow_becomes_rgb(raw: Any, make_picture: Any, mode: str
     image = make_picture(9, 9)
     through = {"La": "LA", "RGBa": "RGBA", "PA": "P"}.get(mode)
     given = image.convert(through).convert(mode) if through else image.convert(mode)
-    expected = np.asarray(image.convert("L" if mode in ("LA", "La") else "P" if mode == "PA" else mode).convert("RGB"))
-    if mode == "RGBa":
-        expected = np.asarray(image)
+    opaque = {"LA": "L", "La": "L", "PA": "P", "RGBa": "RGB"}.get(mode, mode)
+    expected = np.asarray(image.convert(opaque).convert("RGB"))
     np.testing.assert_array_equal(raw(given), expected)
 
 

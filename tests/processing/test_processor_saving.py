@@ -41,7 +41,8 @@ def test_every_argument_is_saved_under_its_own_name_and_comes_back(
     assert saved["processor_class"] == "DeltaLlavaProcessor"
     again = DeltaLlavaProcessor.from_pretrained(tmp_path)
     assert {name: getattr(again, name) for name in SETTINGS} == SETTINGS
-    assert again.to_dict() == processor.to_dict()
+    # Saving a registered class writes down where its code is.
+    assert again.to_dict() == {key: value for key, value in processor.to_dict().items() if key != "auto_map"}
     assert again.chat_template == load_chat_template("gemma")
     assert again.tokenizer.padding_side == "left"
 

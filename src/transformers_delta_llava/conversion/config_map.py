@@ -101,12 +101,13 @@ def convert_config(
     text_config.vocab_size = vocabulary.size
     if vocabulary.pad_token_id is not None:
         text_config.pad_token_id = vocabulary.pad_token_id
+    layer = config.get("mm_vision_select_layer")
     return DeltaLlavaConfig(
         vision_config=vision_config,
         text_config=text_config,
         image_token_id=vocabulary.image_token_id,
         scale_factor=config["scale_factor"],
-        vision_feature_layer=config.get("mm_vision_select_layer", -2),
+        vision_feature_layer=-2 if layer is None else layer,
         vision_feature_levels=list(RELEASED_LEVELS),
         vision_feature_select_strategy="full" if vision_config.model_type == "siglip_vision_model" else "default",
         projector_layout="released",

@@ -51,9 +51,8 @@ class _Source:
     @property
     def base_models(self) -> list[str]:
         """Hub ids of what the checkpoint was made of, as far as it says."""
-        base = str(self.settings.get("_name_or_path", ""))
-        names = [base] if base and not Path(base).exists() else []
-        return [name for name in (*names, self.tower.name) if is_repo_id(name)]
+        names = (str(self.settings.get("_name_or_path")), self.tower.name)
+        return [name for name in names if is_repo_id(name) and not Path(name).exists()]
 
     @property
     def files(self) -> list[Path]:
@@ -106,9 +105,8 @@ def convert_checkpoint(
     vision_tower = vision_tower or str(settings.get("mm_vision_tower") or "")
     if not vision_tower:
         raise ConversionError("config.json names no mm_vision_tower; pass its folder or Hub id with --vision-tower.")
-    check_output(
-        output, [Path(path) for path in (source, vision_tower, tokenizer or source) if Path(path).is_dir()], overwrite
-    )
+    folders = [Path(path) for path in (source, vision_tower, tokenizer or source) if Path(path).is_dir()]
+    check_output(output, folders, overwrite)
 
     read = _read_source(source, settings, str(vision_tower), tokenizer, chat_template)
     template = read_chat_template(read.chat_template, read.tokenizer)
@@ -148,6 +146,8 @@ def _read_source(
     names = map_names(checkpoint.tensors)
     if SOURCE_EMBEDDINGS not in checkpoint.tensors:
         raise ConversionError(f"The checkpoint has no language model in it (no {SOURCE_EMBEDDINGS}).")
+    if len(checkpoint.tensors[SOURCE_EMBEDDINGS].shape) != 2:
+        raise ConversionError(f"{SOURCE_EMBEDDINGS} should be a matrix with a row for each token.")
     tower = _load_tower(vision_tower, names)
     if tokenizer is None and not has_tokenizer(folder):
         raise ConversionError(

@@ -96,11 +96,12 @@ def _grow(found: dict[str, LazyTensor], config: DeltaLlavaConfig) -> None:
     first. The image token's embedding is the mean row instead, because it must differ from every other row: models that
     are given embeddings find their placeholders by it. As a row of a tied head it gives the mean of all logits.
     """
-    rows = found[EMBEDDINGS].shape[0] if EMBEDDINGS in found else None
-    size = config.text_config.vocab_size
+    embeddings, size = found.get(EMBEDDINGS), config.text_config.vocab_size
+    if embeddings is None or len(embeddings.shape) != 2 or embeddings.shape[0] >= size:
+        return
     for name, mean_row in ((EMBEDDINGS, config.image_token_id), (HEAD, None)):
         tensor = found.get(name)
-        if tensor is not None and tensor.shape[0] == rows and rows < size:
+        if tensor is not None and tensor.shape == embeddings.shape:
             found[name] = _then(tensor, _add_rows(tensor.shape, size, mean_row))
 
 
@@ -122,9 +123,9 @@ def _check_dtypes(found: dict[str, LazyTensor]) -> None:
 
 def _check_projector_width(found: dict[str, LazyTensor], vision_config: PreTrainedConfig) -> None:
     base = found.get(_QUERY_BASE)
-    if base is not None and base.shape[-1] != vision_config.hidden_size:
+    if base is not None and len(base.shape) == 2 and base.shape[1] != vision_config.hidden_size:
         raise ConversionError(
-            f"The projector was trained on a vision tower {base.shape[-1]} wide, but this tower is "
+            f"The projector was trained on a vision tower {base.shape[1]} wide, but this tower is "
             f"{vision_config.hidden_size} wide; give the right one (--vision-tower)."
         )
 

@@ -210,7 +210,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
 
         side = max(image.size)
         left, top = (side - image.width) // 2, (side - image.height) // 2
-        colour = tuple(int(channel * 255) for channel in np.broadcast_to(option("image_mean") or 0.0, 3))
+        mean = option("image_mean")
+        colour = tuple(int(channel * 255) for channel in np.broadcast_to(0.0 if mean is None else mean, 3))
         size, resample = _square_target(option("size")), option("resample")
         if not option("do_resize") or size is None or not isinstance(resample, int):
             square = Image.new("RGB", (side, side), colour)
