@@ -116,4 +116,4 @@ def test_accelerate_reads_the_configs(name: str) -> None:
     deepspeed = HfDeepSpeedConfig(json.loads(file.read_text()))
     assert deepspeed.is_zero2() == name.endswith("2") and deepspeed.is_zero3() == name.endswith("3")
     # Left to the recipe.
-    assert deepspeed.is_auto("train_batch_size") and deepspeed.is_auto("gradient_accumulation_steps")
+    assert {deepspeed.get_value(key) for key in ("train_batch_size", "gradient_accumulation_steps")} == {"auto"}

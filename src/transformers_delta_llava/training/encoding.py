@@ -47,7 +47,8 @@ class ConversationEncoder:
                 tokenize=True,
                 return_dict=True,
                 return_assistant_tokens_mask=True,
-                processor_kwargs={"num_visual_tokens": budget, "return_tensors": "pt", **self.options},
+                return_tensors="pt",
+                processor_kwargs={"num_visual_tokens": budget, **self.options},
             )
         except (jinja2.TemplateError, ValueError, OSError) as error:
             raise RowError(" ".join(str(error).split())) from error
