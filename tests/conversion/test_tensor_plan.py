@@ -75,8 +75,18 @@ def test_missing_tensors_are_listed(tensors):
 
 def test_tensors_without_a_place_are_listed(tensors):
     extra = {"model.layers.2.mlp.up_proj.weight": torch.ones(2, 2)}
-    with pytest.raises(ConversionError, match=r"no place for: model\.language_model\.layers\.2\.mlp\.up_proj\.weight"):
+    with pytest.raises(
+        ConversionError, match=r"has no place for model\.language_model\.layers\.2\.mlp\.up_proj\.weight"
+    ):
         plan({**tensors, **extra})
+
+
+def test_a_renamed_tensor_shows_under_both_names(tensors):
+    renamed = {name.replace("layers.1.input_layernorm", "layers.1.input_norm"): t for name, t in tensors.items()}
+    with pytest.raises(
+        ConversionError, match=r"^The checkpoint lacks .*1\.input_layernorm.*no place for .*1\.input_norm"
+    ):
+        plan(renamed)
 
 
 def test_wrong_shapes_are_listed(tensors):

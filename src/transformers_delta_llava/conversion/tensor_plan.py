@@ -162,10 +162,14 @@ def _published(name: str) -> str:
 
 def _match(found: dict[str, LazyTensor], expected: dict[str, tuple[int, ...]]) -> dict[str, LazyTensor]:
     """`found` in the model's order; refuses any difference in names or shapes."""
+    faults = []
     if missing := expected.keys() - found.keys():
-        raise ConversionError(f"The checkpoint lacks tensors that the model needs: {listed(missing)}.")
+        faults.append(f"the checkpoint lacks tensors that the model needs: {listed(missing)}")
     if homeless := found.keys() - expected.keys():
-        raise ConversionError(f"The model that config.json describes has no place for: {listed(homeless)}.")
+        faults.append(f"the model that config.json describes has no place for {listed(homeless)}")
+    if faults:
+        text = "; ".join(faults)
+        raise ConversionError(f"{text[0].upper()}{text[1:]}.")
     wrong = [
         f"{name} is {found[name].shape} instead of {shape}"
         for name, shape in expected.items()

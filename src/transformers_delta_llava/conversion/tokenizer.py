@@ -167,6 +167,6 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, max_length:
     for name in _DROPPED_SETTINGS:
         settings.pop(name, None)
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
-    if isinstance(max_length, int):
+    if type(max_length) is int:
         settings["model_max_length"] = max_length
     write_json(settings, path)
