@@ -31,6 +31,7 @@ PUBLIC_MODULES = (
     "transformers_delta_llava",
     "transformers_delta_llava.conversion",
     "transformers_delta_llava.processing",
+    "transformers_delta_llava.training",
 )
 
 

@@ -47,22 +47,23 @@ class ConversationEncoder:
                 tokenize=True,
                 return_dict=True,
                 return_assistant_tokens_mask=True,
-                return_tensors="pt",
+                # No tensors yet: making the assistant mask from one takes longer than all the rest.
                 processor_kwargs={"num_visual_tokens": budget, **self.options},
             )
         except (jinja2.TemplateError, ValueError, OSError) as error:
             raise RowError(" ".join(str(error).split())) from error
-        input_ids = inputs["input_ids"][0]
+        input_ids = torch.tensor(inputs["input_ids"][0])
         mask = torch.as_tensor(inputs["assistant_masks"]).reshape(-1).bool()
         labels = input_ids.masked_fill(~mask, IGNORED)
-        pixel_values = inputs.get("pixel_values")
         length, images = self._cut(input_ids, budget)
         if not (labels[1:length] != IGNORED).any():
             raise RowError(f"no answer is within its first {self.max_length} tokens")
         return {
             "input_ids": input_ids[:length],
             "labels": labels[:length],
-            "pixel_values": pixel_values[:images] if images else None,
+            "pixel_values": torch.stack([torch.as_tensor(p) for p in inputs["pixel_values"][:images]])
+            if images
+            else None,
         }
 
     def _cut(self, input_ids: torch.Tensor, budget: int) -> tuple[int, int]:
