@@ -40,7 +40,7 @@ NOT_APPLICABLE = {
 UNUSED_PARAMETERS = ("vision_tower.post_layernorm.", "vision_tower.head.")
 
 
-class Tester:
+class ModelTester:
     """Tiny configs and inputs: one image per row, at the start of the row."""
 
     batch_size = 3
@@ -104,7 +104,7 @@ class Tester:
         return config, {"input_ids": input_ids, "pixel_values": pixel_values, "attention_mask": attention_mask}
 
 
-class PaperTester(Tester):
+class PaperModelTester(ModelTester):
     """The other layout, a tower without class token, tied embeddings."""
 
     config_kwargs = {
@@ -122,7 +122,7 @@ class PaperTester(Tester):
 
 class CommonTests(common.ModelTesterMixin, transformers_tests.GenerationTesterMixin):
     all_model_classes = (DeltaLlavaModel, DeltaLlavaForConditionalGeneration)
-    model_tester_class = Tester
+    model_tester_class = ModelTester
     _is_composite = True
     test_can_init_all_missing_weights_before_2023 = True
     test_all_params_have_gradient = False  # see test_used_parameters_have_gradients
@@ -178,4 +178,4 @@ class ReleasedLayoutTest(CommonTests, unittest.TestCase):
 
 
 class PaperLayoutTest(CommonTests, unittest.TestCase):
-    model_tester_class = PaperTester
+    model_tester_class = PaperModelTester
