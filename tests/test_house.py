@@ -33,6 +33,7 @@ PUBLIC_MODULES = (
     "transformers_delta_llava.conversion",
     "transformers_delta_llava.evaluation",
     "transformers_delta_llava.processing",
+    "transformers_delta_llava.training",
 )
 
 

@@ -23,6 +23,8 @@ def train(
     On several GPUs: `torchrun --nproc_per_node 8 -m transformers_delta_llava train RECIPE`, or
     `accelerate launch --config_file CONFIG -m transformers_delta_llava train RECIPE`.
     """
+    # Workers encode one row at a time; tokenizers' threads do not survive their fork, and say so at length.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from .. import training  # takes seconds to import, which `--help` need not wait for
 
     main_process = int(os.environ.get("RANK", "0")) == 0

@@ -70,5 +70,5 @@ class Collator:
             batch["pixel_values"] = torch.cat(images)
             # One number where it can be: the model need not read a tensor back from the device.
             same = len(set(budgets)) == 1
-            batch["num_visual_tokens"] = budgets[0] if same else torch.tensor(budgets)  # type: ignore[assignment]
+            batch["num_visual_tokens"] = budgets[0] if same else torch.tensor(budgets)
         return {**batch, **counts}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -14,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
+from transformers.image_processing_base import ImageProcessingMixin
 
 from ..conversion.generation import fit_generation_config
 from ..conversion.hub_repo import read_chat_template
@@ -42,7 +44,7 @@ def build_model(
         model, processor = make(recipe, dtype)
         for budget in recipe.budgets:
             model.config.scale_factor_for(budget)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise RecipeError(f"model: {' '.join(str(error).split())}") from error
     budget = recipe.budgets[0]
     model.config.scale_factor = model.config.scale_factor_for(budget)
@@ -121,7 +123,7 @@ def _new_processor(
     ids = add_tokens(tokenizer)
     template = read_chat_template(recipe.data.chat_template, tokenizer)
     images = _clip_images(image_processor) if isinstance(image_processor, dict) else image_processor
-    loaded = AutoImageProcessor.from_pretrained(images) if isinstance(images, str) else images
+    loaded = _load_image_processor(images) if isinstance(images, str) else images
     pad_images = True if recipe.data.pad_images is None else recipe.data.pad_images
     return _processor(loaded, tokenizer, template, recipe, pad_images), ids
 
@@ -149,7 +151,19 @@ def _clip_images(vision_config: dict[str, Any]) -> Any:
     }
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "preprocessor_config.json").write_text(json.dumps(settings))
-        return AutoImageProcessor.from_pretrained(folder)
+        return _load_image_processor(folder)
+
+
+def _load_image_processor(source: str) -> Any:
+    try:
+        return AutoImageProcessor.from_pretrained(source)
+    except ImportError:
+        # Before 5.19 transformers wants torchvision here; its image processors on Pillow do without.
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
+        name = str(settings.get("image_processor_type", "CLIPImageProcessor")).removesuffix("Fast").removesuffix("Pil")
+        if not hasattr(transformers, f"{name}Pil"):
+            raise
+        return getattr(transformers, f"{name}Pil").from_dict(settings)
 
 
 def _fit_generation(

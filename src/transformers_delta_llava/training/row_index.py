@@ -16,6 +16,7 @@ from .errors import DataError
 
 CHUNK_BYTES = 4 * 2**20
 MAX_ROW_BYTES = 64 * 2**20
+COLUMNS = ("numbers", "starts", "stops", "lengths", "images")
 FORMAT = 1  # of the cached index; a change makes old ones unread
 
 
@@ -118,7 +119,7 @@ def build_index(
         for column, value in zip(columns, (number, start, stop, length, images)):
             column.append(value)
     arrays = [np.array(column, dtype=dtype) for column, dtype in zip(columns, ("i8", "i8", "i8", "i4", "i4"))]
-    return RowIndex(*arrays, bad=bad)
+    return RowIndex(**dict(zip(COLUMNS, arrays)), bad=bad)
 
 
 def cached_index(folder: Path, key: list[Any], build: Callable[[], RowIndex]) -> RowIndex:
@@ -127,15 +128,14 @@ def cached_index(folder: Path, key: list[Any], build: Callable[[], RowIndex]) ->
     path = folder / f"rows-{digest}.npz"
     if path.is_file():
         with np.load(path, allow_pickle=False) as saved:
-            bad = [tuple(pair) for pair in json.loads(saved["bad"].tobytes())]
-            return RowIndex(*(saved[name] for name in ("numbers", "starts", "stops", "lengths", "images")), bad=bad)
+            bad = [(name, reason) for name, reason in json.loads(saved["bad"].tobytes())]
+            return RowIndex(**{name: saved[name] for name in COLUMNS}, bad=bad)
     index = build()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, suffix=".npz", delete=False) as file:
-            bad = np.frombuffer(json.dumps(index.bad).encode(), dtype=np.uint8)
-            columns = {field: getattr(index, field) for field in ("numbers", "starts", "stops", "lengths", "images")}
-            np.savez(file, bad=bad, **columns)
+            reasons = np.frombuffer(json.dumps(index.bad).encode(), dtype=np.uint8)
+            np.savez(file, bad=reasons, **{name: getattr(index, name) for name in COLUMNS})
         os.replace(file.name, path)
     except OSError:
         pass  # a cache that cannot be written is done without

@@ -71,7 +71,7 @@ def make_trainer(recipe: Recipe, resume: bool = False) -> DeltaLlavaTrainer:
         rows = open_rows(recipe.data)
     if arguments.should_save:
         output_dir.mkdir(parents=True, exist_ok=True)
-        _record_left_out(rows, output_dir / SKIPPED_ROWS)
+        _record_left_out(rows, output_dir / SKIPPED_ROWS, resume)
     encoder = ConversationEncoder(processor, recipe.data.max_length, recipe.data.pad_images)
     dataset = TrainingDataset(rows, encoder, recipe.data.on_error, output_dir / SKIPPED_ROWS)
     collator = Collator(
@@ -107,8 +107,9 @@ def _check_run(recipe: Recipe, arguments: TrainingArguments, resume: bool) -> No
         )
 
 
-def _record_left_out(rows: Rows, record: Path) -> None:
-    record.unlink(missing_ok=True)
-    record_skipped(record, rows.index.bad)
+def _record_left_out(rows: Rows, record: Path, resume: bool) -> None:
+    if not (resume and record.is_file()):
+        record.unlink(missing_ok=True)
+        record_skipped(record, rows.index.bad)
     if rows.index.bad:
         logger.warning("%d rows cannot be used and are left out; %s names them.", len(rows.index.bad), record)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from ..modeling import DeltaLlavaForConditionalGeneration
 from .checkpoints import load_weights, save_hub_folder
 from .dataset import TrainingDataset
 from .sampler import StepSampler
@@ -46,6 +47,11 @@ class DeltaLlavaTrainer(Trainer):
         self.throughput = Throughput()
         self.sampler: StepSampler | None = None
         self.add_callback(_TellEpoch(self))
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
+            # transformers' own list names parts that a tower without its text model does not have; accelerate stops there.
+            present = {type(module).__name__ for module in self.model.modules()}
+            plugin.transformer_cls_names_to_wrap = sorted(present & set(self.model._no_split_modules))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -97,11 +103,11 @@ class DeltaLlavaTrainer(Trainer):
             return
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if is_peft(model):
-            model.save_pretrained(os.path.join(output_dir, "adapter"), state_dict=state_dict)
-            if state_dict is not None:  # gathered from shards: the model in memory is not whole
-                self.processing_class.save_pretrained(os.path.join(output_dir, "adapter"))
-                return
-            model = model.merge_and_unload()
+            adapter = os.path.join(output_dir, "adapter")
+            model.save_pretrained(adapter, state_dict=state_dict)
+            # Gathered from shards, the model in memory is not whole: the adapter is merged into the base as it was.
+            model = model.merge_and_unload() if state_dict is None else merge_adapter(model, adapter, dtype)
+            state_dict = None
         save_hub_folder(model, state_dict or model.state_dict(), self.processing_class, output_dir, dtype)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -120,6 +126,17 @@ class DeltaLlavaTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_weights(target, resume_from_checkpoint)
+
+
+def merge_adapter(model: Any, adapter: str, dtype: torch.dtype | None) -> nn.Module:
+    """The base of a PEFT model, loaded anew on the CPU, with a saved adapter merged into it."""
+    from peft import PeftModel
+
+    config = model.get_base_model().config
+    base = DeltaLlavaForConditionalGeneration.from_pretrained(
+        config.name_or_path, config=config, dtype=dtype or "auto"
+    )
+    return PeftModel.from_pretrained(base, adapter).merge_and_unload()
 
 
 def is_peft(model: Any) -> bool:
