@@ -15,7 +15,7 @@ TESTS ?= tests
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: .venv/.ready  ## Convert a checkpoint, load the result without this package, ask about a photo
+demo: .venv/.ready  ## Convert a trained checkpoint, load the result without this package, ask it 500 test questions
 	@$(BIN)/python examples/demo.py
 
 test: .venv/.ready  ## Run the tests (TESTS=path for some of them), with coverage

@@ -1,0 +1,130 @@
+"""A model in the authors' layout, and back through conversion: it must compute the same."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from examples.easy_vqa_data import write_rows, write_tokenizer
+from examples.easy_vqa_ship import card, write_checkpoint, write_log
+from tests.reference.names import parameter_shapes
+from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
+from transformers_delta_llava.conversion import convert_checkpoint
+from transformers_delta_llava.evaluation import load_questions
+from transformers_delta_llava.training import load_recipe, train
+
+
+RECIPE = Path(__file__).parents[2] / "examples" / "recipes" / "easy-vqa.yaml"
+PROJECTOR = "model.mm_projector."
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Training data of ten images."""
+    folder = tmp_path_factory.mktemp("easy-vqa-data")
+    questions = load_questions("train")
+    write_tokenizer(folder / "tokenizer", questions)
+    write_rows(folder, [q for q in questions if q.image_id < 10], versions=1, per_row=3, chance=random.Random(0))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory) -> Path:
+    """What the recipe leaves behind after two steps."""
+    output = tmp_path_factory.mktemp("run")
+    changes = {
+        "model.tokenizer": data / "tokenizer",
+        "data.path": data / "train.json",
+        "data.images": data / "images",
+        "data.cache": output / "cache",
+        "arguments.output_dir": output / "easy-vqa",
+        "arguments.max_steps": 2,
+        "arguments.logging_steps": 1,
+        "arguments.per_device_train_batch_size": 4,
+        "arguments.dataloader_num_workers": 0,
+        "arguments.disable_tqdm": True,
+    }
+    return train(load_recipe(RECIPE, [f"{key}={value}" for key, value in changes.items()]))
+
+
+@pytest.fixture(scope="module")
+def shipped(run: Path, data: Path, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shipped") / "easy-vqa"
+    model = DeltaLlavaForConditionalGeneration.from_pretrained(run)
+    write_checkpoint(model, data / "tokenizer", run / "processor_config.json", folder)
+    return folder
+
+
+def test_the_recipe_offers_the_budgets_that_it_promises(run: Path):
+    model = DeltaLlavaForConditionalGeneration.from_pretrained(run)
+    assert model.config.visual_token_budgets == (64, 16, 4, 1)
+    assert (model.config.image_seq_length, model.config.image_token_id) == (16, 432)
+
+
+def test_visual_tokens_start_as_loud_as_text(run: Path):
+    """What `initializer_range` in the recipe is for; at 0.02 the ratio is below 0.1."""
+    model = DeltaLlavaForConditionalGeneration.from_pretrained(run)
+    pixels = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        visual = torch.stack(list(model.get_image_features(pixels, return_dict=True).pooler_output))
+    assert 0.5 < visual.std() / model.get_input_embeddings().weight.std() < 5
+
+
+def test_names_and_shapes_of_the_projector_are_the_authors(shipped: Path):
+    tensors = load_file(shipped / "model.safetensors")
+    shapes = {
+        name.removeprefix(PROJECTOR): tuple(t.shape) for name, t in tensors.items() if name.startswith(PROJECTOR)
+    }
+    assert shapes == parameter_shapes(
+        width=64, levels=4, rank=16, attention_width=32, head_dim=32, mlp_ratio=2, hidden=64
+    )
+    rest = {name.split(".")[1] for name in tensors if not name.startswith(PROJECTOR)}
+    assert rest == {"vision_tower", "embed_tokens", "layers", "norm", "weight"}
+    assert all(
+        name.startswith("model.vision_tower.vision_tower.vision_model.")
+        for name in tensors
+        if ".vision_tower." in name
+    )
+    assert len(tensors["model.embed_tokens.weight"]) == len(tensors["lm_head.weight"]) == 432  # no image token
+    assert "<image>" not in AutoTokenizer.from_pretrained(shipped).get_vocab()
+
+
+@torch.no_grad()
+def test_converted_back_it_computes_what_was_trained(run: Path, shipped: Path, tmp_path: Path):
+    convert_checkpoint(shipped, tmp_path / "repo", vision_tower=str(shipped / "vision-tower"))
+    question = load_questions("test")[0]
+    content = [{"type": "image", "url": question.image}, {"type": "text", "text": question.text}]
+    logits = []
+    for folder in (run, tmp_path / "repo"):
+        model = DeltaLlavaForConditionalGeneration.from_pretrained(folder).eval()
+        inputs = DeltaLlavaProcessor.from_pretrained(folder).apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs={"num_visual_tokens": 4, "return_tensors": "pt"},
+        )
+        logits.append(model(**inputs).logits[..., :432])
+    torch.testing.assert_close(logits[0], logits[1])
+
+
+def test_the_card_says_what_the_files_say(run: Path, shipped: Path, tmp_path: Path):
+    folder = shutil.copytree(shipped, tmp_path / "easy-vqa")
+    write_log(run, folder)
+    log = json.loads((folder / "training_log.json").read_text())
+    assert [entry["step"] for entry in log["history"]] == [1, 2]
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["visual_tokens"] == [16, 4, 1]
+    score = {"correct": 9600, "total": 9673, "accuracy": 99.25, "interval_95": [99.05, 99.4]}
+    scores = {"overall": score, "yes/no": score, "open": score}
+    results = {"questions": 9673, "dtype": "float32", "results": [{"num_visual_tokens": 16, "scores": scores}]}
+    (folder / "results.json").write_text(json.dumps({**results, "question_alone": scores}))
+    text = card(DeltaLlavaForConditionalGeneration.from_pretrained(run), folder)
+    for part in ("| 16 | 99.25 (99.05 to 99.40) |", "all 9,673 test questions", f"loss\n{log['history'][1]['loss']}"):
+        assert part in text
+    assert "easy-vqa-repo --num-visual-tokens 16" in text
