@@ -1,0 +1,202 @@
+"""Projectors side by side on easy-VQA: same tower, language model, data, steps and seeds; only the projector differs.
+
+    python examples/easy_vqa_data.py
+    python benchmarks/projectors_on_easy_vqa.py --run [--seeds 0 1 2] [--steps 7000] [--hours 5] [--device cuda]
+    python benchmarks/projectors_on_easy_vqa.py
+
+With `--run` it trains and measures what is missing, one model after the other, first seed first, each as
+`examples/recipes/easy-vqa.yaml` says but for projector, budget, seed and number of steps. Every finished run is a line in
+`benchmarks/results/projectors_on_easy_vqa.jsonl`; a sweep that was stopped goes on from there. Without `--run` it prints
+the table of what is there, and writes it to `.md`, and a plot to `.svg`, beside that file.
+
+The row `sampled` is one checkpoint, trained with a budget drawn at every step, and measured at each.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from projectors import AveragePoolingProjector, MLPProjector, TokenPackerStyleProjector
+from projectors.plot import write_plot
+from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaProjector
+from transformers_delta_llava.evaluation import answer_questions, draw_test_questions, score_answers
+from transformers_delta_llava.training import load_recipe
+from transformers_delta_llava.training.run import make_trainer
+
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "examples" / "recipes" / "easy-vqa.yaml"
+RESULTS = ROOT / "benchmarks" / "results" / "projectors_on_easy_vqa.jsonl"
+BUDGETS = (16, 4, 1)
+TIMED_STEPS = 10
+# Name: class, arguments of the config, and the budgets to train at.
+VARIANTS: dict[
+    str, tuple[Callable[[DeltaLlavaConfig], nn.Module], dict[str, Any], Sequence[int | tuple[int, ...]]]
+] = {
+    "MLP, no reduction": (MLPProjector, {}, (64,)),
+    "average pooling + MLP": (AveragePoolingProjector, {}, BUDGETS),
+    "TokenPacker style": (TokenPackerStyleProjector, {}, BUDGETS),
+    "Delta, released": (DeltaLlavaProjector, {}, (*BUDGETS, BUDGETS)),
+    "Delta, paper": (DeltaLlavaProjector, {"projector_layout": "paper"}, BUDGETS),
+    "released, no EMHSA": (DeltaLlavaProjector, {"use_emhsa": False}, BUDGETS),
+    "released, no DeltaProj": (DeltaLlavaProjector, {"use_delta_projection": False}, BUDGETS),
+    "released, no TB": (DeltaLlavaProjector, {"use_transformer_block": False}, BUDGETS),
+}
+
+
+def main() -> None:
+    """Run what is missing, or show what is there."""
+    parser = argparse.ArgumentParser(description="Compare projectors on easy-VQA.")
+    parser.add_argument("--run", action="store_true", help="train what is missing (hours on a CPU)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--hours", type=float, default=float("inf"), help="start no run after so long")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "benchmark", help="folder to work in")
+    arguments = parser.parse_args()
+    if arguments.run:
+        run_missing(arguments)
+    runs = read_runs()
+    if not runs:
+        print("There is no result yet: python benchmarks/projectors_on_easy_vqa.py --run")
+        return
+    for steps in sorted({run["steps"] for run in runs}):
+        show([run for run in runs if run["steps"] == steps], steps)
+
+
+def read_runs() -> list[dict[str, Any]]:
+    """The finished runs."""
+    if not RESULTS.is_file():
+        return []
+    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+
+
+def run_missing(arguments: argparse.Namespace) -> None:
+    """Train and measure, seed by seed, what has no line yet."""
+    start = time.perf_counter()
+    done = {(run["variant"], str(run["trained_at"]), run["seed"], run["steps"]) for run in read_runs()}
+    RESULTS.parent.mkdir(exist_ok=True)
+    for seed in arguments.seeds:
+        for variant in arguments.variants:
+            for budget in VARIANTS[variant][2]:
+                trained_at = [budget] if isinstance(budget, int) else list(budget)
+                if (variant, str(trained_at), seed, arguments.steps) in done:
+                    continue
+                if time.perf_counter() - start > 3600 * arguments.hours:
+                    return
+                run = measure(variant, trained_at, seed, arguments)
+                with RESULTS.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(run) + "\n")
+                print(json.dumps(run), flush=True)
+
+
+def measure(variant: str, trained_at: list[int], seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train one model and measure it."""
+    make_projector, config, _ = VARIANTS[variant]
+    changes = {
+        "visual_tokens": trained_at,
+        "arguments.output_dir": arguments.output / f"{variant.replace(' ', '-')}-{trained_at}-{seed}".replace(",", ""),
+        "arguments.seed": seed,
+        "arguments.max_steps": arguments.steps,
+        "arguments.use_cpu": arguments.device == "cpu",
+        "arguments.save_strategy": "'no'",  # YAML takes a bare no for false
+        "arguments.disable_tqdm": True,
+        **{f"model.config.{name}": value for name, value in config.items()},
+    }
+    trainer = make_trainer(load_recipe(RECIPE, [f"{key}={value}" for key, value in changes.items()]))
+    model = trainer.model
+    assert isinstance(model, DeltaLlavaForConditionalGeneration)
+    if make_projector is not DeltaLlavaProjector:
+        torch.manual_seed(seed)
+        model.model.multi_modal_projector = make_projector(model.config).apply(model._init_weights).to(model.device)
+    projector = model.model.multi_modal_projector
+    step = seconds_per_step(trainer, model)
+    result = trainer.train()
+    questions = draw_test_questions()
+    truths = [question.answer for question in questions]
+    scores = {}
+    for budget in trained_at:
+        answers = answer_questions(model, trainer.processing_class, questions, budget, batch_size=256)
+        scores[str(budget)] = {kind: score.to_dict() for kind, score in score_answers(truths, answers).items()}
+    return {
+        "variant": variant,
+        "trained_at": trained_at,
+        "seed": seed,
+        "steps": arguments.steps,
+        "parameters": sum(parameter.numel() for parameter in projector.parameters()),
+        "seconds_per_step": round(step, 4),
+        "train_seconds": round(result.metrics["train_runtime"], 1),
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "scores": scores,
+    }
+
+
+def seconds_per_step(trainer: Any, model: DeltaLlavaForConditionalGeneration) -> float:
+    """Median time of forward and backward on one batch; processor time on a CPU, which others may share."""
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    for name in ("num_tokens", "num_images", "num_skipped"):
+        inputs.pop(name)
+    model.train()
+    cuda = model.device.type == "cuda"
+    clock = time.perf_counter if cuda else time.process_time
+    times = []
+    for _ in range(TIMED_STEPS):
+        start = clock()
+        model(**inputs).loss.backward()
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(clock() - start)
+        model.zero_grad()
+    return statistics.median(times)
+
+
+def show(runs: list[dict[str, Any]], steps: int) -> None:
+    """Print the table, and write it and the plot beside the results."""
+    header = ["projector", "trained at", "tokens", "n", "overall", "yes/no", "open", "s per step", "parameters"]
+    rows = []
+    points: dict[str, list[tuple[int, float]]] = {}
+    groups = sorted(
+        {(list(VARIANTS).index(run["variant"]), tuple(run["trained_at"])) for run in runs},
+        key=lambda group: (group[0], len(group[1]), [-budget for budget in group[1]]),
+    )
+    for index, trained_at in groups:
+        variant = list(VARIANTS)[index]
+        same = [run for run in runs if run["variant"] == variant and tuple(run["trained_at"]) == trained_at]
+        for budget in trained_at:
+            sampled = len(trained_at) > 1
+            cells = [_spread([run["scores"][str(budget)][kind]["accuracy"] for run in same]) for kind in header[4:7]]
+            time_cell = f"{statistics.median(run['seconds_per_step'] for run in same):.3f}"
+            name = "sampled" if sampled else "this budget"
+            rows.append([variant, name, str(budget), str(len(same)), *cells, time_cell, f"{same[0]['parameters']:,}"])
+            mean = statistics.fmean(run["scores"][str(budget)]["overall"]["accuracy"] for run in same)
+            points.setdefault(variant + (", sampled" if sampled else ""), []).append((budget, mean))
+    title = f"easy-VQA, all test questions, percent right after {steps} steps: mean (least to most) of n seeds"
+    table = Table(*header, title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    lines = [title, "", " | ".join(header), " | ".join("---" for _ in header), *(" | ".join(row) for row in rows)]
+    stem = RESULTS.with_name(f"{RESULTS.stem}-{steps}")
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_plot(points, f"easy-VQA after {steps} steps", stem.with_suffix(".svg"))
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{statistics.fmean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.2f} to {max(values):.2f})"
+
+
+if __name__ == "__main__":
+    main()
