@@ -113,7 +113,7 @@ def test_a_run_is_refused_over_an_earlier_ones_checkpoints(folder: Path, tmp_pat
 def test_a_mismatch_of_checkpoint_and_recipe_is_named(folder: Path, tmp_path: Path) -> None:
     run(folder, tmp_path, arguments={"save_strategy": "steps", "save_steps": 1, "max_steps": 1})
     other = write_model(tmp_path / "other", delta_rank=8)
-    with pytest.raises(RecipeError, match=r"delta_u is \(64, 16\), this model's \(64, 8\)"):
+    with pytest.raises(RecipeError, match=r"delta_u is \(192, 16\), this model's \(192, 8\)"):
         run(folder, tmp_path, resume=True, model={"path": str(other)})
 
 
