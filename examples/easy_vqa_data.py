@@ -3,12 +3,14 @@
     pip install easy-vqa
     python examples/easy_vqa_data.py [OUTPUT] [--versions 8] [--questions-per-row 3] [--seed 0]
 
-OUTPUT (`easy-vqa-data` by default) gets `train.json`, `images/` and `tokenizer/`, everything that
-`examples/recipes/easy-vqa.yaml` reads. Only the training split is used, none of it is held back.
+OUTPUT (`easy-vqa-data` by default) gets `captions.json` for stage 1, `train.json` for stage 2, `images/` and `tokenizer/`:
+everything that `examples/recipes/easy-vqa-pretrain.yaml` and `easy-vqa.yaml` read. Only the training split is used, none of
+it is held back.
 
 Every image comes in several versions: as it is, and with its shape put elsewhere on the same ground, sometimes mirrored.
 No answer depends on the place, and 4,000 places are few for a vision tower that starts from nothing. For each version
-the questions on the image are shuffled and dealt into conversations, each question once.
+the questions on the image are shuffled and dealt into conversations, each question once. A caption, "a red circle", is
+what the questions on an image say together; images whose questions do not tell both colour and shape have none.
 """
 
 import argparse
@@ -24,6 +26,9 @@ from transformers_delta_llava.evaluation import Question, load_questions
 from transformers_delta_llava.processing import load_chat_template
 
 
+SHAPES = ("circle", "rectangle", "triangle")
+
+
 def main() -> None:
     """Write the three parts."""
     parser = argparse.ArgumentParser(description="Write easy-VQA as training data in LLaVA's format.")
@@ -36,9 +41,10 @@ def main() -> None:
     rows = write_rows(
         arguments.output, questions, arguments.versions, arguments.questions_per_row, random.Random(arguments.seed)
     )
+    captioned = write_captions(arguments.output, questions, arguments.versions)
     size = write_tokenizer(arguments.output / "tokenizer", questions)
     images = len(list((arguments.output / "images").iterdir()))
-    print(f"{arguments.output}: {rows} rows, {images} images, a tokenizer of {size} tokens")
+    print(f"{arguments.output}: {rows} conversations, {captioned} captions, {images} images, {size} tokens")
 
 
 def write_rows(output: Path, questions: list[Question], versions: int, per_row: int, chance: random.Random) -> int:
@@ -61,6 +67,34 @@ def write_rows(output: Path, questions: list[Question], versions: int, per_row: 
                 rows.append({"id": f"{image_id}-{version}-{start}", "image": name, "conversations": turns})
     (output / "train.json").write_text(json.dumps(rows), encoding="utf-8")
     return len(rows)
+
+
+def write_captions(output: Path, questions: list[Question], versions: int) -> int:
+    """Write `captions.json`; returns the number of rows."""
+    rows = [
+        {"id": f"{image_id}-{version}", "image": f"{image_id}-{version}.png", "conversations": turns}
+        for image_id, caption in sorted(captions(questions).items())
+        for version in range(versions)
+        for turns in [[{"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption}]]
+    ]
+    (output / "captions.json").write_text(json.dumps(rows), encoding="utf-8")
+    return len(rows)
+
+
+def captions(questions: list[Question]) -> dict[int, str]:
+    """Colour and shape of each image, where the open questions on it give both away."""
+    colours, shapes = {}, {}
+    for question in questions:
+        last = question.text.rstrip("?").split()[-1]
+        if question.answer in SHAPES:
+            shapes[question.image_id] = question.answer
+            if question.text.startswith("what is the "):  # what is the red shape?
+                colours[question.image_id] = question.text.split()[3]
+        elif question.answer not in ("yes", "no"):
+            colours[question.image_id] = question.answer
+            if last in SHAPES:  # what color is the circle?
+                shapes[question.image_id] = last
+    return {image: f"a {colours[image]} {shapes[image]}" for image in colours.keys() & shapes.keys()}
 
 
 def conversation(questions: list[Question]) -> list[dict[str, str]]:
