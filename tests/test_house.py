@@ -21,7 +21,8 @@ LAYERS = {
     "modeling": set(),
     "processing": set(),
     "conversion": {"modeling", "processing"},
-    "cli": {"conversion", "modeling", "processing"},
+    "training": {"conversion", "modeling", "processing"},  # prepares tokenizers as conversion does
+    "cli": {"conversion", "modeling", "processing", "training"},
 }
 # Files that are copied into Hub repos, where only what transformers brings along is sure to be installed.
 HUB_FILES = sorted([*PACKAGE.glob("modeling/[!_]*.py"), *PACKAGE.glob("processing/[!_]*.py")])
@@ -30,6 +31,7 @@ PUBLIC_MODULES = (
     "transformers_delta_llava",
     "transformers_delta_llava.conversion",
     "transformers_delta_llava.processing",
+    "transformers_delta_llava.training",
 )
 
 

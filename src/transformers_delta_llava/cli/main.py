@@ -7,10 +7,12 @@ import typer
 
 from .. import __version__
 from .convert import convert
+from .train import train
 
 
 app = typer.Typer(name="delta-llava", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(convert)
+app.command()(train)
 
 
 def _print_version(wanted: bool) -> None:
@@ -25,7 +27,7 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Delta-LLaVA checkpoints as Hugging Face repos."""
+    """Delta-LLaVA models: convert checkpoints into Hugging Face repos, train new ones."""
 
 
 def main() -> None:

@@ -1,0 +1,210 @@
+"""Training data, read row by row."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from .errors import DataError
+from .recipe import DataRecipe
+from .row_index import RowIndex, build_index, cached_index, iterate_json_rows
+from .rows import RowError, check_caption, image_names, to_messages
+
+
+class Rows(Protocol):
+    """Rows of training data: an index of the usable ones, and their conversations."""
+
+    index: RowIndex
+
+    def __len__(self) -> int: ...
+    def name(self, place: int) -> str:
+        """What to call usable row number `place` in a message."""
+
+    def messages(self, place: int) -> list[dict[str, Any]]:
+        """Its conversation, with images (paths or pictures) in it. Raises ValueError and OSError."""
+
+
+class JsonRows:
+    """
+    The rows of a JSON or JSONL file in LLaVA's format.
+
+    Only the index is held (32 bytes a row); a row is read when it is asked for.
+
+    Args:
+        path: the file.
+        images: folder that image names start from.
+        cache: folder of the index.
+        captions: leave out what is no caption of images, as the `plain` format must.
+    """
+
+    def __init__(self, path: Path, images: Path | None = None, cache: Path | None = None, captions: bool = False):
+        self.path, self.images, self.captions = path, images, captions
+        stat = path.stat()
+        key = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, str(images and images.resolve()), captions]
+        self.index = cached_index(cache, key, self._build) if cache else self._build()
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        with self.path.open("rb") as file:  # opened anew: a handle does not survive the fork of a worker
+            start, stop = int(self.index.starts[place]), int(self.index.stops[place])
+            file.seek(start)
+            return json.loads(file.read(stop - start))
+
+    def name(self, place: int) -> str:
+        """The row's number in the file, and its id."""
+        return _row_name(int(self.index.numbers[place]), self[place])
+
+    def messages(self, place: int) -> list[dict[str, Any]]:
+        """The conversation, with paths of images."""
+        row = self[place]
+        return to_messages(row, [self._image_path(name) for name in image_names(row)])
+
+    def _image_path(self, name: Any) -> str:
+        if not isinstance(name, str):
+            raise RowError(f"its image is {name!r}, not the name of a file")
+        return os.path.join(self.images, name) if self.images else name
+
+    def _build(self) -> RowIndex:
+        return build_index(iterate_json_rows(self.path), self._measure, _json_row_name)
+
+    def _measure(self, data: bytes) -> tuple[int, int]:
+        try:
+            row = json.loads(data)
+        except ValueError as error:
+            raise RowError(f"it is no JSON ({error})") from error
+        messages = to_messages(row)
+        if self.captions:
+            check_caption(messages)
+        for name in image_names(row):
+            path = self._image_path(name)
+            if not os.path.isfile(path):
+                raise RowError(f"its image {path} does not exist")
+        return sum(_text_length(message) for message in messages), len(image_names(row))
+
+
+class DatasetRows:
+    """
+    The rows of a Hugging Face dataset with the columns `messages` and, for rows with images, `images`.
+
+    Args:
+        dataset: a `datasets.Dataset`.
+        captions: leave out what is no caption of images, as the `plain` format must.
+    """
+
+    def __init__(self, dataset: Any, captions: bool = False):
+        missing = {"messages"} - set(dataset.column_names)
+        if missing:
+            raise DataError(f"The dataset has no column messages; it has {', '.join(dataset.column_names)}.")
+        self.dataset, self.captions = dataset, captions
+        self.index = build_index(self._light_rows(), self._measure, _row_name)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def name(self, place: int) -> str:
+        """The row's number in the dataset, and its id."""
+        number = int(self.index.numbers[place])
+        columns = [name for name in ("id",) if name in self.dataset.column_names]
+        return _row_name(number, self.dataset.select_columns(columns)[number] if columns else None)
+
+    def messages(self, place: int) -> list[dict[str, Any]]:
+        """The conversation, with its pictures."""
+        row = self.dataset[int(self.index.numbers[place])]
+        return to_messages({"messages": _clean(row["messages"])}, image_names({"images": row.get("images")}))
+
+    def _light_rows(self) -> Iterator[tuple[int, int, Any]]:
+        """Every row with its images undecoded."""
+        dataset = self.dataset.select_columns(
+            [name for name in ("id", "messages", "images") if name in self.dataset.column_names]
+        )
+        if "images" in dataset.column_names:
+            dataset = dataset.cast_column("images", _undecoded(dataset.features["images"]))
+        return ((0, 0, row) for row in dataset)
+
+    def _measure(self, row: dict[str, Any]) -> tuple[int, int]:
+        images = image_names({"images": row.get("images")})
+        messages = to_messages({"messages": _clean(row["messages"])}, images)
+        if self.captions:
+            check_caption(messages)
+        return sum(_text_length(message) for message in messages), len(images)
+
+
+def open_rows(recipe: DataRecipe) -> Rows:
+    """
+    The data that a recipe names.
+
+    Raises:
+        DataError: data that cannot be read, or (with `on_error: fail`) has a row that cannot be used.
+    """
+    rows: Rows
+    captions = recipe.chat_template == "plain"
+    if recipe.path is not None:
+        images = Path(recipe.images).expanduser() if recipe.images else None
+        rows = JsonRows(Path(recipe.path).expanduser(), images, Path(recipe.cache).expanduser(), captions)
+    else:
+        rows = DatasetRows(_load_dataset(str(recipe.dataset), recipe.split), captions)
+    bad = rows.index.bad
+    if bad and recipe.on_error == "fail":
+        count = "the only one" if len(bad) == 1 else f"the first of {len(bad)}"
+        raise DataError(f"{bad[0][0]} cannot be used: {bad[0][1]} ({count}; data.on_error: skip leaves them out).")
+    if not len(rows):
+        raise DataError("The data has no usable row." + (f" {bad[0][0]}: {bad[0][1]}." if bad else ""))
+    return rows
+
+
+def _load_dataset(source: str, split: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError("data.dataset needs `datasets`: pip install 'transformers-delta-llava[train]'.") from error
+    folder = Path(source).expanduser()
+    saved: Callable[[str], bool] = lambda name: (folder / name).is_file()  # noqa: E731
+    if not (saved("state.json") or saved("dataset_dict.json")):
+        return datasets.load_dataset(source, split=split)
+    dataset = datasets.load_from_disk(str(folder))
+    if isinstance(dataset, dict):
+        if split not in dataset:
+            raise DataError(f"data.split={split}: the dataset has {', '.join(dataset)}.")
+        dataset = dataset[split]
+    return dataset
+
+
+def _undecoded(feature: Any) -> Any:
+    """A dataset's feature with images left as bytes or paths."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    inner = getattr(feature, "feature", None)
+    return type(feature)(_undecoded(inner)) if inner is not None else feature
+
+
+def _clean(messages: Any) -> Any:
+    """Messages without the empty fields that Arrow puts into every content item."""
+    if not isinstance(messages, list):
+        return messages
+    return [
+        {**message, "content": [{k: v for k, v in item.items() if v is not None} for item in message["content"]]}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in messages
+    ]
+
+
+def _text_length(message: dict[str, Any]) -> int:
+    return sum(len(item["text"]) for item in message["content"] if item["type"] == "text")
+
+
+def _row_name(number: int, row: Any) -> str:
+    given = f" (id {row['id']})" if isinstance(row, dict) and row.get("id") is not None else ""
+    return f"row {number}{given}"
+
+
+def _json_row_name(number: int, data: bytes) -> str:
+    try:
+        return _row_name(number, json.loads(data))
+    except ValueError:
+        return _row_name(number, None)

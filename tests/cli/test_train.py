@@ -1,0 +1,46 @@
+"""`delta-llava train`: the path on stdout, one sentence and exit code 2 where a recipe does not work."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training.tiny_run import recipe_content, write_data, write_model
+from transformers_delta_llava.cli.main import main
+from transformers_delta_llava.training.yaml_files import write_yaml
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    write_data(tmp_path / "data", 4)
+    write_yaml(recipe_content(tmp_path, model={"path": "org/model"}), tmp_path / "recipe.yaml")
+    return tmp_path / "recipe.yaml"
+
+
+def run(monkeypatch: Any, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["delta-llava", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return int(caught.value.code or 0)
+
+
+def test_the_folder_is_printed(monkeypatch: Any, capsys: Any, recipe: Path) -> None:
+    write_model(recipe.parent / "model")
+    change = ["--set", f"model.path={recipe.parent / 'model'}", "--set", "arguments.max_steps=1"]
+    assert run(monkeypatch, "train", str(recipe), *change) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(recipe.parent / "out")
+    assert (recipe.parent / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("visual_token=1", "delta-llava: visual_token is no key of a recipe; did you mean visual_tokens."),
+        ("data.path=none.json", "delta-llava: data.path=none.json: there is no such file."),
+        ("arguments.lr=1", "delta-llava: arguments.lr is no training argument of transformers."),
+    ],
+)
+def test_a_bad_recipe_is_one_sentence(monkeypatch: Any, capsys: Any, recipe: Path, change: str, message: str) -> None:
+    assert run(monkeypatch, "train", str(recipe), "--set", change) == 2
+    assert capsys.readouterr().err.strip().splitlines() == [message]

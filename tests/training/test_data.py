@@ -1,0 +1,226 @@
+"""Data is read row by row; what cannot be used is counted, named, and skipped or fatal as the recipe says."""
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training.tiny_run import make_picture, make_rows, write_data, write_rows
+from transformers_delta_llava.training import DataError, DataRecipe, row_index
+from transformers_delta_llava.training.data import DatasetRows, JsonRows, open_rows
+from transformers_delta_llava.training.rows import RowError, to_messages
+
+
+def turn(speaker: str, value: Any) -> dict[str, Any]:
+    return {"from": speaker, "value": value}
+
+
+def test_images_of_a_turn_come_before_its_text() -> None:
+    row = {
+        "image": ["a.png", "b.png", "c.png"],
+        "conversations": [
+            turn("human", "Compare <image> with <image>."),
+            turn("gpt", "Alike."),
+            turn("human", "And this?\n<image>"),
+            turn("gpt", "Not."),
+        ],
+    }
+    messages = to_messages(row)
+    assert [message["role"] for message in messages] == ["user", "assistant", "user", "assistant"]
+    assert [item.get("image", item.get("text")) for item in messages[0]["content"]] == [
+        "a.png",
+        "b.png",
+        "Compare  with .",
+    ]
+    assert [item.get("image", item.get("text")) for item in messages[2]["content"]] == ["c.png", "And this?"]
+
+
+def test_an_answer_to_nothing_is_dropped() -> None:
+    row = {"conversations": [turn("gpt", "Hello!"), turn("human", "Hi"), turn("gpt", "Yes?")]}
+    assert [message["content"][0]["text"] for message in to_messages(row)] == ["Hi", "Yes?"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ([1], "of type list"),
+        ({}, "no conversation"),
+        ({"conversations": [turn("human", "Hi")]}, "no answer"),
+        ({"conversations": [turn("gpt", "Hi")]}, "no answer"),
+        ({"conversations": [turn("human", "Hi"), turn("gpt", " ")]}, "empty answer"),
+        ({"conversations": [turn("human", "Hi"), turn("human", "Ho"), turn("gpt", "x")]}, "turn 2 is from the user"),
+        ({"conversations": [turn("human", "Hi"), turn("bing", "x")]}, "a turn from 'bing'"),
+        ({"conversations": [turn("human", "Hi"), turn("gpt", None)]}, "has no text"),
+        ({"conversations": [turn("human", "Hi"), turn("gpt", "<image>")]}, "<image> in a turn of the assistant"),
+        ({"conversations": ["Hi"]}, "not an object"),
+        ({"conversations": [turn("human", "<image> Hi"), turn("gpt", "x")]}, "1 <image> and 0 images"),
+        ({"image": "a.png", "conversations": [turn("human", "Hi"), turn("gpt", "x")]}, "0 <image> and 1 images"),
+        (
+            {"image": ["a", "b"], "conversations": [turn("human", "<image>"), turn("gpt", "x")]},
+            "1 <image> and 2 images",
+        ),
+    ],
+)
+def test_a_row_that_cannot_be_used_says_why(row: Any, reason: str) -> None:
+    with pytest.raises(RowError, match=reason):
+        to_messages(row)
+
+
+@pytest.mark.parametrize("chunk", [7, 64, 2**20])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_is_cut_into_its_rows(tmp_path: Path, monkeypatch: Any, chunk: int, indent: int | None) -> None:
+    """At every chunk size: rows, strings, escapes and characters of several bytes fall across the borders."""
+    monkeypatch.setattr(row_index, "CHUNK_BYTES", chunk)
+    rows = [
+        {"id": 1, "text": 'a "quoted" \\ [{,'},
+        {"id": 2, "text": "naïve 猫 😀"},
+        {"n": [1, {"x": [2]}], "id": "]"},
+        {},
+    ]
+    file = tmp_path / "rows.json"
+    for escaped in (True, False):
+        file.write_text(json.dumps(rows, indent=indent, ensure_ascii=escaped), encoding="utf-8")
+        found = list(row_index.iterate_json_rows(file))
+        assert [json.loads(data) for _, _, data in found] == rows
+        content = file.read_bytes()
+        assert [content[start:stop] for start, stop, _ in found] == [data for _, _, data in found]
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', "[{} {", '[{"a": 1}', '[{"a": tru}, {}]' + " " * 40, ""])
+def test_a_broken_array_is_named(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(content)
+    with pytest.raises(DataError, match=r"rows\.json"):
+        list(row_index.iterate_json_rows(file))
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_rows_are_read_from_the_file(tmp_path: Path, suffix: str) -> None:
+    file = write_data(tmp_path / "data", 8, suffix)
+    rows = JsonRows(file, tmp_path / "data", tmp_path / "cache")
+    assert [rows[place] for place in range(8)] == make_rows(8)
+    assert rows.index.images.tolist() == [1, 1, 1, 0] * 2
+    assert rows.messages(1)[0]["content"][0]["image"] == str(tmp_path / "data" / "1.png")
+    assert rows.name(5) == "row 5 (id r5)"
+
+
+def test_the_index_is_kept_until_the_file_changes(tmp_path: Path, monkeypatch: Any) -> None:
+    file = write_data(tmp_path / "data", 8, ".jsonl")
+    first = JsonRows(file, tmp_path / "data", tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonRows, "_build", lambda self: pytest.fail("built again"))
+        again = JsonRows(file, tmp_path / "data", tmp_path / "cache")
+    assert again.index.starts.tolist() == first.index.starts.tolist()
+    write_rows(file, make_rows(6))
+    assert len(JsonRows(file, tmp_path / "data", tmp_path / "cache")) == 6
+
+
+def broken_data(folder: Path) -> Path:
+    """Ten rows, of which 2 (no such picture), 4 (no answer), 5 (no JSON) and 7 (mismatch) cannot be used."""
+    file = write_data(folder, 10, ".jsonl", text_only_every=100)
+    lines = file.read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    rows[2]["image"] = "none.png"
+    rows[4]["conversations"].pop()
+    rows[7]["image"] = ["7.png", "7.png"]
+    lines = [json.dumps(row) for row in rows]
+    lines[5] = lines[5][:-5]
+    file.write_text("\n".join(lines))
+    return file
+
+
+def test_unusable_rows_are_counted_and_named(tmp_path: Path) -> None:
+    file = broken_data(tmp_path / "data")
+    recipe = DataRecipe(path=str(file), images=str(tmp_path / "data"), cache=str(tmp_path / "cache"), on_error="skip")
+    for _ in range(2):  # the second time from the cache
+        rows = open_rows(recipe)
+        assert len(rows) == 6
+        assert [name for name, _ in rows.index.bad] == ["row 2 (id r2)", "row 4 (id r4)", "row 5", "row 7 (id r7)"]
+        reasons = [reason for _, reason in rows.index.bad]
+        assert "none.png does not exist" in reasons[0] and "no answer" in reasons[1]
+        assert "no JSON" in reasons[2] and "1 <image> and 2 images" in reasons[3]
+        assert rows.name(3) == "row 6 (id r6)"
+
+
+def test_unusable_rows_are_fatal_where_the_recipe_says_so(tmp_path: Path) -> None:
+    file = broken_data(tmp_path / "data")
+    recipe = DataRecipe(path=str(file), images=str(tmp_path / "data"), cache=str(tmp_path / "cache"))
+    with pytest.raises(DataError, match=r"row 2 \(id r2\) cannot be used: .*none\.png.*the first of 4"):
+        open_rows(recipe)
+
+
+def test_data_without_a_usable_row_is_refused(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "rows.json", [{"id": "a"}])
+    recipe = DataRecipe(path=str(file), cache=str(tmp_path / "cache"), on_error="skip")
+    with pytest.raises(DataError, match=r"no usable row\. row 0 \(id a\): it has no conversation"):
+        open_rows(recipe)
+
+
+def test_datasets_with_messages_and_images(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    image, text = {"type": "image", "text": None}, {"type": "text", "text": "What?"}
+    answer = [{"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}]
+    rows = {
+        "messages": [
+            [{"role": "user", "content": [image, text]}, *answer],
+            [{"role": "user", "content": [text]}, *answer],
+            [{"role": "user", "content": [image, image, text]}, *answer],
+            [{"role": "user", "content": [text]}],
+        ],
+        "images": [[make_picture(0)], [], [make_picture(1), make_picture(2)], []],
+    }
+    features = datasets.Features(
+        messages=datasets.List(
+            {
+                "role": datasets.Value("string"),
+                "content": datasets.List({"type": datasets.Value("string"), "text": datasets.Value("string")}),
+            }
+        ),
+        images=datasets.List(datasets.Image()),
+    )
+    datasets.DatasetDict(train=datasets.Dataset.from_dict(rows, features=features)).save_to_disk(tmp_path / "saved")
+    opened = open_rows(DataRecipe(dataset=str(tmp_path / "saved"), on_error="skip"))
+    assert isinstance(opened, DatasetRows)
+    assert opened.index.images.tolist() == [1, 0, 2]
+    assert opened.index.bad == [("row 3", "it has no answer")]
+    content = opened.messages(2)[0]["content"]
+    assert [item["type"] for item in content] == ["image", "image", "text"]
+    assert content[1]["image"].getpixel((3, 3)) == make_picture(2).getpixel((3, 3))
+    with pytest.raises(DataError, match="data.split=test: the dataset has train"):
+        open_rows(DataRecipe(dataset=str(tmp_path / "saved"), split="test"))
+
+
+def resident(field: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(field)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to reset the peak")
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_665k_rows_cost_less_than_a_gigabyte(tmp_path: Path, suffix: str) -> None:
+    """The peak while the index is built, at 5,000 and 40,000 rows of 1 kB, carried on by the slope between them."""
+    grown = {}
+    for count in (5_000, 40_000):
+        file = tmp_path / f"{count}{suffix}"
+        with file.open("w") as out:  # row by row: memory that this test had freed would hide the index's
+            out.write("[" if suffix == ".json" else "")
+            for n in range(count):
+                row = {"id": str(n), "conversations": [turn("human", "Hi" * 250), turn("gpt", "Ho" * 250)]}
+                out.write(
+                    (",\n" if suffix == ".json" and n else "") + json.dumps(row) + ("\n" if suffix == ".jsonl" else "")
+                )
+            out.write("]" if suffix == ".json" else "")
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+        opened = JsonRows(file)
+        grown[count] = resident("VmHWM") - before
+        assert len(opened) == count and opened[count - 1]["id"] == str(count - 1)
+    per_row = max(0, grown[40_000] - grown[5_000]) / 35_000
+    assert grown[5_000] + per_row * 665_000 < 2**30, grown
+    assert per_row < 600, grown  # a row itself has more than 1,000 bytes

@@ -1,0 +1,167 @@
+"""What is trained on, decoded, for every chat template; and how rows become a batch."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.training.tiny_run import BUDGETS, make_model, make_picture, make_processor, write_data
+from transformers_delta_llava.processing import CHAT_TEMPLATES
+from transformers_delta_llava.training import DataError
+from transformers_delta_llava.training.collator import Collator
+from transformers_delta_llava.training.data import JsonRows
+from transformers_delta_llava.training.dataset import TrainingDataset
+from transformers_delta_llava.training.encoding import IGNORED, ConversationEncoder
+from transformers_delta_llava.training.rows import RowError, to_messages
+from transformers_delta_llava.training.sampler import Request
+
+
+END = {
+    "vicuna_v1": "</s>",
+    "plain": "\n",
+    "chatml": "<|im_end|>",
+    "llama_2": " </s>",
+    "phi_3": "<|end|>",
+    "gemma": "<end_of_turn>\n<eos>",
+    "hermes": "<|im_end|>",
+}
+
+
+def conversation(template: str) -> list[dict[str, Any]]:
+    turns = [("human", "<image>\nWhich, <image> too?"), ("gpt", "The first, naïvely.")]
+    if template != "plain":
+        turns += [("human", "Sure?"), ("gpt", "Yes: 100 %.")]
+    row = {"image": ["a", "b"], "conversations": [{"from": who, "value": value} for who, value in turns]}
+    return to_messages(row, [make_picture(0), make_picture(1)])
+
+
+@pytest.mark.parametrize("budget", [1, 9])
+@pytest.mark.parametrize("template", CHAT_TEMPLATES)
+def test_the_loss_is_on_answers_and_their_ends_alone(template: str, budget: int) -> None:
+    processor = make_processor(template)
+    sample = ConversationEncoder(processor, 2048)(conversation(template), budget)
+    ids, labels = sample["input_ids"], sample["labels"]
+    trained = processor.decode(labels[labels != IGNORED])
+    answers = ["The first, naïvely."] if template == "plain" else ["The first, naïvely.", "Yes: 100 %."]
+    assert trained == "".join(answer + END[template] for answer in answers)
+    assert torch.equal(labels[labels != IGNORED], ids[labels != IGNORED])
+    assert (ids == processor.image_token_id).sum() == 2 * budget
+    assert ids[0] == processor.tokenizer.bos_token_id and ids[1] != ids[0]
+    assert sample["pixel_values"].shape == (2, 3, 24, 24)
+
+
+def test_a_long_conversation_is_cut_but_never_within_an_image() -> None:
+    processor = make_processor()
+    whole = ConversationEncoder(processor, 2048)(conversation("vicuna_v1"), 9)
+    places = (whole["input_ids"] == processor.image_token_id).nonzero().flatten()
+    answers = (whole["labels"] != IGNORED).nonzero().flatten()
+    inside = ConversationEncoder(processor, int(answers[0]) + 5)(conversation("vicuna_v1"), 9)
+    assert len(inside["input_ids"]) == answers[0] + 5 and len(inside["pixel_values"]) == 2
+    for length in (int(places[12]), int(places[3]), int(answers[0]) - 1):
+        with pytest.raises(RowError, match=f"no answer is within its first {length} tokens"):
+            ConversationEncoder(processor, length)(conversation("vicuna_v1"), 9)
+
+
+def test_an_image_after_the_cut_is_left_out() -> None:
+    row = {"image": ["a", "b"], "conversations": []}
+    for question, answer in (("<image>", "One."), ("<image>", "Two.")):
+        row["conversations"] += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    messages = to_messages(row, [make_picture(0), make_picture(1)])
+    processor = make_processor()
+    ids = ConversationEncoder(processor, 2048)(messages, 16)["input_ids"]
+    second = int((ids == processor.image_token_id).nonzero()[16])
+    cut = ConversationEncoder(processor, second + 7)(messages, 16)
+    assert len(cut["input_ids"]) == second and len(cut["pixel_values"]) == 1
+    assert processor.decode(cut["labels"][cut["labels"] != IGNORED]) == "One.</s>"
+
+
+def samples(template: str = "vicuna_v1", budgets: tuple[int, ...] = (4, 4)) -> list[dict[str, Any]]:
+    encoder = ConversationEncoder(make_processor(template), 2048)
+    text = to_messages({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]})
+    given = [conversation(template), text]
+    return [{**encoder(m, b), "budget": b, "num_skipped": 0} for m, b in zip(given, budgets)]
+
+
+def test_rows_become_a_batch() -> None:
+    processor = make_processor()
+    rows = samples()
+    batch = Collator(256, processor.image_token_id)(rows)
+    lengths = [len(row["input_ids"]) for row in rows]
+    assert batch["input_ids"].shape == (2, max(lengths))
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+    assert (batch["labels"][1, lengths[1] :] == IGNORED).all() and (batch["input_ids"][1, lengths[1] :] == 256).all()
+    assert batch["num_visual_tokens"] == 4 and batch["pixel_values"].shape == (2, 3, 24, 24)
+    assert (batch["num_tokens"], batch["num_images"], batch["num_skipped"]) == (sum(lengths), 2, 0)
+    mixed = Collator(256, processor.image_token_id)([rows[0], samples(budgets=(1, 9))[0]])
+    assert mixed["num_visual_tokens"].tolist() == [4, 4, 1, 1]
+
+
+@pytest.mark.parametrize("extra", [0, 200])
+def test_a_blank_image_changes_nothing_but_gives_every_parameter_a_gradient(extra: int) -> None:
+    """`extra`: tokens of a second, longer row, so that the blank image fits into the padding or does not."""
+    encoder = ConversationEncoder(make_processor(), 2048)
+    rows = [
+        {
+            **encoder(
+                to_messages(
+                    {"conversations": [{"from": "human", "value": "Hi" + "!" * more}, {"from": "gpt", "value": "Ho"}]}
+                ),
+                4,
+            ),
+            "budget": 4,
+            "num_skipped": 0,
+        }
+        for more in (0, extra)
+    ]
+    plain = Collator(256, 259)(rows)
+    with_blank = Collator(256, 259, encoder.blank_image(), min(BUDGETS))(rows)
+    assert "pixel_values" not in plain and with_blank["pixel_values"].shape == (1, 3, 24, 24)
+    model = make_model().eval()
+    losses = {}
+    for name, batch in (("plain", plain), ("blank", with_blank)):
+        counts = {key: batch.pop(key) for key in ("num_tokens", "num_images", "num_skipped")}
+        assert counts["num_images"] == 0
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        losses[name] = (loss.detach(), model.lm_head.weight.grad.clone())
+    torch.testing.assert_close(losses["blank"], losses["plain"])
+    gradients = [parameter.grad for parameter in model.model.multi_modal_projector.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> TrainingDataset:
+    """Six rows with images, of which number 1 is corrupt; rows 3 and 7 are text."""
+    file = write_data(tmp_path, 8)
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:60])
+    encoder = ConversationEncoder(make_processor(), 2048)
+    return TrainingDataset(JsonRows(file, tmp_path), encoder, "skip", tmp_path / "skipped.jsonl")
+
+
+def test_a_corrupt_image_is_replaced_named_and_recorded(dataset: TrainingDataset, caplog: Any) -> None:
+    assert dataset[Request(1, 4)]["num_skipped"] == 1
+    assert torch.equal(dataset[Request(1, 4)]["input_ids"], dataset[Request(2, 4)]["input_ids"])
+    assert caplog.text.count("Skipped row 1 (id r1)") == 1 and "Image 0 cannot be used" in caplog.text
+    assert dataset.record is not None
+    assert dataset.record.read_text().count("row 1 (id r1)") == 1
+
+
+def test_a_row_is_replaced_by_one_of_its_kind(dataset: TrainingDataset) -> None:
+    assert dataset.rows.index.images.tolist() == [1, 1, 1, 0, 1, 1, 1, 0]
+    assert dataset._next(2) == 4 and dataset._next(3) == 7 and dataset._next(7) == 3
+
+
+def test_a_corrupt_image_is_fatal_where_the_recipe_says_so(dataset: TrainingDataset) -> None:
+    dataset.on_error = "fail"
+    assert dataset[Request(0, 4)]["num_skipped"] == 0
+    with pytest.raises(DataError, match=r"row 1 \(id r1\) cannot be used: Image 0"):
+        dataset[Request(1, 4)]
+
+
+def test_data_without_a_usable_image_ends(dataset: TrainingDataset, tmp_path: Path) -> None:
+    for file in tmp_path.glob("*.png"):
+        file.write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"6 rows from row 2 \(id r2\) on cannot be used"):
+        dataset[Request(2, 4)]

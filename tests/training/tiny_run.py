@@ -1,0 +1,135 @@
+"""Everything that a training run needs, tiny: tokenizer, image processor, model folder, rows with pictures, recipes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+
+from tests.tiny import TEXT, VISION
+from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
+from transformers_delta_llava.processing import DeltaLlavaProcessor, load_chat_template
+
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+SPECIAL += ["<|end|>", "<start_of_turn>", "<end_of_turn>", "<eos>"]
+BUDGETS = (144, 36, 16, 9, 4, 1)  # of a 12 x 12 grid
+
+
+def make_tokenizer(special: list[str] = SPECIAL) -> PreTrainedTokenizerFast:
+    """One token per byte, so that every token is known by its characters; BOS in front."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    bos = ("<s>", tokenizer.token_to_id("<s>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )
+
+
+def make_image_processor(side: int = 24) -> CLIPImageProcessorPil:
+    """CLIP's, at the tiny tower's size."""
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
+def make_processor(template: str = "vicuna_v1", **kwargs: Any) -> DeltaLlavaProcessor:
+    """A processor at 4 visual tokens per image."""
+    kwargs = {"num_visual_tokens": 4, "visual_token_budgets": BUDGETS, **kwargs}
+    return DeltaLlavaProcessor(
+        make_image_processor(), make_tokenizer(), chat_template=load_chat_template(template, bos=True), **kwargs
+    )
+
+
+def make_model(**config: Any) -> DeltaLlavaForConditionalGeneration:
+    """An untrained model for `make_processor`, always the same."""
+    torch.manual_seed(0)
+    text = {**TEXT, "vocab_size": 320, "eos_token_id": 258, "pad_token_id": 256}
+    config = {"vision_feature_levels": [1, 2, 3], "scale_factor": 6, **config}
+    return DeltaLlavaForConditionalGeneration(
+        DeltaLlavaConfig(vision_config=VISION, text_config=text, image_token_id=259, **config)
+    )
+
+
+def write_model(folder: Path, **config: Any) -> Path:
+    """A Hub folder with model and processor."""
+    make_model(**config).save_pretrained(folder)
+    make_processor().save_pretrained(folder)
+    return folder
+
+
+def make_picture(seed: int, width: int = 30, height: int = 24) -> Image.Image:
+    """Noise."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def make_rows(count: int, text_only_every: int = 4) -> list[dict[str, Any]]:
+    """Rows in LLaVA's format; every `text_only_every`-th is without an image."""
+    rows: list[dict[str, Any]] = []
+    for number in range(count):
+        with_image = number % text_only_every != text_only_every - 1
+        question = f"What is {'x' * (number % 5)}?"
+        row: dict[str, Any] = {
+            "id": f"r{number}",
+            "conversations": [
+                {"from": "human", "value": f"<image>\n{question}" if with_image else question},
+                {"from": "gpt", "value": f"Answer {number}."},
+            ],
+        }
+        if with_image:
+            row["image"] = f"{number}.png"
+        rows.append(row)
+    return rows
+
+
+def write_data(folder: Path, count: int = 24, suffix: str = ".json", text_only_every: int = 4) -> Path:
+    """Rows and their pictures in `folder`; returns the file of rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = make_rows(count, text_only_every)
+    for number, row in enumerate(rows):
+        if "image" in row:
+            make_picture(number).save(folder / row["image"])
+    return write_rows(folder / f"rows{suffix}", rows)
+
+
+def write_rows(file: Path, rows: list[Any]) -> Path:
+    """Rows as JSON or JSONL."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    file.write_text(
+        "\n".join(lines) + "\n" if file.suffix == ".jsonl" else json.dumps(rows, ensure_ascii=False, indent=1)
+    )
+    return file
+
+
+def recipe_content(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A recipe for `write_model` and `write_data` in `folder`, as a YAML file would hold it."""
+    content: dict[str, Any] = {
+        "model": {"path": str(folder / "model")},
+        "data": {
+            "path": str(folder / "data" / "rows.json"),
+            "images": str(folder / "data"),
+            "cache": str(folder / "cache"),
+        },
+        "train": ["projector", "language_model"],
+        "visual_tokens": 4,
+        "arguments": {
+            "output_dir": str(folder / "out"),
+            "use_cpu": True,
+            "per_device_train_batch_size": 2,
+            "max_steps": 4,
+            "save_strategy": "no",
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "train_sampling_strategy": "group_by_length",
+        },
+    }
+    for key, value in changes.items():
+        content[key] = {**content[key], **value} if isinstance(value, dict) and key in content else value
+    return content
