@@ -1,11 +1,12 @@
 """Projectors side by side on easy-VQA: same tower, language model, data, steps and seeds; only the projector differs.
 
     python examples/easy_vqa_data.py
-    python benchmarks/projectors_on_easy_vqa.py --run [--seeds 0 1 2] [--steps 7000] [--hours 5] [--device cuda]
+    python benchmarks/projectors_on_easy_vqa.py --run [--seeds 0 1 2] [--steps 600 400] [--hours 5] [--device cuda]
     python benchmarks/projectors_on_easy_vqa.py
 
 With `--run` it trains and measures what is missing, one model after the other, first seed first, each as
-`examples/recipes/easy-vqa.yaml` says but for projector, budget, seed and number of steps. Every finished run is a line in
+`examples/recipes/easy-vqa-pretrain.yaml` and `easy-vqa.yaml` say, one after the other, but for projector, budget, seed and number
+of steps. Every finished run is a line in
 `benchmarks/results/projectors_on_easy_vqa.jsonl`; a sweep that was stopped goes on from there. Without `--run` it prints
 the table of what is there, and writes it to `.md`, and a plot to `.svg`, beside that file.
 
@@ -24,17 +25,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from transformers import set_seed
 
 from projectors import AveragePoolingProjector, MLPProjector, TokenPackerStyleProjector
 from projectors.plot import write_plot
 from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaProjector
 from transformers_delta_llava.evaluation import answer_questions, draw_test_questions, score_answers
 from transformers_delta_llava.training import load_recipe
+from transformers_delta_llava.training.recipe import Recipe
 from transformers_delta_llava.training.run import make_trainer
+from transformers_delta_llava.training.trainer import DeltaLlavaTrainer
 
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPE = ROOT / "examples" / "recipes" / "easy-vqa.yaml"
+RECIPES = [ROOT / "examples" / "recipes" / name for name in ("easy-vqa-pretrain.yaml", "easy-vqa.yaml")]
 RESULTS = ROOT / "benchmarks" / "results" / "projectors_on_easy_vqa.jsonl"
 BUDGETS = (16, 4, 1)
 TIMED_STEPS = 10
@@ -58,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare projectors on easy-VQA.")
     parser.add_argument("--run", action="store_true", help="train what is missing (hours on a CPU)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--steps", type=int, nargs=2, default=[2500, 2300], help="of the two stages")
     parser.add_argument("--hours", type=float, default=float("inf"), help="start no run after so long")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
@@ -70,8 +74,8 @@ def main() -> None:
     if not runs:
         print("There is no result yet: python benchmarks/projectors_on_easy_vqa.py --run")
         return
-    for steps in sorted({run["steps"] for run in runs}):
-        show([run for run in runs if run["steps"] == steps], steps)
+    for steps in sorted({tuple(run["steps"]) for run in runs}):
+        show([run for run in runs if tuple(run["steps"]) == steps], steps)
 
 
 def read_runs() -> list[dict[str, Any]]:
@@ -107,21 +111,21 @@ def measure(variant: str, trained_at: list[int], seed: int, arguments: argparse.
         "visual_tokens": trained_at,
         "arguments.output_dir": arguments.output / f"{variant.replace(' ', '-')}-{trained_at}-{seed}".replace(",", ""),
         "arguments.seed": seed,
-        "arguments.max_steps": arguments.steps,
         "arguments.use_cpu": arguments.device == "cpu",
         "arguments.save_strategy": "'no'",  # YAML takes a bare no for false
         "arguments.disable_tqdm": True,
-        **{f"model.config.{name}": value for name, value in config.items()},
     }
-    trainer = make_trainer(load_recipe(RECIPE, [f"{key}={value}" for key, value in changes.items()]))
-    model = trainer.model
-    assert isinstance(model, DeltaLlavaForConditionalGeneration)
-    if make_projector is not DeltaLlavaProjector:
-        torch.manual_seed(seed)
-        model.model.multi_modal_projector = make_projector(model.config).apply(model._init_weights).to(model.device)
-    projector = model.model.multi_modal_projector
-    step = seconds_per_step(trainer, model)
-    result = trainer.train()
+    first, second = (load_recipe(path, [f"{key}={value}" for key, value in changes.items()]) for path in RECIPES)
+    first.model.config.update(config)
+    second.model = first.model  # built anew, because no folder can hold a projector that is not ours; see `continued`
+    weights: dict[str, torch.Tensor] = {}
+    seconds = 0.0
+    for recipe, steps in zip((first, second), arguments.steps):
+        recipe.arguments["max_steps"] = steps
+        trainer, model = continued(recipe, make_projector, weights)
+        step = seconds_per_step(trainer, model)
+        seconds += trainer.train().metrics["train_runtime"]
+        weights = model.state_dict()
     questions = draw_test_questions()
     truths = [question.answer for question in questions]
     scores = {}
@@ -133,9 +137,9 @@ def measure(variant: str, trained_at: list[int], seed: int, arguments: argparse.
         "trained_at": trained_at,
         "seed": seed,
         "steps": arguments.steps,
-        "parameters": sum(parameter.numel() for parameter in projector.parameters()),
+        "parameters": sum(parameter.numel() for parameter in model.model.multi_modal_projector.parameters()),
         "seconds_per_step": round(step, 4),
-        "train_seconds": round(result.metrics["train_runtime"], 1),
+        "train_seconds": round(seconds, 1),
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -143,8 +147,23 @@ def measure(variant: str, trained_at: list[int], seed: int, arguments: argparse.
     }
 
 
+def continued(
+    recipe: Recipe, make_projector: Callable[[DeltaLlavaConfig], nn.Module], weights: dict[str, torch.Tensor]
+) -> tuple[DeltaLlavaTrainer, DeltaLlavaForConditionalGeneration]:
+    """A trainer of a model with that projector, untrained or with the weights of the stage before."""
+    trainer = make_trainer(recipe)
+    model = trainer.model
+    assert isinstance(model, DeltaLlavaForConditionalGeneration)
+    if make_projector is not DeltaLlavaProjector:
+        set_seed(trainer.args.seed)
+        model.model.multi_modal_projector = make_projector(model.config).apply(model._init_weights).to(model.device)
+    if weights:
+        model.load_state_dict(weights)
+    return trainer, model
+
+
 def seconds_per_step(trainer: Any, model: DeltaLlavaForConditionalGeneration) -> float:
-    """Median time of forward and backward on one batch; processor time on a CPU, which others may share."""
+    """Median time of forward and backward of stage 2 on one batch; processor time on a CPU, which others may share."""
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     for name in ("num_tokens", "num_images", "num_skipped"):
         inputs.pop(name)
@@ -162,7 +181,7 @@ def seconds_per_step(trainer: Any, model: DeltaLlavaForConditionalGeneration) ->
     return statistics.median(times)
 
 
-def show(runs: list[dict[str, Any]], steps: int) -> None:
+def show(runs: list[dict[str, Any]], steps: tuple[int, ...]) -> None:
     """Print the table, and write it and the plot beside the results."""
     header = ["projector", "trained at", "tokens", "n", "overall", "yes/no", "open", "s per step", "parameters"]
     rows = []
@@ -182,15 +201,16 @@ def show(runs: list[dict[str, Any]], steps: int) -> None:
             rows.append([variant, name, str(budget), str(len(same)), *cells, time_cell, f"{same[0]['parameters']:,}"])
             mean = statistics.fmean(run["scores"][str(budget)]["overall"]["accuracy"] for run in same)
             points.setdefault(variant + (", sampled" if sampled else ""), []).append((budget, mean))
-    title = f"easy-VQA, all test questions, percent right after {steps} steps: mean (least to most) of n seeds"
+    trained = " + ".join(map(str, steps))
+    title = f"easy-VQA, all test questions, percent right after {trained} steps: mean (least to most) of n seeds"
     table = Table(*header, title=title)
     for row in rows:
         table.add_row(*row)
     Console().print(table)
     lines = [title, "", " | ".join(header), " | ".join("---" for _ in header), *(" | ".join(row) for row in rows)]
-    stem = RESULTS.with_name(f"{RESULTS.stem}-{steps}")
+    stem = RESULTS.with_name(f"{RESULTS.stem}-{'-'.join(map(str, steps))}")
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    write_plot(points, f"easy-VQA after {steps} steps", stem.with_suffix(".svg"))
+    write_plot(points, f"easy-VQA after {trained} steps", stem.with_suffix(".svg"))
 
 
 def _spread(values: list[float]) -> str:

@@ -1,7 +1,7 @@
 """easy-VQA as training data: images, conversations in LLaVA's format, and a tokenizer made from the questions.
 
     pip install easy-vqa
-    python examples/easy_vqa_data.py [OUTPUT] [--versions 8] [--questions-per-row 3] [--seed 0]
+    python examples/easy_vqa_data.py [OUTPUT] [--versions 8] [--questions-per-row 5] [--seed 0]
 
 OUTPUT (`easy-vqa-data` by default) gets `captions.json` for stage 1, `train.json` for stage 2, `images/` and `tokenizer/`:
 everything that `examples/recipes/easy-vqa-pretrain.yaml` and `easy-vqa.yaml` read. Only the training split is used, none of
@@ -10,7 +10,7 @@ it is held back.
 Every image comes in several versions: as it is, and with its shape put elsewhere on the same ground, sometimes mirrored.
 No answer depends on the place, and 4,000 places are few for a vision tower that starts from nothing. For each version
 the questions on the image are shuffled and dealt into conversations, each question once. A caption, "a red circle", is
-what the questions on an image say together; images whose questions do not tell both colour and shape have none.
+what the questions on an image and their answers say together; images for which they do not tell both have none.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write easy-VQA as training data in LLaVA's format.")
     parser.add_argument("output", type=Path, nargs="?", default=Path("easy-vqa-data"))
     parser.add_argument("--versions", type=int, default=8, help="of each image, the original among them")
-    parser.add_argument("--questions-per-row", type=int, default=3)
+    parser.add_argument("--questions-per-row", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     questions = load_questions("train")
@@ -82,18 +82,19 @@ def write_captions(output: Path, questions: list[Question], versions: int) -> in
 
 
 def captions(questions: list[Question]) -> dict[int, str]:
-    """Colour and shape of each image, where the open questions on it give both away."""
+    """Colour and shape of each image, where the questions on it, and a yes to one, give both away."""
+    answers = {question.answer for question in questions}
+    known_colours = answers - {*SHAPES, "yes", "no"}
     colours, shapes = {}, {}
     for question in questions:
-        last = question.text.rstrip("?").split()[-1]
-        if question.answer in SHAPES:
-            shapes[question.image_id] = question.answer
-            if question.text.startswith("what is the "):  # what is the red shape?
-                colours[question.image_id] = question.text.split()[3]
-        elif question.answer not in ("yes", "no"):
-            colours[question.image_id] = question.answer
-            if last in SHAPES:  # what color is the circle?
-                shapes[question.image_id] = last
+        words = question.text.rstrip("?").split()
+        if question.answer == "no" or {"no", "not"} & set(words):
+            continue
+        for word in (*words, question.answer):  # what is the red shape? circle; is there a red shape? yes
+            if word in SHAPES:
+                shapes[question.image_id] = word
+            elif word in known_colours:
+                colours[question.image_id] = word
     return {image: f"a {colours[image]} {shapes[image]}" for image in colours.keys() & shapes.keys()}
 
 

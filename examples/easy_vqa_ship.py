@@ -1,8 +1,9 @@
 """The trained easy-VQA model as a checkpoint of the authors' trainer, with its log and its card: what `examples/easy-vqa/` is.
 
+    delta-llava train examples/recipes/easy-vqa-pretrain.yaml
     delta-llava train examples/recipes/easy-vqa.yaml
     delta-llava evaluate easy-vqa runs/easy-vqa --num-visual-tokens 16 ... --output runs/easy-vqa/easy-vqa.json
-    python examples/easy_vqa_ship.py runs/easy-vqa examples/easy-vqa --tokenizer easy-vqa-data/tokenizer
+    python examples/easy_vqa_ship.py runs/easy-vqa-pretrain runs/easy-vqa examples/easy-vqa --tokenizer easy-vqa-data/tokenizer
 
 In the released code the image is no token: its place in the prompt has no row in the embeddings. So the last row, which
 training here adds for `<image>`, stays behind, and conversion adds one of its own.
@@ -10,10 +11,12 @@ training here adds for `<image>`, stays behind, and conversion adds one of its o
 
 import argparse
 import json
+import os
 import shutil
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
@@ -30,13 +33,14 @@ LOGGED = ("step", "epoch", "loss", "learning_rate", "grad_norm", "images_per_sec
 def main() -> None:
     """Write the folder from a finished run."""
     parser = argparse.ArgumentParser(description="Write a trained easy-VQA model in the authors' checkpoint layout.")
-    parser.add_argument("run", type=Path, help="folder that delta-llava train wrote, with easy-vqa.json in it")
+    parser.add_argument("pretrain", type=Path, help="folder that delta-llava train wrote in stage 1")
+    parser.add_argument("run", type=Path, help="folder that it wrote in stage 2, with easy-vqa.json in it")
     parser.add_argument("output", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True, help="the tokenizer that the recipe names")
     arguments = parser.parse_args()
     model = DeltaLlavaForConditionalGeneration.from_pretrained(arguments.run)
     write_checkpoint(model, arguments.tokenizer, arguments.run / "processor_config.json", arguments.output)
-    write_log(arguments.run, arguments.output)
+    write_log({"pretrain": arguments.pretrain, "finetune": arguments.run}, arguments.output)
     scores = json.loads((arguments.run / "easy-vqa.json").read_text(encoding="utf-8"))
     (arguments.output / "results.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     (arguments.output / "README.md").write_text(card(model, arguments.output), encoding="utf-8")
@@ -107,13 +111,15 @@ def released_config(model: DeltaLlavaForConditionalGeneration, vocab_size: int) 
     }
 
 
-def write_log(run: Path, output: Path) -> None:
-    """Write the recipe, and the run's losses and speed with its seed."""
-    shutil.copyfile(run / "recipe.yaml", output / "recipe.yaml")
-    state = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))
-    history = [{name: entry[name] for name in LOGGED if name in entry} for entry in state["log_history"]]
-    results = json.loads((run / "train_results.json").read_text(encoding="utf-8"))
-    log = {"torch": torch.__version__, "results": results, "history": [entry for entry in history if "loss" in entry]}
+def write_log(runs: dict[str, Path], output: Path) -> None:
+    """Write the recipe of each stage, and its losses and speed."""
+    log: dict = {"torch": torch.__version__, "transformers": transformers.__version__, "cpus": os.cpu_count()}
+    for stage, run in runs.items():
+        shutil.copyfile(run / "recipe.yaml", output / f"recipe-{stage}.yaml")
+        state = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))
+        history = [{name: entry[name] for name in LOGGED if name in entry} for entry in state["log_history"]]
+        results = json.loads((run / "train_results.json").read_text(encoding="utf-8"))
+        log[stage] = {"results": results, "history": [entry for entry in history if "loss" in entry]}
     (output / "training_log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
 
 
@@ -136,9 +142,10 @@ def card(model: DeltaLlavaForConditionalGeneration, folder: Path) -> str:
         rows="\n".join([*rows, _row("none: majority of the question alone", report["question_alone"])]),
         parameters=sizes,
         megabytes=(folder / "model.safetensors").stat().st_size / 1e6,
-        minutes=log["results"]["train_runtime"] / 60,
-        speed=log["results"]["train_samples_per_second"],
-        final_loss=log["history"][-1]["loss"],
+        minutes=[log[stage]["results"]["train_runtime"] / 60 for stage in ("pretrain", "finetune")],
+        steps=[log[stage]["history"][-1]["step"] for stage in ("pretrain", "finetune")],
+        losses=[log[stage]["history"][-1]["loss"] for stage in ("pretrain", "finetune")],
+        log=log,
         budgets=budgets,
     )
 
@@ -169,17 +176,19 @@ The author of the data set reports 93.78 on the test split for his own network.
 
 Parameters: {parameters}. Weights: {megabytes:.1f} MB.
 
-Training: `recipe.yaml` beside this file, from random weights, seed in it; {minutes:.0f} minutes at {speed} rows per second, last loss
-{final_loss}; `training_log.json` has the course of it. Steps drew their number of visual tokens from the recipe's list, so one set
-of weights serves all of them.
+Training: `recipe-pretrain.yaml` (captions), then `recipe-finetune.yaml` (questions), from random weights, seeds in them:
+{minutes[0]:.0f} + {minutes[1]:.0f} minutes on {log[cpus]} CPU cores ({steps[0]} + {steps[1]} steps, last losses {losses[0]:.4f} and {losses[1]:.4f},
+torch {log[torch]}, transformers {log[transformers]}). `training_log.json` has the course of it. Steps drew their number of visual
+tokens from the recipes' list, so one set of weights serves all of them.
 
 To make it again:
 
     pip install 'transformers-delta-llava[train]'
     python examples/easy_vqa_data.py
+    delta-llava train examples/recipes/easy-vqa-pretrain.yaml
     delta-llava train examples/recipes/easy-vqa.yaml
     delta-llava evaluate easy-vqa runs/easy-vqa {budgets} --output runs/easy-vqa/easy-vqa.json
-    python examples/easy_vqa_ship.py runs/easy-vqa examples/easy-vqa --tokenizer easy-vqa-data/tokenizer
+    python examples/easy_vqa_ship.py runs/easy-vqa-pretrain runs/easy-vqa examples/easy-vqa --tokenizer easy-vqa-data/tokenizer
 
 Data: [easy-VQA](https://github.com/vzhou842/easy-VQA) by Victor Zhou, MIT. Weights: Apache-2.0, as this repository.
 """

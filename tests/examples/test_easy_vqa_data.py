@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer
 
-from examples.easy_vqa_data import move_shape, write_rows, write_tokenizer
+from examples.easy_vqa_data import captions, move_shape, write_rows, write_tokenizer
 from transformers_delta_llava.evaluation import load_questions
 from transformers_delta_llava.processing import load_chat_template
 
@@ -63,6 +63,25 @@ def test_every_version_of_an_image_asks_each_of_its_questions_once(tmp_path):
     assert asked == expected
     original = Image.open(next(q.image for q in questions if q.image_id == 5)).convert("RGB")
     assert np.array_equal(Image.open(tmp_path / "images" / "5-0.png"), original)
+
+
+def test_captions_contradict_no_question():
+    """Colour and shape follow from some questions; every other question on the image must agree."""
+    questions = load_questions("train")
+    known = captions(questions)
+    assert len(known) == 3381  # of 4,000 images
+    words = {word for caption in known.values() for word in caption.split()[1:]}
+    assert len(words) == 11
+    for question in questions:
+        if question.image_id not in known:
+            continue
+        truth = set(known[question.image_id].split())
+        asked = question.text.rstrip("?").split()
+        if question.answer in ("yes", "no"):
+            denied = bool({"no", "not"} & set(asked))
+            assert ((words & set(asked) <= truth) != denied) == (question.answer == "yes"), question
+        else:
+            assert question.answer in truth, question
 
 
 def test_the_tokenizer_reads_prompts_without_loss_and_answers_in_one_token(tmp_path):

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from examples.easy_vqa_data import write_rows, write_tokenizer
+from examples.easy_vqa_data import write_captions, write_rows, write_tokenizer
 from examples.easy_vqa_ship import card, write_checkpoint, write_log
 from tests.reference.names import parameter_shapes
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
@@ -20,7 +20,7 @@ from transformers_delta_llava.evaluation import load_questions
 from transformers_delta_llava.training import load_recipe, train
 
 
-RECIPE = Path(__file__).parents[2] / "examples" / "recipes" / "easy-vqa.yaml"
+RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 PROJECTOR = "model.mm_projector."
 
 
@@ -30,27 +30,38 @@ def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("easy-vqa-data")
     questions = load_questions("train")
     write_tokenizer(folder / "tokenizer", questions)
-    write_rows(folder, [q for q in questions if q.image_id < 10], versions=1, per_row=3, chance=random.Random(0))
+    few = [question for question in questions if question.image_id < 10]
+    write_rows(folder, few, versions=1, per_row=3, chance=random.Random(0))
+    write_captions(folder, few, versions=1)
     return folder
 
 
 @pytest.fixture(scope="module")
-def run(data: Path, tmp_path_factory) -> Path:
-    """What the recipe leaves behind after two steps."""
-    output = tmp_path_factory.mktemp("run")
+def runs(data: Path, tmp_path_factory) -> dict[str, Path]:
+    """What the recipes leave behind after two steps each."""
+    output = tmp_path_factory.mktemp("runs")
     changes = {
-        "model.tokenizer": data / "tokenizer",
-        "data.path": data / "train.json",
         "data.images": data / "images",
         "data.cache": output / "cache",
-        "arguments.output_dir": output / "easy-vqa",
         "arguments.max_steps": 2,
         "arguments.logging_steps": 1,
         "arguments.per_device_train_batch_size": 4,
         "arguments.dataloader_num_workers": 0,
         "arguments.disable_tqdm": True,
     }
-    return train(load_recipe(RECIPE, [f"{key}={value}" for key, value in changes.items()]))
+    stages = {
+        "pretrain": ("easy-vqa-pretrain.yaml", "captions.json", {"model.tokenizer": data / "tokenizer"}),
+        "finetune": ("easy-vqa.yaml", "train.json", {"model.path": output / "pretrain"}),
+    }
+    for stage, (recipe, rows, model) in stages.items():
+        own = {**model, "data.path": data / rows, "arguments.output_dir": output / stage}
+        train(load_recipe(RECIPES / recipe, [f"{key}={value}" for key, value in {**changes, **own}.items()]))
+    return {stage: output / stage for stage in stages}
+
+
+@pytest.fixture(scope="module")
+def run(runs: dict[str, Path]) -> Path:
+    return runs["finetune"]
 
 
 @pytest.fixture(scope="module")
@@ -114,17 +125,19 @@ def test_converted_back_it_computes_what_was_trained(run: Path, shipped: Path, t
     torch.testing.assert_close(logits[0], logits[1])
 
 
-def test_the_card_says_what_the_files_say(run: Path, shipped: Path, tmp_path: Path):
+def test_the_card_says_what_the_files_say(runs: dict[str, Path], shipped: Path, tmp_path: Path):
     folder = shutil.copytree(shipped, tmp_path / "easy-vqa")
-    write_log(run, folder)
+    write_log(runs, folder)
     log = json.loads((folder / "training_log.json").read_text())
-    assert [entry["step"] for entry in log["history"]] == [1, 2]
-    assert yaml.safe_load((folder / "recipe.yaml").read_text())["visual_tokens"] == [16, 4, 1]
+    for stage in runs:
+        assert [entry["step"] for entry in log[stage]["history"]] == [1, 2]
+        assert yaml.safe_load((folder / f"recipe-{stage}.yaml").read_text())["visual_tokens"] == [16, 4, 1]
     score = {"correct": 9600, "total": 9673, "accuracy": 99.25, "interval_95": [99.05, 99.4]}
     scores = {"overall": score, "yes/no": score, "open": score}
     results = {"questions": 9673, "dtype": "float32", "results": [{"num_visual_tokens": 16, "scores": scores}]}
     (folder / "results.json").write_text(json.dumps({**results, "question_alone": scores}))
-    text = card(DeltaLlavaForConditionalGeneration.from_pretrained(run), folder)
-    for part in ("| 16 | 99.25 (99.05 to 99.40) |", "all 9,673 test questions", f"loss\n{log['history'][1]['loss']}"):
+    text = card(DeltaLlavaForConditionalGeneration.from_pretrained(runs["finetune"]), folder)
+    last = f"and {log['finetune']['history'][1]['loss']:.4f}"
+    for part in ("| 16 | 99.25 (99.05 to 99.40) |", "all 9,673 test questions", "(2 + 2 steps", last):
         assert part in text
     assert "easy-vqa-repo --num-visual-tokens 16" in text

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -161,7 +162,8 @@ def assert_equal(one: Path, two: Path) -> None:
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(folder: Path, tmp_path: Path) -> None:
-    """Killed without warning in the second of three epochs, with sampled budgets, dropout and accumulated batches."""
+    """Killed without warning at a random step of three epochs, with sampled budgets, dropout, accumulated batches."""
+    step = random.SystemRandom().randint(3, 8)  # of 9; SystemRandom, because training seeds the other one
     arguments = {
         "save_strategy": "steps",
         "save_steps": 2,
@@ -180,14 +182,14 @@ def test_a_killed_run_goes_on_to_the_same_weights(folder: Path, tmp_path: Path) 
     content = recipe_content(folder, arguments={**arguments, "output_dir": str(tmp_path / "killed")}, **changes)
     write_yaml(make_recipe(content).to_dict(), tmp_path / "recipe.yaml")
     killed = subprocess.run(
-        [sys.executable, "-c", KILL, str(tmp_path / "recipe.yaml"), "5"],
+        [sys.executable, "-c", KILL, str(tmp_path / "recipe.yaml"), str(step)],
         capture_output=True,
         text=True,
         env=environment(),
     )
     assert killed.returncode == -9, killed.stderr
     saved = {path.name for path in (tmp_path / "killed").glob("checkpoint-*")}
-    assert saved == {"checkpoint-2", "checkpoint-4"}
+    assert saved == {f"checkpoint-{number}" for number in range(2, step, 2)}, f"killed at step {step}"
     resumed = train(make_recipe(content), resume=True)
     assert_equal(whole, resumed)
     again = json.loads((resumed / "trainer_state.json").read_text())["log_history"]
@@ -201,7 +203,6 @@ import os, signal, sys
 from transformers import TrainerCallback
 from transformers_delta_llava.training import load_recipe
 from transformers_delta_llava.training.run import make_trainer
-from transformers_delta_llava.training.trainer import merge_adapter
 
 class Kill(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
