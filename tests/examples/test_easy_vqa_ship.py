@@ -93,7 +93,7 @@ def test_names_and_shapes_of_the_projector_are_the_authors(shipped: Path):
         name.removeprefix(PROJECTOR): tuple(t.shape) for name, t in tensors.items() if name.startswith(PROJECTOR)
     }
     assert shapes == parameter_shapes(
-        width=64, levels=4, rank=16, attention_width=32, head_dim=32, mlp_ratio=2, hidden=64
+        width=64, levels=4, rank=16, attention_width=32, head_dim=32, mlp_ratio=2, hidden=128
     )
     rest = {name.split(".")[1] for name in tensors if not name.startswith(PROJECTOR)}
     assert rest == {"vision_tower", "embed_tokens", "layers", "norm", "weight"}
