@@ -88,13 +88,13 @@ def read_runs() -> list[dict[str, Any]]:
 def run_missing(arguments: argparse.Namespace) -> None:
     """Train and measure, seed by seed, what has no line yet."""
     start = time.perf_counter()
-    done = {(run["variant"], str(run["trained_at"]), run["seed"], run["steps"]) for run in read_runs()}
+    done = {(run["variant"], str(run["trained_at"]), run["seed"], tuple(run["steps"])) for run in read_runs()}
     RESULTS.parent.mkdir(exist_ok=True)
     for seed in arguments.seeds:
         for variant in arguments.variants:
             for budget in VARIANTS[variant][2]:
                 trained_at = [budget] if isinstance(budget, int) else list(budget)
-                if (variant, str(trained_at), seed, arguments.steps) in done:
+                if (variant, str(trained_at), seed, tuple(arguments.steps)) in done:
                     continue
                 if time.perf_counter() - start > 3600 * arguments.hours:
                     return

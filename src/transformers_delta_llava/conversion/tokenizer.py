@@ -131,6 +131,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase) -> TokenIds:
     added = [token for token in wanted if token not in known]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in wanted], special_tokens=True)
     tokenizer.padding_side = "left"
+    tokenizer.init_kwargs["padding_side"] = "left"  # only what it was made with is saved
     _separate_at_images(tokenizer)
     image, pad = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, tokenizer.pad_token])
     return TokenIds(image, pad, max(tokenizer.get_vocab().values()) + 1, added)

@@ -115,7 +115,7 @@ def answer_questions(
 
 def _options(num_visual_tokens: int | None) -> dict[str, Any]:
     """Options of a processor's call, made anew for each: transformers writes into them."""
-    options: dict[str, Any] = {"return_tensors": "pt", "padding": True}
+    options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "padding_side": "left"}
     return options if num_visual_tokens is None else {**options, "num_visual_tokens": num_visual_tokens}
 
 
