@@ -13,6 +13,10 @@ from ..conversion import convert_checkpoint
 def convert(
     source: Annotated[Path, typer.Argument(help="Checkpoint folder in the authors' layout.", show_default=False)],
     output: Annotated[Path, typer.Argument(help="Folder to write the Hub repo to.", show_default=False)],
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub id of the language model that a projector or a LoRA run was trained on."),
+    ] = None,
     vision_tower: Annotated[
         str | None, typer.Option(help="Folder or Hub id of the vision tower; by default what the config names.")
     ] = None,
@@ -42,6 +46,7 @@ def convert(
         report = convert_checkpoint(
             source,
             output,
+            base_model=base_model,
             vision_tower=vision_tower,
             tokenizer=tokenizer,
             dtype=dtype,

@@ -23,6 +23,9 @@ class ConversionReport:
         source_files: sha256 of every file of the source that was read, by name.
         vision_tower: name of the vision tower.
         vision_tower_files: sha256 of the tower's weight files; empty where the checkpoint brought its tower.
+        base_model: name of the model that a projector or a LoRA run was put on; None for a full checkpoint.
+        base_model_files: sha256 of that model's weight files.
+        trained_vocab_size: rows of the source's embeddings; rows above them were added.
         base_models: Hub ids of what the checkpoint was made of, as far as it says.
         chat_template: name of the prompt format.
         dtypes: number of tensors written, by dtype.
@@ -41,6 +44,9 @@ class ConversionReport:
     source_files: dict[str, str]
     vision_tower: str
     vision_tower_files: dict[str, str]
+    base_model: str | None
+    base_model_files: dict[str, str]
+    trained_vocab_size: int
     base_models: list[str]
     chat_template: str
     dtypes: dict[str, int]
@@ -58,6 +64,8 @@ class ConversionReport:
         return {
             "source": {"name": self.source, "sha256": self.source_files},
             "vision_tower": {"name": self.vision_tower, "sha256": self.vision_tower_files},
+            "base_model": {"name": self.base_model, "sha256": self.base_model_files} if self.base_model else None,
+            "trained_vocab_size": self.trained_vocab_size,
             "base_models": self.base_models,
             "versions": {
                 "transformers_delta_llava": __version__,
