@@ -30,6 +30,9 @@ def convert(
         str | None, typer.Option(help="Prompt format by name, or a Jinja file; by default the model family's.")
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Most bytes per weight file.")] = "2GB",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the written tensors back and compare every one with its source.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier conversion's output.")] = False,
 ) -> None:
     """Convert a trained checkpoint into a Hub repo, and print the repo's path."""
@@ -53,7 +56,9 @@ def convert(
             chat_template=chat_template,
             overwrite=overwrite,
             max_shard_size=max_shard_size,
+            verify=verify,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            verify_progress=lambda done, total: bar.update(task, description="verifying", completed=done, total=total),
         )
     for warning in report.warnings:
         talk.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)

@@ -21,7 +21,7 @@ from .model_card import ModelCard
 from .output_folder import REPORT_FILE, atomic_folder, check_output
 from .report import ConversionReport, sha256_of
 from .settings import build_config
-from .shard_writer import Progress, parse_size, write_shards
+from .shard_writer import Progress, parse_size, verify_shards, write_shards
 from .sources import BaseModel, read_source
 from .tensor_plan import EMBEDDINGS, SOURCE_EMBEDDINGS, TensorPlan, plan_tensors
 from .tokenizer import TOKENIZER_FILES, TokenIds, add_tokens, has_tokenizer, load_tokenizer, save_tokenizer
@@ -74,7 +74,9 @@ def convert_checkpoint(
     chat_template: str | None = None,
     overwrite: bool = False,
     max_shard_size: int | str = "2GB",
+    verify: bool = False,
     progress: Progress | None = None,
+    verify_progress: Progress | None = None,
 ) -> ConversionReport:
     """Convert a checkpoint into a folder that loads with `trust_remote_code` where this package is not installed.
 
@@ -93,7 +95,8 @@ def convert_checkpoint(
         chat_template: name of a prompt format, or a Jinja file. By default what fits the language model.
         overwrite: replace an output that an earlier conversion wrote.
         max_shard_size: most bytes of tensors per weight file, as a number or as `2GB`.
-        progress: called with the bytes of tensors handled so far, and in all.
+        verify: read the written tensors back and compare each with its source, bit by bit, before the output appears.
+        progress: called with the bytes of tensors handled so far, and in all; `verify_progress` the same while verifying.
 
     Returns:
         What was done; the same stands in the output's `conversion.json`.
@@ -108,9 +111,7 @@ def convert_checkpoint(
     if not (source / "config.json").is_file():
         raise ConversionError(f"The source {source} is not a folder with a config.json.")
     settings = read_json(source / "config.json")
-    vision_tower = vision_tower or str(settings.get("mm_vision_tower") or "")
-    if not vision_tower:
-        raise ConversionError("config.json names no mm_vision_tower; pass its folder or Hub id with --vision-tower.")
+    vision_tower = vision_tower or _named_tower(source, settings)
     inputs = (source, vision_tower, tokenizer or source, base_model or source)
     check_output(output, [Path(path) for path in inputs if Path(path).is_dir()], overwrite)
 
@@ -124,6 +125,8 @@ def convert_checkpoint(
 
     with atomic_folder(output) as folder:
         weight_files = write_shards(plan.tensors, folder, shard_size, progress)
+        if verify:
+            verify_shards(plan.tensors, folder, verify_progress or progress)
         write_code(folder)
         write_config(config, folder)
         write_processor(config, read.tower.image_processor, read.settings.get("image_aspect_ratio") == "pad", folder)
@@ -134,6 +137,15 @@ def convert_checkpoint(
         report = _report(read, config, plan, output, weight_files, warnings)
         write_json(report.to_dict(), folder / REPORT_FILE)
     return report
+
+
+def _named_tower(source: Path, settings: dict) -> str:
+    """The tower that a checkpoint names: a folder inside the checkpoint's, as export leaves it, or whatever it says."""
+    name = settings.get("mm_vision_tower")
+    if not isinstance(name, str) or not name:
+        raise ConversionError("config.json names no mm_vision_tower; pass its folder or Hub id with --vision-tower.")
+    inner = source / Path(name).name
+    return str(inner) if Path(name).name == name and inner.is_dir() else name
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -72,7 +72,7 @@ def read_lora_settings(folder: Path) -> LoraSettings:
         )
     alpha: Any = config.get("lora_alpha")
     pattern: Any = config.get("alpha_pattern") or {}
-    numbers = [alpha, *pattern.values()] if isinstance(pattern, dict) else [None]
+    numbers: list[Any] = [alpha, *pattern.values()] if isinstance(pattern, dict) else [None]
     if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
         raise ConversionError(
             f"{ADAPTER_CONFIG} has lora_alpha={alpha!r}, alpha_pattern={pattern!r}; numbers are due."

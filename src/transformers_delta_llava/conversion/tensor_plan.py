@@ -106,13 +106,15 @@ def _grow(found: dict[str, LazyTensor], config: DeltaLlavaConfig) -> None:
 
 
 def _add_rows(shape: tuple[int, ...], size: int, mean_row: int | None) -> _Step:
-    def work(matrix: torch.Tensor) -> torch.Tensor:
-        grown = torch.cat([matrix, matrix[:1].expand(size - shape[0], *shape[1:])])
-        if mean_row is not None and mean_row >= shape[0]:
-            grown[mean_row] = matrix.mean(0, dtype=torch.float32).to(matrix.dtype)
-        return grown
+    return _Step(lambda matrix: torch.cat([matrix, new_rows(matrix, size, mean_row)]), shape=(size, *shape[1:]))
 
-    return _Step(work, shape=(size, *shape[1:]))
+
+def new_rows(matrix: torch.Tensor, size: int, mean_row: int | None) -> torch.Tensor:
+    """The (size - rows, width) rows that conversion puts below a (rows, width) table; `mean_row` is a row's index in all."""
+    rows = matrix[:1].repeat(size - len(matrix), 1)
+    if mean_row is not None and mean_row >= len(matrix):
+        rows[mean_row - len(matrix)] = matrix.mean(0, dtype=torch.float32).to(matrix.dtype)
+    return rows
 
 
 def _check_dtypes(found: dict[str, LazyTensor]) -> None:
