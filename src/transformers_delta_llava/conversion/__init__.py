@@ -4,6 +4,7 @@ from .config_map import convert_config
 from .convert import convert_checkpoint
 from .errors import ConversionError
 from .export import ExportReport, export_checkpoint
+from .inspection import Inspection, inspect_model
 from .key_map import convert_state_dict
 from .report import ConversionReport
 
@@ -12,8 +13,10 @@ __all__ = [
     "ConversionError",
     "ConversionReport",
     "ExportReport",
+    "Inspection",
     "convert_checkpoint",
     "convert_config",
     "convert_state_dict",
     "export_checkpoint",
+    "inspect_model",
 ]

@@ -57,7 +57,7 @@ def plan_tensors(
         _check_tied_head(found[EMBEDDINGS], found.pop(HEAD))
         ignored[HEAD] = "equal to the embeddings, to which the config ties it"
     _grow(found, config)
-    ordered = _match(found, _expected_shapes(config))
+    ordered = _match(found, expected_shapes(config))
     if dtype is not None:
         ordered = {name: _then(tensor, _cast(dtype)) for name, tensor in ordered.items()}
     return TensorPlan(ordered, ignored)
@@ -140,7 +140,7 @@ def _check_tied_head(embeddings: LazyTensor, head: LazyTensor) -> None:
         )
 
 
-def _expected_shapes(config: DeltaLlavaConfig) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: DeltaLlavaConfig) -> dict[str, tuple[int, ...]]:
     """Published names and shapes of everything the model stores."""
     try:
         with torch.device("meta"):
