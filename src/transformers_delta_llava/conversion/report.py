@@ -1,6 +1,7 @@
 """What a conversion did, for the caller and for whoever finds the repo later."""
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from .. import __version__
 
 
 _CHUNK = 1 << 20
+_THREADS = 4
 
 
 @dataclass
@@ -85,12 +87,14 @@ class ConversionReport:
 
 
 def sha256_of(files: list[Path]) -> dict[str, str]:
-    """The sha256 of each file, by its name."""
-    sums = {}
-    for file in files:
-        digest = hashlib.sha256()
-        with file.open("rb") as stream:
-            while chunk := stream.read(_CHUNK):
-                digest.update(chunk)
-        sums[file.name] = digest.hexdigest()
-    return sums
+    """The sha256 of each file, by its name; several at a time, since hashing is slower than a disk."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return dict(zip((file.name for file in files), pool.map(_sha256, files)))
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
