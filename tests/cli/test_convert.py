@@ -44,6 +44,19 @@ def test_convert(call, checkpoint, tmp_path):
     assert call("convert", checkpoint, tmp_path / "out", "--overwrite")[0] in (0, None)
 
 
+def test_verify_and_export(call, checkpoint, tmp_path):
+    assert call("convert", checkpoint, tmp_path / "out", "--verify")[0] in (0, None)
+    code, out, err = call("export", tmp_path / "out", tmp_path / "back", "--format", "released")
+    assert (code or 0, out) == (0, f"{tmp_path / 'back'}\n")
+    assert "457 tensors in 1 files, layout released, 320 rows" in err
+    code, out, err = call("export", tmp_path / "out", tmp_path / "back")
+    assert (code, out) == (2, "")
+    assert "--overwrite" in err
+    options = ["--overwrite", "--projector-only"]
+    assert call("export", tmp_path / "out", tmp_path / "back", *options)[0] in (0, None)
+    assert (tmp_path / "back" / "mm_projector.bin").is_file()
+
+
 def test_warnings_go_to_stderr(call, checkpoint, tmp_path):
     source = shutil.copytree(checkpoint, tmp_path / "source")
     (source / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.9}')

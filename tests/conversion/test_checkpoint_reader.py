@@ -145,7 +145,9 @@ def test_a_malicious_pickle_is_refused_without_running_it(tmp_path, raw, hidden)
     [
         ([torch.ones(1)], "holds a list"),
         ({"a": torch.ones(1), "epoch": 3}, "not plain tensors: epoch"),
-        ({"model": {"a": torch.ones(1)}}, "not plain tensors: model"),
+        ({"model": {"a": 1}}, "not plain tensors: a"),
+        ({"other": {"a": torch.ones(1)}}, "not plain tensors: other"),
+        ({"model": {"a": torch.ones(1)}, "module": {}}, "not plain tensors: model, module"),
         ({5: torch.ones(1)}, "not plain tensors: 5"),
         ({"a": torch.eye(3).to_sparse()}, "not plain tensors: a"),
         ({"a": torch.empty(3, device="meta")}, "not plain tensors: a"),
@@ -183,6 +185,15 @@ def test_an_unsupported_dtype(tmp_path):
 def test_no_weights(tmp_path):
     with pytest.raises(ConversionError, match="No weights in"):
         read_checkpoint(tmp_path)
-    (tmp_path / "mm_projector.bin").touch()
-    with pytest.raises(ConversionError, match="holds the projector only"):
+    (tmp_path / "global_step10").mkdir()
+    with pytest.raises(ConversionError, match=r"consolidate them with zero_to_fp32\.py"):
         read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.pt", "model.pt", "consolidated.pt", "pytorch_model_fsdp.bin"])
+@pytest.mark.parametrize("wrapper", [None, "module", "state_dict"])
+def test_what_training_frameworks_leave(tmp_path, name, wrapper):
+    torch.save({wrapper: TENSORS} if wrapper else TENSORS, tmp_path / name)
+    assert read_checkpoint(tmp_path).tensors.keys() == TENSORS.keys()
+    torch.save({f"module.{key}": tensor for key, tensor in TENSORS.items()}, tmp_path / name)
+    assert read_checkpoint(tmp_path).tensors.keys() == TENSORS.keys()

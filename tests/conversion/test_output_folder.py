@@ -81,3 +81,22 @@ def test_input_and_output_must_be_apart(tmp_path, output):
     (tmp_path / "link").symlink_to(source)
     with pytest.raises(ConversionError, match="one folder or lie inside each other"):
         check_output(tmp_path / output, [source], overwrite=True)
+
+
+def test_a_loop_of_links_is_refused(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(ConversionError, match="a loop of symbolic links|exists"):
+        check_output(tmp_path / "a", [tmp_path], overwrite=False)
+    with pytest.raises(ConversionError, match="not written by a conversion|a loop of symbolic links"):
+        check_output(tmp_path / "a", [], overwrite=True)
+
+
+def test_a_kill_between_the_renames_loses_nothing(tmp_path):
+    (tmp_path / ".out.previous").mkdir()
+    (tmp_path / ".out.previous" / "kept").touch()
+    (tmp_path / ".out.incomplete").mkdir()
+    with pytest.raises(OSError, match="disk full"), atomic_folder(tmp_path / "out"):
+        raise OSError("disk full")
+    assert (tmp_path / "out" / "kept").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,6 +1,7 @@
 """Writing weights in files of a limited size."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ from safetensors import SafetensorError, safe_open
 
 from tests.conversion.test_tensor_plan import lazily
 from transformers_delta_llava.conversion import ConversionError, shard_writer
-from transformers_delta_llava.conversion.checkpoint_reader import read_checkpoint
-from transformers_delta_llava.conversion.shard_writer import parse_size, write_shards
+from transformers_delta_llava.conversion.checkpoint_reader import LazyTensor, read_checkpoint
+from transformers_delta_llava.conversion.shard_writer import parse_size, same_bits, verify_shards, write_shards
 
 
 @pytest.mark.parametrize(
@@ -71,3 +72,34 @@ def test_a_failure_to_write_is_an_os_error(tmp_path, monkeypatch):
     monkeypatch.setattr(shard_writer, "save_file", save_file)
     with pytest.raises(OSError, match=r"model\.safetensors cannot be written: No space left"):
         write_shards(lazily(TENSORS).tensors, tmp_path, 10**6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_that_are_no_numbers_are_refused(tmp_path, value, dtype):
+    tensor = torch.ones(5, 7, dtype=dtype)
+    tensor[2, 3] = value
+    with pytest.raises(ConversionError, match="b.weight holds NaN or Inf"):
+        write_shards({"b.weight": LazyTensor((5, 7), dtype, lambda: tensor)}, tmp_path, 1000)
+
+
+def test_verification_sees_a_single_bit(tmp_path):
+    tensors = {
+        name: LazyTensor((3,), torch.float32, partial(torch.full, (3,), float(i))) for i, name in enumerate("abc")
+    }
+    write_shards(tensors, tmp_path, 12)
+    seen = []
+    verify_shards(tensors, tmp_path, lambda done, total: seen.append((done, total)))
+    assert seen == [(12, 36), (24, 36), (36, 36)]
+    path = tmp_path / "model-00002-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 128]))
+    with pytest.raises(ConversionError, match="Verification failed: b is not on the disk"):
+        verify_shards(tensors, tmp_path)
+    with pytest.raises(ConversionError, match="Verification failed: the files differ in c"):
+        verify_shards({name: tensors[name] for name in "ab"}, tmp_path)
+
+
+def test_zeros_of_different_sign_differ():
+    assert torch.equal(torch.zeros(1), -torch.zeros(1))
+    assert not same_bits(torch.zeros(1), -torch.zeros(1))
+    assert same_bits(torch.ones(2, 3).t(), torch.ones(3, 2))

@@ -1,10 +1,22 @@
-"""From a trained checkpoint in the authors' layout to a Hub repo."""
+"""From a trained checkpoint in the authors' layout to a Hub repo, and back."""
 
 from .config_map import convert_config
 from .convert import convert_checkpoint
 from .errors import ConversionError
+from .export import ExportReport, export_checkpoint
+from .inspection import Inspection, inspect_model
 from .key_map import convert_state_dict
 from .report import ConversionReport
 
 
-__all__ = ["ConversionError", "ConversionReport", "convert_checkpoint", "convert_config", "convert_state_dict"]
+__all__ = [
+    "ConversionError",
+    "ConversionReport",
+    "ExportReport",
+    "Inspection",
+    "convert_checkpoint",
+    "convert_config",
+    "convert_state_dict",
+    "export_checkpoint",
+    "inspect_model",
+]

@@ -14,8 +14,17 @@ from .errors import ConversionError, listed
 from .json_files import read_json
 
 
-# The order in which transformers looks for weights.
-_WEIGHT_FILES = (("model", ".safetensors"), ("pytorch_model", ".bin"))
+# The order in which transformers looks for weights; then what training frameworks leave after consolidating.
+_WEIGHT_FILES = (
+    ("model", ".safetensors"),
+    ("pytorch_model", ".bin"),
+    ("pytorch_model_fsdp", ".bin"),
+    ("pytorch_model", ".pt"),
+    ("model", ".pt"),
+    ("consolidated", ".pt"),
+)
+# Under these keys some frameworks put the weights into a dictionary of their own.
+_WRAPPERS = ("module", "model", "state_dict")
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -66,7 +75,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     origin: dict[str, str] = {}
     duplicates: list[str] = []
     for file in files:
-        contents = _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
+        contents = _open_file(file)
         duplicates += [f"{name} (in {origin[name]} and {file.name})" for name in contents if name in origin]
         tensors.update(contents)
         origin.update(dict.fromkeys(contents, file.name))
@@ -74,13 +83,42 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise ConversionError(f"The shards of {folder.name} hold tensors twice: {listed(duplicates)}.")
     if index is not None:
         _check_index(index, origin)
+    _refuse_empty(tensors)
+    return Checkpoint(tensors, (*files, *([index] if index else [])))
+
+
+def open_weights(file: Path) -> dict[str, LazyTensor]:
+    """The tensors of one file, safetensors or pickled; raises as `read_checkpoint` does."""
+    tensors = _open_file(file)
+    _refuse_empty(tensors)
+    return tensors
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether `folder` holds weights under a name that `read_checkpoint` looks for."""
+    return any(
+        (folder / f"{stem}{suffix}").is_file()
+        or (folder / f"{stem}{suffix}.index.json").is_file()
+        or any(folder.glob(f"{stem}-*-of-*{suffix}"))
+        for stem, suffix in _WEIGHT_FILES
+    )
+
+
+def _refuse_empty(tensors: dict[str, LazyTensor]) -> None:
     empty = [name for name, tensor in tensors.items() if tensor.num_bytes == 0]
     if empty:
         raise ConversionError(
             f"Empty tensors, as DeepSpeed ZeRO-3 leaves behind without consolidation: {listed(empty)}; save the "
             "checkpoint with stage3_gather_16bit_weights_on_model_save, or consolidate it with zero_to_fp32.py."
         )
-    return Checkpoint(tensors, (*files, *([index] if index else [])))
+
+
+def _open_file(file: Path) -> dict[str, LazyTensor]:
+    contents = _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
+    # DistributedDataParallel and DeepSpeed put their own level before every name.
+    if contents and all(name.startswith("module.") for name in contents):
+        return {name.removeprefix("module."): tensor for name, tensor in contents.items()}
+    return contents
 
 
 def _find_weights(folder: Path) -> tuple[list[Path], Path | None]:
@@ -95,11 +133,14 @@ def _find_weights(folder: Path) -> tuple[list[Path], Path | None]:
         shards = sorted(folder.glob(f"{stem}-*-of-*{suffix}"))
         if shards:
             return _all_shards(shards), None
-    hint = ""
-    if (folder / "mm_projector.bin").is_file():
-        hint = " (mm_projector.bin holds the projector only; a checkpoint with its language model is needed)"
+    if any(folder.glob("global_step*")) or any(folder.rglob("*_model_states.pt")):
+        raise ConversionError(
+            f"{folder.name} holds DeepSpeed's own files, which are parts of tensors; consolidate them with "
+            "zero_to_fp32.py into a pytorch_model.bin."
+        )
     raise ConversionError(
-        f"No weights in {folder.name}: expected model.safetensors or pytorch_model.bin, or their shards{hint}."
+        f"No weights in {folder.name}: expected model.safetensors, pytorch_model.bin or .pt, their shards, "
+        "mm_projector.bin, or adapter_model.safetensors or .bin."
     )
 
 
@@ -165,6 +206,9 @@ def _open_pickle(file: Path) -> dict[str, LazyTensor]:
     except Exception as error:  # damaged bytes raise all kinds of errors
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise ConversionError(f"{file.name} is not a readable PyTorch checkpoint: {reason}.") from error
+    wrapped = [contents[key] for key in _WRAPPERS if isinstance(contents, dict) and key in contents]
+    if len(wrapped) == 1 and isinstance(wrapped[0], dict):
+        contents = wrapped[0]
     if not isinstance(contents, dict):
         raise ConversionError(f"{file.name} should map names to tensors, but holds a {type(contents).__name__}.")
     strange = [str(name) for name, value in contents.items() if not (isinstance(name, str) and _is_plain(value))]

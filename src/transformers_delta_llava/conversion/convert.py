@@ -1,6 +1,7 @@
 """A trained checkpoint in the authors' layout becomes a Hub repo."""
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..modeling import DeltaLlavaConfig
-from .checkpoint_reader import Checkpoint, read_checkpoint
+from .checkpoint_reader import Checkpoint
 from .config_map import Vocabulary, convert_config, grown_vocabulary, unused_keys
 from .errors import ConversionError
 from .generation import fit_generation_config, read_generation_config
@@ -21,7 +22,8 @@ from .model_card import ModelCard
 from .output_folder import REPORT_FILE, atomic_folder, check_output
 from .report import ConversionReport, sha256_of
 from .settings import build_config
-from .shard_writer import Progress, parse_size, write_shards
+from .shard_writer import Progress, parse_size, verify_shards, write_shards
+from .sources import BaseModel, read_source
 from .tensor_plan import EMBEDDINGS, SOURCE_EMBEDDINGS, TensorPlan, plan_tensors
 from .tokenizer import TOKENIZER_FILES, TokenIds, add_tokens, has_tokenizer, load_tokenizer, save_tokenizer
 from .vision_tower import VisionTower, adapt_to_weights, load_vision_tower
@@ -37,6 +39,7 @@ class _Source:
     folder: Path
     settings: dict
     checkpoint: Checkpoint
+    base: BaseModel | None
     names: NameMap
     tower: VisionTower
     tokenizer: PreTrainedTokenizerBase
@@ -51,8 +54,8 @@ class _Source:
     @property
     def base_models(self) -> list[str]:
         """Hub ids of what the checkpoint was made of, as far as it says."""
-        names = (str(self.settings.get("_name_or_path")), self.tower.name)
-        return [name for name in names if is_repo_id(name) and not Path(name).exists()]
+        language_model = self.base.name if self.base else str(self.settings.get("_name_or_path"))
+        return [name for name in (language_model, self.tower.name) if is_repo_id(name) and not Path(name).exists()]
 
     @property
     def files(self) -> list[Path]:
@@ -65,29 +68,36 @@ def convert_checkpoint(
     source: str | Path,
     output: str | Path,
     *,
+    base_model: str | Path | None = None,
     vision_tower: str | Path | None = None,
     tokenizer: str | Path | None = None,
     dtype: str | torch.dtype | None = None,
     chat_template: str | None = None,
     overwrite: bool = False,
     max_shard_size: int | str = "2GB",
+    verify: bool = False,
     progress: Progress | None = None,
+    verify_progress: Progress | None = None,
 ) -> ConversionReport:
-    """Convert a full checkpoint into a folder that loads with `trust_remote_code` where this package is not installed.
+    """Convert a checkpoint into a folder that loads with `trust_remote_code` where this package is not installed.
 
     The output appears complete or not at all. The source is only read, and no code from it is run. Tensors stay as they
     are, bit for bit, unless `dtype` asks otherwise; the embeddings get rows for new tokens.
 
     Args:
-        source: folder with `config.json` and weights (safetensors or `.bin`), with or without those of the vision tower.
+        source: folder with `config.json` and weights: a full checkpoint (safetensors, `.bin` or `.pt`), with or without
+            the vision tower's; a projector alone (`mm_projector.bin`); or a LoRA run (`adapter_model.*` with
+            `non_lora_trainables.bin`), which is merged as PEFT merges.
         output: folder to write.
+        base_model: folder or Hub id of the language model that a projector or a LoRA run was trained on.
         vision_tower: folder or Hub id of the tower. By default the one that the checkpoint's config names.
         tokenizer: folder or Hub id of the tokenizer. By default the source's own.
         dtype: `float32`, `bfloat16` or `float16` to cast all weights; by default each keeps its own.
         chat_template: name of a prompt format, or a Jinja file. By default what fits the language model.
         overwrite: replace an output that an earlier conversion wrote.
         max_shard_size: most bytes of tensors per weight file, as a number or as `2GB`.
-        progress: called with the bytes of tensors handled so far, and in all.
+        verify: read the written tensors back and compare each with its source, bit by bit, before the output appears.
+        progress: called with the bytes of tensors handled so far, and in all; `verify_progress` the same while verifying.
 
     Returns:
         What was done; the same stands in the output's `conversion.json`.
@@ -102,13 +112,11 @@ def convert_checkpoint(
     if not (source / "config.json").is_file():
         raise ConversionError(f"The source {source} is not a folder with a config.json.")
     settings = read_json(source / "config.json")
-    vision_tower = vision_tower or str(settings.get("mm_vision_tower") or "")
-    if not vision_tower:
-        raise ConversionError("config.json names no mm_vision_tower; pass its folder or Hub id with --vision-tower.")
-    folders = [Path(path) for path in (source, vision_tower, tokenizer or source) if Path(path).is_dir()]
-    check_output(output, folders, overwrite)
+    vision_tower = vision_tower or _named_tower(source, settings)
+    inputs = (source, vision_tower, tokenizer or source, base_model or source)
+    check_output(output, [Path(path) for path in inputs if Path(path).is_dir()], overwrite)
 
-    read = _read_source(source, settings, str(vision_tower), tokenizer, chat_template)
+    read = _read_source(source, settings, str(vision_tower), tokenizer, chat_template, base_model)
     template = read_chat_template(read.chat_template, read.tokenizer)
     ids = read.token_ids
     vocabulary = Vocabulary(grown_vocabulary(read.rows, ids.count), ids.image, ids.pad)
@@ -116,8 +124,12 @@ def convert_checkpoint(
     plan = plan_tensors(read.checkpoint, read.names, read.tower.checkpoint, config, cast)
     config.dtype = plan.tensors[EMBEDDINGS].dtype
 
-    with atomic_folder(output) as folder:
+    # Hashes the source while the output is written: both take about as long, and use different threads.
+    with ThreadPoolExecutor(1) as pool, atomic_folder(output) as folder:
+        source_hashes = pool.submit(sha256_of, read.files)
         weight_files = write_shards(plan.tensors, folder, shard_size, progress)
+        if verify:
+            verify_shards(plan.tensors, folder, verify_progress or progress)
         write_code(folder)
         write_config(config, folder)
         write_processor(config, read.tower.image_processor, read.settings.get("image_aspect_ratio") == "pad", folder)
@@ -125,9 +137,18 @@ def convert_checkpoint(
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
         warnings = _write_generation_config(read, config, folder)
         (folder / "README.md").write_text(_model_card(read, config, output.resolve().name, cast), encoding="utf-8")
-        report = _report(read, config, plan, output, weight_files, warnings)
+        report = _report(read, config, plan, output, weight_files, warnings, source_hashes.result())
         write_json(report.to_dict(), folder / REPORT_FILE)
     return report
+
+
+def _named_tower(source: Path, settings: dict) -> str:
+    """The tower that a checkpoint names: a folder inside the checkpoint's, as export leaves it, or whatever it says."""
+    name = settings.get("mm_vision_tower")
+    if not isinstance(name, str) or not name:
+        raise ConversionError("config.json names no mm_vision_tower; pass its folder or Hub id with --vision-tower.")
+    inner = source / Path(name).name
+    return str(inner) if Path(name).name == name and inner.is_dir() else name
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -139,16 +160,24 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def _read_source(
-    folder: Path, settings: dict, vision_tower: str, tokenizer: str | Path | None, chat_template: str | None
+    folder: Path,
+    settings: dict,
+    vision_tower: str,
+    tokenizer: str | Path | None,
+    chat_template: str | None,
+    base_model: str | Path | None,
 ) -> _Source:
     family = language_model(settings.get("model_type"))
-    checkpoint = read_checkpoint(folder)
+    tensors = read_source(folder, str(base_model) if base_model else None, settings["model_type"])
+    checkpoint, base = tensors.checkpoint, tensors.base
     names = map_names(checkpoint.tensors)
     if SOURCE_EMBEDDINGS not in checkpoint.tensors:
         raise ConversionError(f"The checkpoint has no language model in it (no {SOURCE_EMBEDDINGS}).")
     if len(checkpoint.tensors[SOURCE_EMBEDDINGS].shape) != 2:
         raise ConversionError(f"{SOURCE_EMBEDDINGS} should be a matrix with a row for each token.")
     tower = _load_tower(vision_tower, names)
+    if tokenizer is None and base is not None and not has_tokenizer(folder):
+        tokenizer = base.folder
     if tokenizer is None and not has_tokenizer(folder):
         raise ConversionError(
             f"{folder.name} brings no tokenizer; pass the folder or Hub id of its language model's with --tokenizer."
@@ -159,6 +188,7 @@ def _read_source(
         folder=folder,
         settings=settings,
         checkpoint=checkpoint,
+        base=base,
         names=names,
         tower=tower,
         tokenizer=text_tokenizer,
@@ -206,6 +236,7 @@ def _report(
     output: Path,
     weight_files: list[str],
     warnings: list[str],
+    source_files: dict[str, str],
 ) -> ConversionReport:
     ignored_keys, unknown_keys = unused_keys(read.settings)
     if unknown_keys:
@@ -213,10 +244,13 @@ def _report(
     return ConversionReport(
         output=output,
         source=public_name(str(read.folder)),
-        source_files=sha256_of(read.files),
+        source_files=source_files,
         vision_tower=read.tower.name,
         vision_tower_files=sha256_of(list(read.tower.checkpoint.files) if read.tower.checkpoint else []),
+        base_model=read.base.name if read.base else None,
+        base_model_files=sha256_of(list(read.base.checkpoint.files)) if read.base else {},
         base_models=read.base_models,
+        trained_vocab_size=read.rows,
         chat_template=Path(read.chat_template).name,
         dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in plan.tensors.values())),
         tensors_used=len(read.checkpoint.tensors) - len(plan.ignored),

@@ -8,8 +8,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from .checkpoint_reader import LazyTensor
-from .errors import ConversionError
+from .checkpoint_reader import LazyTensor, read_checkpoint
+from .errors import ConversionError, listed
 from .json_files import write_json
 
 
@@ -46,6 +46,10 @@ def write_shards(
 
     Returns:
         The names of the weight files.
+
+    Raises:
+        ConversionError: naming a tensor that holds NaN or Inf.
+        OSError: a file cannot be written.
     """
     shards = _split(tensors, max_shard_size)
     names = ["model.safetensors"]
@@ -56,6 +60,7 @@ def write_shards(
         contents = {}
         for name in shard:
             contents[name] = tensors[name].load().clone(memory_format=torch.contiguous_format)
+            _refuse_non_finite(name, contents[name])
             done += tensors[name].num_bytes
             if progress is not None:
                 progress(done, total)
@@ -63,6 +68,41 @@ def write_shards(
     if len(shards) > 1:
         _write_index(folder, {name: file for file, shard in zip(names, shards) for name in shard}, tensors, total)
     return names
+
+
+def verify_shards(tensors: Mapping[str, LazyTensor], folder: Path, progress: Progress | None = None) -> None:
+    """Read back what `write_shards` wrote, and compare every tensor with its source, made anew, bit by bit.
+
+    Raises:
+        ConversionError: naming the first tensor that differs.
+    """
+    written = read_checkpoint(folder).tensors
+    if written.keys() != tensors.keys():
+        raise ConversionError(f"Verification failed: the files differ in {listed(written.keys() ^ tensors.keys())}.")
+    total, done = sum(tensor.num_bytes for tensor in tensors.values()), 0
+    for name, tensor in tensors.items():
+        if not same_bits(tensor.load(), written[name].load()):
+            raise ConversionError(f"Verification failed: {name} is not on the disk as it was written.")
+        done += tensor.num_bytes
+        if progress is not None:
+            progress(done, total)
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors agree in dtype, shape and every bit; zeros of different sign differ."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return torch.equal(
+        one.contiguous().reshape(-1).view(torch.uint8), other.contiguous().reshape(-1).view(torch.uint8)
+    )
+
+
+def _refuse_non_finite(name: str, tensor: torch.Tensor) -> None:
+    # The extremes are one pass without a copy, and NaN goes through to them.
+    if tensor.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
+        raise ConversionError(
+            f"{name} holds NaN or Inf: a run that diverged, a damaged file, or a cast to a dtype of too small a range."
+        )
 
 
 def _save(contents: dict[str, torch.Tensor], path: Path) -> None:

@@ -57,7 +57,7 @@ def plan_tensors(
         _check_tied_head(found[EMBEDDINGS], found.pop(HEAD))
         ignored[HEAD] = "equal to the embeddings, to which the config ties it"
     _grow(found, config)
-    ordered = _match(found, _expected_shapes(config))
+    ordered = _match(found, expected_shapes(config))
     if dtype is not None:
         ordered = {name: _then(tensor, _cast(dtype)) for name, tensor in ordered.items()}
     return TensorPlan(ordered, ignored)
@@ -106,13 +106,15 @@ def _grow(found: dict[str, LazyTensor], config: DeltaLlavaConfig) -> None:
 
 
 def _add_rows(shape: tuple[int, ...], size: int, mean_row: int | None) -> _Step:
-    def work(matrix: torch.Tensor) -> torch.Tensor:
-        grown = torch.cat([matrix, matrix[:1].expand(size - shape[0], *shape[1:])])
-        if mean_row is not None and mean_row >= shape[0]:
-            grown[mean_row] = matrix.mean(0, dtype=torch.float32).to(matrix.dtype)
-        return grown
+    return _Step(lambda matrix: torch.cat([matrix, new_rows(matrix, size, mean_row)]), shape=(size, *shape[1:]))
 
-    return _Step(work, shape=(size, *shape[1:]))
+
+def new_rows(matrix: torch.Tensor, size: int, mean_row: int | None) -> torch.Tensor:
+    """The (size - rows, width) rows that conversion puts below a (rows, width) table; `mean_row` is a row's index in all."""
+    rows = matrix[:1].repeat(size - len(matrix), 1)
+    if mean_row is not None and mean_row >= len(matrix):
+        rows[mean_row - len(matrix)] = matrix.mean(0, dtype=torch.float32).to(matrix.dtype)
+    return rows
 
 
 def _check_dtypes(found: dict[str, LazyTensor]) -> None:
@@ -138,7 +140,7 @@ def _check_tied_head(embeddings: LazyTensor, head: LazyTensor) -> None:
         )
 
 
-def _expected_shapes(config: DeltaLlavaConfig) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: DeltaLlavaConfig) -> dict[str, tuple[int, ...]]:
     """Published names and shapes of everything the model stores."""
     try:
         with torch.device("meta"):

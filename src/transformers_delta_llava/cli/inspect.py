@@ -1,0 +1,48 @@
+"""`delta-llava inspect`."""
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..conversion import Inspection, inspect_model
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a repo or a checkpoint.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print what a repo or checkpoint holds and what is wrong with it; exits with code 1 where something is."""
+    found = inspect_model(model)
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+    else:
+        _print(found)
+    if found.problems:
+        raise typer.Exit(1)
+
+
+def _print(found: Inspection) -> None:
+    talk = Console(soft_wrap=True, highlight=False)
+    table = Table("part", "parameters", "tensors", "bytes", "dtypes", title=f"{found.name} ({found.kind})")
+    for name, part in found.components.items():
+        table.add_row(
+            name, f"{part.parameters:,}", f"{part.tensors}", f"{part.num_bytes:,}", ", ".join(sorted(part.dtypes))
+        )
+    talk.print(table)
+    if found.visual_token_budgets:
+        budgets = ", ".join(map(str, found.visual_token_budgets))
+        talk.print(f"visual tokens per image: {found.default_visual_tokens} by default, of {budgets}", markup=False)
+    if found.deltas:
+        deltas = Table("delta", "rank", "norm", "norm of its base", "ratio")
+        for delta in found.deltas:
+            ratio = f"{delta.norm / delta.base_norm:.3g}" if delta.base_norm else "-"
+            deltas.add_row(delta.name, str(delta.rank), f"{delta.norm:.4g}", f"{delta.base_norm:.4g}", ratio)
+        talk.print(deltas)
+    for problem in found.problems:
+        talk.print(f"wrong: {problem}", markup=False)
+    if not found.problems:
+        talk.print("nothing wrong was found")

@@ -1,0 +1,256 @@
+"""The way back: a repo of ours becomes a checkpoint in the authors' layout, bit for bit."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..modeling import DeltaLlavaConfig
+from .checkpoint_reader import Checkpoint, LazyTensor, read_checkpoint
+from .config_map import RELEASED_LEVELS
+from .errors import ConversionError, listed
+from .hub import is_repo_id, local_folder
+from .json_files import read_json, write_json
+from .key_map import RULES, TOWER_TARGET, Rule, Shape
+from .language_models import LANGUAGE_MODELS
+from .output_folder import REPORT_FILE, atomic_folder, check_output
+from .shard_writer import Progress, parse_size, same_bits, write_shards
+from .tensor_plan import EMBEDDINGS, HEAD, new_rows
+from .tokenizer import TOKENIZER_FILES
+
+
+PROJECTOR_FILE = "mm_projector.bin"
+TOWER_FOLDER = "vision-tower"
+_PROJECTOR_LEVEL = "model.mm_projector."
+_FILES = ("*.json", "model*.safetensors*", "tokenizer.model", "merges.txt")
+# Written into config.json by transformers or for a repo of ours; the authors' trainer has other values for them.
+_OWN_KEYS = ("auto_map", "architectures", "transformers_version", "_name_or_path")
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written: the folder, its weight files, the number of tensors, and the rows of the vocabulary."""
+
+    output: Path
+    weight_files: list[str]
+    tensors_written: int
+    vocab_size: int
+
+
+def export_checkpoint(
+    repo: str | Path,
+    output: str | Path,
+    *,
+    projector_only: bool = False,
+    vocab_size: int | None = None,
+    vision_tower: bool | None = None,
+    overwrite: bool = False,
+    max_shard_size: int | str = "2GB",
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write a repo as the authors' code reads and writes checkpoints; every value stays as it is, bit for bit.
+
+    A checkpoint that was converted comes back with its tensors' names, shapes, dtypes and values; converting the
+    result gives the repo's tensors again. Rows that conversion added for new tokens are left out where they still are
+    what it put there; a head that is tied to the embeddings is stored once.
+
+    Args:
+        repo: folder or Hub id of a repo of the released layout.
+        output: folder to write.
+        projector_only: write `mm_projector.bin` and `config.json` alone.
+        vocab_size: rows of the embeddings and the head to keep; by default those that were trained.
+        vision_tower: whether to write the tower's weights; by default where the checkpoint that was converted had them,
+            and always for a repo that was not converted.
+        overwrite: replace an output that an earlier export wrote.
+        max_shard_size: most bytes of tensors per weight file, as a number or as `2GB`.
+        progress: called with the bytes of tensors handled so far, and in all.
+
+    Raises:
+        ConversionError: one sentence on why there is no output.
+        OSError: reading or writing failed.
+    """
+    shard_size, output = parse_size(max_shard_size), Path(output)
+    folder = local_folder(str(repo), "repo", _FILES)
+    check_output(output, [folder], overwrite)
+    config = read_repo_config(folder)
+    _check_released(config)
+    made = read_json(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else {}
+    checkpoint = read_checkpoint(folder)
+    rows = _rows(checkpoint, config, made, vocab_size)
+    if vision_tower is None:
+        vision_tower = not (made.get("vision_tower") or {}).get("sha256")
+    tensors = released_tensors(checkpoint, rows, vision_tower)
+    if projector_only:
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(_PROJECTOR_LEVEL)}
+    with atomic_folder(output) as growing:
+        if projector_only:
+            files = [PROJECTOR_FILE]
+            torch.save({name: tensor.load().clone() for name, tensor in tensors.items()}, growing / PROJECTOR_FILE)
+        else:
+            files = write_shards(tensors, growing, shard_size, progress)
+            _copy_tokenizer(folder, growing)
+            _write_generation_config(folder, growing, rows)
+        tower = _write_tower(folder, config, made, growing)
+        write_json(_released_config(folder, config, made, rows, tower), growing / "config.json")
+        # Marks the folder as one that may be overwritten.
+        write_json({"exported_from": made.get("source", {}).get("name") or folder.name}, growing / REPORT_FILE)
+    return ExportReport(output, files, len(tensors), rows)
+
+
+def read_repo_config(folder: Path) -> DeltaLlavaConfig:
+    """The config of a repo; ConversionError where there is none or it is not a Delta-LLaVA repo's."""
+    if not (folder / "config.json").is_file():
+        raise ConversionError(f"The repo {folder.name} has no config.json.")
+    values = read_json(folder / "config.json")
+    if values.get("model_type") != "delta_llava":
+        raise ConversionError(
+            f"{folder.name} is not a Delta-LLaVA repo: its config.json has model_type={values.get('model_type')!r}."
+        )
+    try:
+        return DeltaLlavaConfig.from_dict(values)
+    except Exception as error:  # each config class raises errors of its own kind
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ConversionError(f"The config.json of {folder.name} is not usable: {reason}.") from error
+
+
+def released_tensors(checkpoint: Checkpoint, vocab_size: int, vision_tower: bool) -> dict[str, LazyTensor]:
+    """A repo's tensors under the authors' names and in their shapes, embeddings and head cut to `vocab_size` rows.
+
+    Raises:
+        ConversionError: listing tensors that the released layout has no name for.
+    """
+    found: dict[str, LazyTensor] = {}
+    unknown = []
+    for name, tensor in checkpoint.tensors.items():
+        row = next(((source, rule) for rule in _BACK if (source := rule.rename(name)) is not None), None)
+        if row is None:
+            unknown.append(name)
+        elif name in (EMBEDDINGS, HEAD):
+            found[row[0]] = _cut(tensor, vocab_size)
+        elif vision_tower or not name.startswith(TOWER_TARGET):
+            found[row[0]] = _with_axes(tensor) if row[1].shape is Shape.CONV_1X1 else tensor
+    if unknown:
+        raise ConversionError(f"The released layout has no name for {listed(unknown)}.")
+    return found
+
+
+_BACK = tuple(Rule(rule.target, rule.source, rule.shape) for rule in RULES)
+
+
+def _with_axes(tensor: LazyTensor) -> LazyTensor:
+    return LazyTensor((*tensor.shape, 1, 1), tensor.dtype, lambda: tensor.load()[:, :, None, None])
+
+
+def _cut(tensor: LazyTensor, rows: int) -> LazyTensor:
+    return LazyTensor((rows, *tensor.shape[1:]), tensor.dtype, lambda: tensor.load()[:rows])
+
+
+def _check_released(config: DeltaLlavaConfig) -> None:
+    if config.projector_layout != "released" or tuple(config.vision_feature_levels) != RELEASED_LEVELS:
+        raise ConversionError(
+            f"The repo has projector_layout={config.projector_layout!r} and vision_feature_levels="
+            f"{list(config.vision_feature_levels)}; the authors' code reads 'released' and {list(RELEASED_LEVELS)} only."
+        )
+
+
+def _rows(checkpoint: Checkpoint, config: DeltaLlavaConfig, made: dict, wanted: int | None) -> int:
+    """How many rows of the vocabulary to keep: as many as were trained, if the others are as conversion made them."""
+    tables = [checkpoint.tensors[name] for name in (EMBEDDINGS, HEAD) if name in checkpoint.tensors]
+    if not tables or any(len(table.shape) != 2 for table in tables):
+        raise ConversionError(f"The repo holds no {EMBEDDINGS} with a row for each token.")
+    size = tables[0].shape[0]
+    if wanted is not None:
+        if not 0 < wanted <= size:
+            raise ConversionError(f"vocab_size={wanted} is not between 1 and the repo's {size} rows.")
+        return wanted
+    trained = made.get("trained_vocab_size")
+    if type(trained) is not int or not 0 < trained < size:
+        return size
+    image_rows = (config.image_token_id, None)
+    for table, image_row in zip(tables, image_rows):
+        values = table.load()
+        if not same_bits(new_rows(values[:trained], size, image_row), values[trained:]):
+            return size
+    return trained
+
+
+def _released_config(folder: Path, config: DeltaLlavaConfig, made: dict, rows: int, tower: str) -> dict:
+    text = config.text_config
+    assert isinstance(text, PreTrainedConfig)
+    model_type = next((name for name, lm in LANGUAGE_MODELS.items() if lm.text_model_type == text.model_type), None)
+    if model_type is None:
+        known = ", ".join(sorted({family.text_model_type for family in LANGUAGE_MODELS.values()}))
+        raise ConversionError(f"The authors' code has no language model of type {text.model_type}; it has {known}.")
+    processor = read_json(folder / "processor_config.json") if (folder / "processor_config.json").is_file() else {}
+    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    length = settings.get("model_max_length")
+    base = (made.get("base_models") or [None])[0]
+    values = {
+        **{key: value for key, value in text.to_dict().items() if key not in _OWN_KEYS},
+        "architectures": [_ARCHITECTURES.get(model_type, "LlavaLlamaForCausalLM")],
+        "image_aspect_ratio": "pad" if processor.get("do_pad", True) else "square",
+        "mm_hidden_size": config.vision_config.hidden_size,
+        "mm_patch_merge_type": "flat",
+        "mm_projector_type": "delatallava",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_tower": tower,
+        "model_type": model_type,
+        "scale_factor": config.scale_factor,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "use_mm_proj": True,
+        "vocab_size": rows,
+    }
+    if base and base != tower:
+        values["_name_or_path"] = base
+    # A length that no tokenizer has means that nobody set one.
+    if type(length) is int and length < 10**9:
+        values["tokenizer_model_max_length"] = length
+    return json.loads(json.dumps(values, default=str))
+
+
+_ARCHITECTURES = {
+    "llava_mistral": "LlavaMistralForCausalLM",
+    "llava_gemma": "LlavaGemmaForCausalLM",
+    "llava_phi3": "LlavaPhi3ForCausalLM",
+    "llava_seed_oss": "LlavaSeedOssForCausalLM",
+    "llava_qwen": "LlavaQwenForCausalLM",
+    "llava_qwen3": "LlavaQwen3ForCausalLM",
+}
+
+
+def _write_tower(folder: Path, config: DeltaLlavaConfig, made: dict, output: Path) -> str:
+    """The tower's name for `mm_vision_tower`: its Hub id, or a folder of its settings written beside the weights."""
+    name = (made.get("vision_tower") or {}).get("name")
+    if isinstance(name, str) and is_repo_id(name):
+        return name
+    tower = output / TOWER_FOLDER
+    tower.mkdir()
+    config.vision_config.to_json_file(tower / "config.json")
+    if (folder / "processor_config.json").is_file():
+        settings = read_json(folder / "processor_config.json").get("image_processor")
+        if isinstance(settings, dict):
+            write_json(settings, tower / "preprocessor_config.json")
+    return TOWER_FOLDER
+
+
+def _copy_tokenizer(folder: Path, output: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, output / name)
+
+
+def _write_generation_config(folder: Path, output: Path, rows: int) -> None:
+    """Copy the settings; ids that the embeddings no longer have would stop the authors' generation."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return
+    values = read_json(path)
+    if isinstance(values.get("suppress_tokens"), list):
+        values["suppress_tokens"] = [i for i in values["suppress_tokens"] if type(i) is int and i < rows] or None
+    write_json({key: value for key, value in values.items() if value is not None}, output / "generation_config.json")

@@ -1,0 +1,215 @@
+"""What is in a repo or a checkpoint, and what is wrong with it; reads headers, and of the values only the projector's."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from .. import modeling, processing
+from ..modeling import DeltaLlavaConfig
+from .checkpoint_reader import Checkpoint, LazyTensor, has_weights, read_checkpoint
+from .config_map import Vocabulary, convert_config, unused_keys
+from .errors import ConversionError, listed
+from .export import read_repo_config
+from .hub import local_folder
+from .json_files import read_json
+from .key_map import TOWER_TARGET, map_names
+from .tensor_plan import EMBEDDINGS, SOURCE_EMBEDDINGS, expected_shapes
+from .tokenizer import has_tokenizer
+from .vision_tower import adapt_to_weights, load_vision_tower
+
+
+_COMPONENTS = {
+    "vision tower": "model.vision_tower.",
+    "projector": "model.multi_modal_projector.",
+    "language model": "model.language_model.",
+    "head": "lm_head.",
+}
+_PROJECTOR = _COMPONENTS["projector"]
+_REPO_FILES = ("generation_config.json", "processor_config.json", "chat_template.jinja", "README.md")
+_FILES = ("*.json", "*.py", "*.jinja", "README.md", "model*.safetensors*", "tokenizer.model", "merges.txt")
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of the model: how many numbers, in how many tensors and bytes, and of which dtypes (tensors by dtype)."""
+
+    parameters: int
+    tensors: int
+    num_bytes: int
+    dtypes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A low-rank update: Frobenius norms of it (all levels together) and of its base, and the rank it was given."""
+
+    name: str
+    rank: int
+    norm: float
+    base_norm: float
+
+
+@dataclass
+class Inspection:
+    """Result of `inspect_model`. `kind` is `repo` or `checkpoint`; `problems` is empty where nothing is wrong."""
+
+    name: str
+    kind: str
+    components: dict[str, Component]
+    visual_token_budgets: tuple[int, ...] = ()
+    default_visual_tokens: int | None = None
+    deltas: list[Delta] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def inspect_model(spec: str | Path) -> Inspection:
+    """Look into a repo of ours or a full checkpoint in the authors' layout.
+
+    Args:
+        spec: folder or Hub id.
+
+    Raises:
+        ConversionError: there is no config, or no weights that can be read.
+    """
+    folder = local_folder(str(spec), "model", _FILES)
+    if not (folder / "config.json").is_file():
+        raise ConversionError(f"{folder.name} has no config.json.")
+    settings = read_json(folder / "config.json")
+    if not has_weights(folder):
+        raise ConversionError(f"{folder.name} holds no whole set of weights, so there is nothing to look into.")
+    checkpoint = read_checkpoint(folder)
+    if settings.get("model_type") == "delta_llava":
+        return _inspect_repo(folder, checkpoint)
+    return _inspect_checkpoint(folder, settings, checkpoint)
+
+
+def _inspect_repo(folder: Path, checkpoint: Checkpoint) -> Inspection:
+    result = Inspection(folder.name, "repo", _components(checkpoint.tensors))
+    try:
+        config = read_repo_config(folder)
+    except ConversionError as error:
+        result.problems.append(str(error))
+    else:
+        _describe(result, config, checkpoint.tensors)
+        result.problems += _shape_problems(config, checkpoint.tensors)
+    result.problems += [f"There is no {name}." for name in _REPO_FILES if not (folder / name).is_file()]
+    if not has_tokenizer(folder):
+        result.problems.append("There is no tokenizer.")
+    for file in _code_files():
+        copy = folder / file.name
+        if not copy.is_file():
+            result.problems.append(f"There is no {file.name}, so the repo does not load without this package.")
+        elif copy.read_bytes() != file.read_bytes():
+            result.problems.append(f"{file.name} is not this version's.")
+    return result
+
+
+def _code_files() -> list[Path]:
+    folders = [Path(str(package.__file__)).parent for package in (modeling, processing)]
+    return [file for folder in folders for file in sorted(folder.glob("[!_]*.py"))]
+
+
+def _inspect_checkpoint(folder: Path, settings: dict, checkpoint: Checkpoint) -> Inspection:
+    names = map_names(checkpoint.tensors)
+    tensors = {target: checkpoint.tensors[name] for name, (target, _) in names.rules.items()}
+    result = Inspection(folder.name, "checkpoint", _components(tensors))
+    try:
+        table = checkpoint.tensors.get(SOURCE_EMBEDDINGS)
+        if table is None:
+            raise ConversionError(f"The checkpoint has no language model in it (no {SOURCE_EMBEDDINGS}).")
+        tower = str(settings.get("mm_vision_tower") or "")
+        inner = folder / Path(tower).name
+        spec = str(inner) if tower and Path(tower).name == tower and inner.is_dir() else tower
+        inside = [name.removeprefix(TOWER_TARGET) for name in tensors if name.startswith(TOWER_TARGET)]
+        vision_config = load_vision_tower(spec, with_weights=False).config
+        if inside:
+            adapt_to_weights(vision_config, inside)
+        rows = table.shape[0]
+        config = convert_config(settings, vision_config, Vocabulary(rows, image_token_id=rows - 1))
+        unknown = unused_keys(settings)[1]
+    except ValueError as error:
+        result.problems.append(str(error))
+    else:
+        _describe(result, config, tensors)
+        if unknown:
+            result.problems.append(f"config.json has keys that nobody knows: {listed(unknown)}.")
+        rules = {target: (name, rule) for name, (target, rule) in names.rules.items()}
+        shaped = {t: rules[t][1].reshape(tensor.shape, rules[t][0]) for t, tensor in tensors.items()}
+        expected = expected_shapes(config)
+        if not inside:
+            expected = {name: shape for name, shape in expected.items() if not name.startswith(TOWER_TARGET)}
+        result.problems += _differences(shaped, expected)
+    if not has_tokenizer(folder):
+        result.problems.append("There is no tokenizer.")
+    return result
+
+
+def _describe(result: Inspection, config: DeltaLlavaConfig, tensors: dict[str, LazyTensor]) -> None:
+    result.visual_token_budgets = config.visual_token_budgets
+    result.default_visual_tokens = config.image_seq_length
+    for name, tensor in sorted(tensors.items()):
+        if name.startswith(_PROJECTOR) and not torch.isfinite(tensor.load()).all():
+            result.problems.append(f"{name} holds NaN or Inf.")
+        if name.endswith(".delta_u"):
+            module = name.removesuffix(".delta_u")
+            parts = [tensors.get(f"{module}.{part}") for part in ("weight", "delta_u", "delta_v")]
+            if None in parts:
+                result.problems.append(f"{module} has delta_u, but not weight and delta_v with it.")
+                continue
+            weight, u, v = (part.load().float() for part in parts if part is not None)
+            if u.dim() != v.dim() or u.shape[-1] != v.shape[-2]:
+                result.problems.append(f"{name} {tuple(u.shape)} and delta_v {tuple(v.shape)} do not fit each other.")
+                continue
+            norms = float((u @ v).norm()), float(weight.norm())
+            result.deltas.append(Delta(module.removeprefix(_PROJECTOR), u.shape[-1], *norms))
+            if not norms[0]:
+                result.problems.append(f"The delta of {module.removeprefix(_PROJECTOR)} is zero.")
+
+
+def _shape_problems(config: DeltaLlavaConfig, tensors: dict[str, LazyTensor]) -> list[str]:
+    inside = [name.removeprefix(TOWER_TARGET) for name in tensors if name.startswith(TOWER_TARGET)]
+    adapt_to_weights(config.vision_config, inside)
+    try:
+        expected = expected_shapes(config)
+    except ConversionError as error:
+        return [str(error)]
+    problems = _differences({name: tensor.shape for name, tensor in tensors.items()}, expected)
+    text = config.text_config
+    assert isinstance(text, PreTrainedConfig)
+    rows = tensors[EMBEDDINGS].shape[0] if EMBEDDINGS in tensors else 0
+    if config.image_token_id >= rows:
+        problems.append(f"image_token_id={config.image_token_id} has no row in the {rows} rows of the embeddings.")
+    return problems
+
+
+def _differences(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> list[str]:
+    problems = []
+    if missing := expected.keys() - found.keys():
+        problems.append(f"Tensors are missing: {listed(missing)}.")
+    if homeless := found.keys() - expected.keys():
+        problems.append(f"The model has no place for {listed(homeless)}.")
+    wrong = [
+        f"{n} is {found[n]} instead of {expected[n]}"
+        for n in expected.keys() & found.keys()
+        if found[n] != expected[n]
+    ]
+    if wrong:
+        problems.append(f"Tensors have other shapes than the config asks for: {listed(wrong)}.")
+    return problems
+
+
+def _components(tensors: dict[str, LazyTensor]) -> dict[str, Component]:
+    components = {}
+    for component, level in _COMPONENTS.items():
+        own = [tensor for name, tensor in tensors.items() if name.startswith(level)]
+        if own:
+            components[component] = Component(
+                parameters=sum(torch.Size(tensor.shape).numel() for tensor in own),
+                tensors=len(own),
+                num_bytes=sum(tensor.num_bytes for tensor in own),
+                dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in own)),
+            )
+    return components

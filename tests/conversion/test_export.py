@@ -1,0 +1,113 @@
+"""There and back again, bit for bit, from both ends."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from examples.make_checkpoint import TEXT_TYPES, write_checkpoint
+from transformers_delta_llava.conversion import ConversionError, convert_checkpoint, export_checkpoint
+from transformers_delta_llava.conversion.checkpoint_reader import read_checkpoint
+from transformers_delta_llava.conversion.shard_writer import same_bits
+
+
+def read(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor.load() for name, tensor in read_checkpoint(folder).tensors.items()}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert same_bits(one[name], other[name]), name
+
+
+def contents(repo: Path, *names: str) -> dict[str, object]:
+    return {name: json.loads((repo / name).read_text()) for name in names}
+
+
+@pytest.mark.parametrize("model_type", TEXT_TYPES)
+@pytest.mark.parametrize("tower", [True, False])
+def test_both_directions(tmp_path, model_type, tower):
+    source = tmp_path / "source"
+    write_checkpoint(
+        source,
+        model_type=model_type,
+        tower=tower,
+        dtype=torch.bfloat16,
+        form="bin",
+        shards=2,
+        text={"vocab_size": 299},
+    )
+    convert_checkpoint(source, tmp_path / "repo")
+    report = export_checkpoint(tmp_path / "repo", tmp_path / "back")
+    assert_same(read(tmp_path / "back"), read(source))
+    assert report.vocab_size == 299
+    assert report.tensors_written == len(read(source))
+    # And on to a repo again; without its weights the tower comes from where it first came from.
+    convert_checkpoint(
+        tmp_path / "back", tmp_path / "again", vision_tower=None if tower else tmp_path / "vision-tower"
+    )
+    assert_same(read(tmp_path / "again"), read(tmp_path / "repo"))
+    files = ("config.json", "generation_config.json", "processor_config.json", "tokenizer.json")
+    assert contents(tmp_path / "again", *files) == contents(tmp_path / "repo", *files)
+    template = "chat_template.jinja"
+    assert (tmp_path / "again" / template).read_text() == (tmp_path / "repo" / template).read_text()
+
+
+def test_the_authors_keys(repo, pristine, tmp_path):
+    export_checkpoint(repo, tmp_path / "back")
+    before, after = (
+        contents(folder, "config.json")["config.json"] for folder in (pristine / "llava-tiny", tmp_path / "back")
+    )
+    changed = {"mm_vision_tower", "freeze_mm_mlp_adapter", "tokenizer_padding_side", "tune_mm_mlp_adapter"}
+    keys = {name for name in before if name.startswith("mm_") or name in ("scale_factor", "model_type", "vocab_size")}
+    assert {name: after[name] for name in keys - changed} == {name: before[name] for name in keys - changed}
+    assert after["mm_vision_tower"] == "vision-tower"
+    assert (tmp_path / "back" / "vision-tower" / "preprocessor_config.json").is_file()
+
+
+def test_the_projector_alone(repo, pristine, tmp_path):
+    export_checkpoint(repo, tmp_path / "back", projector_only=True)
+    assert {p.name for p in (tmp_path / "back").iterdir()} == {
+        *("mm_projector.bin", "config.json", "conversion.json", "vision-tower")
+    }
+    expected = {n: t for n, t in read(pristine / "llava-tiny").items() if "mm_projector" in n}
+    assert_same(torch.load(tmp_path / "back" / "mm_projector.bin", weights_only=True), expected)
+    # The exported projector goes back onto its language model.
+    convert_checkpoint(tmp_path / "back", tmp_path / "again", base_model=pristine / "llava-tiny")
+    assert_same(read(tmp_path / "again"), read(repo))
+
+
+def test_rows_that_were_trained_since_stay(repo, tmp_path):
+    changed = shutil.copytree(repo, tmp_path / "changed")
+    tensors = load_file(changed / "model.safetensors")
+    image = json.loads((changed / "config.json").read_text())["image_token_id"]
+    tensors["model.language_model.embed_tokens.weight"][image] += 1
+    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+    report = export_checkpoint(changed, tmp_path / "back")
+    assert report.vocab_size == len(tensors["lm_head.weight"])
+    convert_checkpoint(tmp_path / "back", tmp_path / "again")
+    assert_same(read(tmp_path / "again"), tensors)
+    assert export_checkpoint(changed, tmp_path / "cut", vocab_size=100).vocab_size == 100
+    assert read(tmp_path / "cut")["lm_head.weight"].shape[0] == 100
+    with pytest.raises(ConversionError, match="vocab_size=0 is not between"):
+        export_checkpoint(changed, tmp_path / "none", vocab_size=0)
+
+
+def test_what_cannot_be_exported(repo, pristine, tmp_path):
+    with pytest.raises(ConversionError, match="is not a Delta-LLaVA repo: .*'llava_llama'"):
+        export_checkpoint(pristine / "llava-tiny", tmp_path / "out")
+    with pytest.raises(ConversionError, match="one folder"):
+        export_checkpoint(repo, repo, overwrite=True)
+    other = shutil.copytree(repo, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "vision_feature_levels": [1, 2, 3, 4]}))
+    with pytest.raises(ConversionError, match=r"vision_feature_levels=\[1, 2, 3, 4\]"):
+        export_checkpoint(other, tmp_path / "out")
+    (other / "config.json").write_text(json.dumps({**config, "vision_feature_levels": "x"}))
+    with pytest.raises(ConversionError, match=r"config\.json of other is not usable"):
+        export_checkpoint(other, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

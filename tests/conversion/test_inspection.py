@@ -1,0 +1,104 @@
+"""What a repo or a checkpoint holds, and what is wrong with it."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from transformers_delta_llava.cli.main import main
+from transformers_delta_llava.conversion import ConversionError, inspect_model
+
+
+QUERY = "model.multi_modal_projector.q_proj."
+
+
+@pytest.fixture
+def changed(repo, tmp_path):
+    return shutil.copytree(repo, tmp_path / "changed")
+
+
+def test_a_repo_and_its_checkpoint_hold_the_same(repo, pristine):
+    ours, theirs = inspect_model(repo), inspect_model(pristine / "llava-tiny")
+    assert (ours.kind, theirs.kind) == ("repo", "checkpoint")
+    assert ours.problems == theirs.problems == []
+    assert ours.visual_token_budgets == theirs.visual_token_budgets == (64, 16, 4, 1)
+    assert ours.default_visual_tokens == theirs.default_visual_tokens == 16
+    assert ours.components["projector"] == theirs.components["projector"]
+    assert ours.components["vision tower"] == theirs.components["vision tower"]
+    weights = load_file(repo / "model.safetensors")
+    projector = [t for name, t in weights.items() if "multi_modal_projector" in name]
+    assert ours.components["projector"].parameters == sum(t.numel() for t in projector)
+    assert ours.components["projector"].dtypes == {"float32": 45}
+    assert ours.deltas == theirs.deltas
+    assert [(delta.name, delta.rank) for delta in ours.deltas] == [(f"{x}_proj", 16) for x in "kqv"]
+    update = weights[QUERY + "delta_u"] @ weights[QUERY + "delta_v"]
+    assert ours.deltas[1].norm == pytest.approx(update.norm().item())
+    assert ours.deltas[1].base_norm == pytest.approx(weights[QUERY + "weight"].norm().item())
+
+
+def test_wrong_tensors(changed):
+    weights = load_file(changed / "model.safetensors")
+    weights[QUERY + "delta_u"].zero_()
+    weights[QUERY + "norm.bias"][0] = float("nan")
+    weights["lm_head.weight"] = weights["lm_head.weight"][:-1].clone()
+    del weights["model.language_model.norm.weight"]
+    weights["model.extra"] = torch.ones(1)
+    save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
+    text = "\n".join(inspect_model(changed).problems)
+    assert "The delta of q_proj is zero." in text
+    assert "q_proj.norm.bias holds NaN or Inf." in text
+    assert "Tensors are missing: model.language_model.norm.weight." in text
+    assert "no place for model.extra." in text
+    assert "lm_head.weight is (319, 32) instead of (320, 32)" in text
+
+
+def test_missing_and_foreign_files(changed):
+    for name in ("chat_template.jinja", "tokenizer.json", "projector_delta_llava.py"):
+        (changed / name).unlink()
+    (changed / "processing_delta_llava.py").write_text("")
+    assert sorted(inspect_model(changed).problems) == [
+        "There is no chat_template.jinja.",
+        "There is no projector_delta_llava.py, so the repo does not load without this package.",
+        "There is no tokenizer.",
+        "processing_delta_llava.py is not this version's.",
+    ]
+
+
+def test_a_config_that_is_wrong(changed, source, edit_config):
+    path = changed / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "scale_factor": 3}))
+    assert any("scale_factor=3" in problem for problem in inspect_model(changed).problems)
+    edit_config(scale_factor=None, mm_new=1)
+    assert any("no scale_factor" in problem for problem in inspect_model(source).problems)
+    edit_config(scale_factor=2)
+    assert inspect_model(source).problems == ["config.json has keys that nobody knows: mm_new."]
+
+
+def test_what_is_no_model(tmp_path):
+    with pytest.raises(ConversionError, match=r"has no config\.json"):
+        inspect_model(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConversionError, match="no whole set of weights"):
+        inspect_model(tmp_path)
+
+
+def test_the_command(repo, changed, monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["delta-llava", "inspect", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return stopped.value.code or 0, capsys.readouterr().out
+
+    code, out = call(repo)
+    assert code == 0
+    assert "16 by default, of 64, 16, 4, 1" in out
+    assert "nothing wrong was found" in out
+    (changed / "README.md").unlink()
+    code, out = call(changed)
+    assert code == 1
+    assert "wrong: There is no README.md." in out
+    code, out = call(changed, "--json")
+    assert json.loads(out)["problems"] == ["There is no README.md."]

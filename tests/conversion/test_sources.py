@@ -1,0 +1,170 @@
+"""Partial checkpoints on their base: a projector alone, and LoRA runs against PEFT's own merge."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from examples.make_checkpoint import write_tokenizer, write_weights
+from transformers_delta_llava.conversion import ConversionError, convert_checkpoint, convert_state_dict
+from transformers_delta_llava.conversion.checkpoint_reader import read_checkpoint
+
+
+def read(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor.load() for name, tensor in read_checkpoint(folder).tensors.items()}
+
+
+def is_language(name: str) -> bool:
+    return "mm_projector" not in name and "vision_tower" not in name
+
+
+@pytest.fixture
+def partial(pristine, tmp_path):
+    """Splits the checkpoint: `base/` holds the language model, `run/` config and nothing trained yet; returns all tensors."""
+    tensors = read(pristine / "llava-tiny")
+    base, run = tmp_path / "base", tmp_path / "run"
+    base.mkdir(), run.mkdir()
+    write_weights(base, {name: tensor for name, tensor in tensors.items() if is_language(name)}, "bin", 2)
+    write_tokenizer(base)
+    config = json.loads((pristine / "llava-tiny" / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    shutil.copyfile(pristine / "llava-tiny" / "config.json", run / "config.json")
+    return tensors
+
+
+def projector(tensors):
+    return {name: tensor for name, tensor in tensors.items() if "mm_projector" in name}
+
+
+def tower_of(pristine):
+    inner = read(pristine / "vision-tower")
+    return {f"model.vision_tower.vision_tower.{name}": tensor for name, tensor in inner.items()}
+
+
+def assert_repo_holds(repo, tensors):
+    found, expected = read(repo), convert_state_dict(tensors)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name][: len(tensor)], tensor), name
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model.model."])
+def test_a_projector_alone(pristine, partial, tmp_path, prefix):
+    torch.save({prefix + name: t for name, t in projector(partial).items()}, tmp_path / "run" / "mm_projector.bin")
+    report = convert_checkpoint(tmp_path / "run", tmp_path / "out", base_model=tmp_path / "base")
+    kept = {name: tensor for name, tensor in partial.items() if "vision_tower" not in name}
+    assert_repo_holds(tmp_path / "out", {**kept, **tower_of(pristine)})
+    assert report.base_model == "base"
+    assert sorted(report.source_files) == ["config.json", "mm_projector.bin"]
+    assert len(report.base_model_files) == 3
+
+
+def test_the_projector_replaces_that_of_a_full_base(pristine, partial, tmp_path):
+    changed = {name: tensor + 1 for name, tensor in projector(partial).items()}
+    torch.save(changed, tmp_path / "run" / "mm_projector.bin")
+    convert_checkpoint(tmp_path / "run", tmp_path / "out", base_model=pristine / "llava-tiny")
+    assert_repo_holds(tmp_path / "out", {**partial, **changed})
+
+
+def peft_run(tmp_path, tensors, dtype, lora):
+    """A LoRA run as the authors' trainer saves it; returns what PEFT merges it to."""
+    base = tmp_path / "base"
+    for file in base.glob("pytorch_model*"):
+        file.unlink()
+    write_weights(base, {name: tensor.to(dtype) for name, tensor in tensors.items() if is_language(name)})
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), LoraConfig(**lora))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(generator=generator, std=0.3)
+    model.save_pretrained(tmp_path / "run", save_embedding_layers=False)
+    beside = {f"base_model.model.{name}": tensor.to(dtype) for name, tensor in projector(tensors).items()}
+    torch.save(beside, tmp_path / "run" / "non_lora_trainables.bin")
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), tmp_path / "run")
+    return dict(again.merge_and_unload().state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "down_proj"]},
+        {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "use_rslora": True, "rank_pattern": {"o_proj": 2}},
+        {"r": 3, "target_modules": ["v_proj", "up_proj"], "alpha_pattern": {"layers.1.self_attn.v_proj": 5}},
+        {"r": 2, "target_modules": ["embed_tokens", "k_proj"], "modules_to_save": ["lm_head"]},
+    ],
+)
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_lora_is_merged_as_peft_merges(pristine, partial, tmp_path, dtype, lora, form):
+    merged = peft_run(tmp_path, partial, dtype, {"lora_dropout": 0.1, **lora})
+    if form == "bin":
+        adapter = tmp_path / "run" / "adapter_model.safetensors"
+        torch.save(load_file(adapter), adapter.with_suffix(".bin"))
+        adapter.unlink()
+    convert_checkpoint(tmp_path / "run", tmp_path / "out", base_model=str(tmp_path / "base"))
+    merged |= {name: tensor.to(dtype) for name, tensor in projector(partial).items()}
+    assert_repo_holds(tmp_path / "out", {**merged, **tower_of(pristine)})
+    before = partial["model.layers.1.self_attn.q_proj.weight"].to(dtype)
+    name = "model.language_model.layers.1.self_attn.q_proj.weight"
+    assert torch.equal(read(tmp_path / "out")[name], before) is ("q_proj" not in str(lora) and "all" not in str(lora))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"use_dora": True}, "use_dora=True, which is more than a low-rank sum"),
+        ({"peft_type": "IA3"}, "peft_type='IA3'; only LORA"),
+        ({"lora_alpha": None}, "lora_alpha=None"),
+        ({"alpha_pattern": {"(": 1}}, "is no pattern"),
+    ],
+)
+def test_other_adapters_are_refused(partial, tmp_path, config, message):
+    peft_run(tmp_path, partial, torch.float32, {"r": 4, "target_modules": ["q_proj"]})
+    path = tmp_path / "run" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    with pytest.raises(ConversionError) as error:
+        convert_checkpoint(tmp_path / "run", tmp_path / "out", base_model=tmp_path / "base")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"model.layers.7.mlp.up_proj.lora_A.weight": (2, 32)}, "no such weight in the base model"),
+        ({"model.layers.0.self_attn.q_proj.lora_A.weight": (2, 32)}, "only one of its two factors"),
+        (
+            {
+                "model.layers.0.self_attn.q_proj.lora_A.weight": (2, 5),
+                "model.layers.0.self_attn.q_proj.lora_B.weight": (32, 2),
+            },
+            "do not fit its weight",
+        ),
+        ({"model.layers.0.self_attn.q_proj.lora_magnitude_vector": (32,)}, "is not understood"),
+    ],
+)
+def test_a_broken_adapter_is_refused(partial, tmp_path, tensors, message):
+    contents = {f"base_model.model.{name}": torch.ones(shape) for name, shape in tensors.items()}
+    save_file(contents, tmp_path / "run" / "adapter_model.safetensors")
+    (tmp_path / "run" / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 8}')
+    with pytest.raises(ConversionError, match=message):
+        convert_checkpoint(tmp_path / "run", tmp_path / "out", base_model=tmp_path / "base")
+
+
+def test_a_partial_checkpoint_needs_the_right_base(pristine, partial, tmp_path):
+    torch.save(projector(partial), tmp_path / "run" / "mm_projector.bin")
+    with pytest.raises(ConversionError, match=r"holds the projector only; pass .* --base-model"):
+        convert_checkpoint(tmp_path / "run", tmp_path / "out")
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "mistral"}')
+    with pytest.raises(ConversionError, match="model_type='mistral', but the checkpoint was trained on a llama"):
+        convert_checkpoint(tmp_path / "run", tmp_path / "out", base_model=tmp_path / "base")
+    with pytest.raises(ConversionError, match="is a full checkpoint, which needs no --base-model"):
+        convert_checkpoint(pristine / "llava-tiny", tmp_path / "out", base_model=tmp_path / "base")
+    torch.save({**projector(partial), "lm_head.weight": torch.ones(1)}, tmp_path / "run" / "mm_projector.bin")
+    (tmp_path / "base" / "config.json").unlink()
+    with pytest.raises(ConversionError, match=r"more than a projector: lm_head\.weight"):
+        convert_checkpoint(tmp_path / "run", tmp_path / "out", base_model=tmp_path / "base")

@@ -1,0 +1,72 @@
+"""A short slice of the fuzzer and of the kills, and proof that both notice what they are there to notice."""
+
+import pytest
+from benchmarks import fuzz_conversions, kill_conversions
+
+
+def test_damaged_sources(tmp_path):
+    result = fuzz_conversions.run(24, 1, tmp_path)
+    assert result["failures"] == []
+    assert sum(count for name, count in result.items() if name.endswith("refused")) > 5
+
+
+def test_kills(tmp_path):
+    result = kill_conversions.run(4, 1, tmp_path)
+    assert result["failures"] == []
+    assert result["kills"] > 0
+
+
+def _crash(source, output):
+    raise KeyError("a bug")
+
+
+def _write_half(source, output):
+    output.mkdir()
+    raise ValueError("refused too late")
+
+
+def _hang(source, output):
+    while True:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("convert", "message"), [(_crash, "KeyError"), (_write_half, "left an output"), (_hang, "hung")]
+)
+def test_the_fuzzer_notices(tmp_path, monkeypatch, convert, message):
+    monkeypatch.setattr(fuzz_conversions, "convert_checkpoint", convert)
+    (failure,) = fuzz_conversions.run(1, 0, tmp_path, timeout=1)["failures"]
+    assert message in failure
+
+
+def test_the_fuzzer_notices_a_wrong_result(tmp_path, monkeypatch):
+    convert = fuzz_conversions.convert_checkpoint
+
+    def undo_the_damage(source, output):
+        convert(source.parents[1] / "safetensors-1" / "source", output)
+
+    def change_a_value(chance, source):
+        file = fuzz_conversions.weight_files(source)[0]
+        tensors = fuzz_conversions.load(file)
+        next(iter(tensors.values())).view(-1)[0] = 7
+        fuzz_conversions.save(tensors, file)
+        return "one value changed"
+
+    monkeypatch.setattr(fuzz_conversions, "convert_checkpoint", undo_the_damage)
+    monkeypatch.setattr(fuzz_conversions, "DAMAGES", (change_a_value,))
+    (failure,) = fuzz_conversions.run(1, 0, tmp_path)["failures"]
+    assert "converted to the wrong thing" in failure
+    assert "differs" in failure
+
+
+def test_the_kills_notice_a_half_repo(tmp_path, monkeypatch):
+    convert = kill_conversions.convert_checkpoint
+
+    def leave_a_half(source, output, **options):
+        if output.exists() and options["overwrite"]:
+            (output / "README.md").unlink()
+        return convert(source, output, **options)
+
+    monkeypatch.setattr(kill_conversions, "convert_checkpoint", leave_a_half)
+    monkeypatch.setattr(kill_conversions.random.Random, "uniform", lambda self, low, high: high / 2)
+    assert any("half a repo" in failure for failure in kill_conversions.run(2, 0, tmp_path)["failures"])
