@@ -7,11 +7,13 @@ import typer
 
 from .. import __version__
 from .convert import convert
+from .push import push
 from .train import train
 
 
 app = typer.Typer(name="delta-llava", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(convert)
+app.command()(push)
 app.command()(train)
 
 
@@ -27,7 +29,7 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Delta-LLaVA models: convert checkpoints into Hugging Face repos, train new ones."""
+    """Delta-LLaVA models: convert checkpoints into Hugging Face repos, publish them, train new ones."""
 
 
 def main() -> None:

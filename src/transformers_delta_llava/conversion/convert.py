@@ -72,6 +72,7 @@ def convert_checkpoint(
     overwrite: bool = False,
     max_shard_size: int | str = "2GB",
     progress: Progress | None = None,
+    repo_id: str | None = None,
 ) -> ConversionReport:
     """Convert a full checkpoint into a folder that loads with `trust_remote_code` where this package is not installed.
 
@@ -88,6 +89,7 @@ def convert_checkpoint(
         overwrite: replace an output that an earlier conversion wrote.
         max_shard_size: most bytes of tensors per weight file, as a number or as `2GB`.
         progress: called with the bytes of tensors handled so far, and in all.
+        repo_id: Hub id that the model card's examples name. By default they name the output folder.
 
     Returns:
         What was done; the same stands in the output's `conversion.json`.
@@ -124,7 +126,9 @@ def convert_checkpoint(
         save_tokenizer(read.tokenizer, folder, read.settings.get("tokenizer_model_max_length"))
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
         warnings = _write_generation_config(read, config, folder)
-        (folder / "README.md").write_text(_model_card(read, config, output.resolve().name, cast), encoding="utf-8")
+        (folder / "README.md").write_text(
+            _model_card(read, config, repo_id or output.resolve().name, cast), encoding="utf-8"
+        )
         report = _report(read, config, plan, output, weight_files, warnings)
         write_json(report.to_dict(), folder / REPORT_FILE)
     return report
