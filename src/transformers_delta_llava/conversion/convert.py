@@ -17,7 +17,7 @@ from .hub_repo import read_chat_template, write_code, write_config, write_proces
 from .json_files import read_json, write_json
 from .key_map import TOWER_TARGET, NameMap, map_names
 from .language_models import default_chat_template, language_model
-from .model_card import ModelCard
+from .model_card import Conversion, ModelCard
 from .output_folder import REPORT_FILE, atomic_folder, check_output
 from .report import ConversionReport, sha256_of
 from .settings import build_config
@@ -197,9 +197,11 @@ def _model_card(read: _Source, config: DeltaLlavaConfig, name: str, cast: torch.
         name=name,
         vision_tower=read.tower.name,
         base_models=read.base_models,
-        cast_to=str(cast).removeprefix("torch.") if cast is not None else None,
-        new_rows=config.text_config.vocab_size - read.rows,
-        new_tokens=read.token_ids.added,
+        conversion=Conversion(
+            cast_to=str(cast).removeprefix("torch.") if cast is not None else None,
+            new_rows=config.text_config.vocab_size - read.rows,
+            new_tokens=read.token_ids.added,
+        ),
     ).render()
 
 
