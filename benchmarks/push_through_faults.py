@@ -62,7 +62,7 @@ def push_once(folder: Path, faults: int, seed: int) -> dict:
         "faults": {kind: Counter(kind for _, kind in drawn)[kind] for kind in FAULTS},
         "files": len(here),
         "equal": sum(here[name] == there.get(name) for name in here),
-        "attempts": report.attempts,
+        "retries": report.retries,
         "requests": sum(requests.values()),
         "seconds": round(seconds, 1),
         "problems": problems,
@@ -86,12 +86,12 @@ def main() -> None:
         folder = Path(scratch) / "delta-llava-tiny"
         convert_checkpoint(Path(scratch) / "llava-tiny", folder, max_shard_size="600KB")
         runs = [push_once(folder, options.faults, options.seed + i) for i in range(options.runs)]
-    table = Table("seed", *FAULTS, "files", "equal", "attempts", "requests", "seconds", title="Pushes through faults")
+    table = Table("seed", *FAULTS, "files", "equal", "retries", "requests", "seconds", title="Pushes through faults")
     for run in runs:
         cells = [
             run["seed"],
             *run["faults"].values(),
-            *(run[k] for k in ("files", "equal", "attempts", "requests", "seconds")),
+            *(run[k] for k in ("files", "equal", "retries", "requests", "seconds")),
         ]
         table.add_row(*map(str, cells))
     Console().print(table)

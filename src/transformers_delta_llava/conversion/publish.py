@@ -2,36 +2,21 @@
 
 import copy
 import hashlib
-import json
-import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import get_session
 
 from .errors import ConversionError, listed
 from .hub import is_repo_id
 from .repo_check import check_repo, repo_files
+from .retries import SILENCE, Patience, Talk
 
 
 # Weights of an earlier model that would be loaded in place of, or stay beside, the new ones.
 WEIGHTS = "model*.safetensors*"
-ATTEMPTS = 8
-LONGEST_WAIT = 60.0
-# The client waits for ever by default. A commit of many files may take a minute to be answered.
-SILENCE = 180.0
-# HTTP errors that another attempt may not see again; all above 499 besides.
-_TRANSIENT = {408, 425, 429}
-# Errors of the HTTP library that huggingface_hub uses, whichever it is.
-_CONNECTION_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], ConnectionError, TimeoutError)
-_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, *_CONNECTION_ERRORS)
-
-Talk = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -42,18 +27,18 @@ class PushReport:
         repo_id: where the files are.
         url: of the commit or of the pull request; empty after a dry run.
         files: size in bytes of every file, by its path in the repo.
-        attempts: how often the upload was begun; 0 after a dry run.
+        retries: how many steps had to be made again.
     """
 
     repo_id: str
     url: str
     files: dict[str, int]
-    attempts: int
+    retries: int
 
 
 @dataclass(frozen=True)
 class _Upload:
-    """What goes where. The operations are templates: each attempt works on copies, which keep the hashes."""
+    """What goes where. The operations are templates, copies of which keep the hashes."""
 
     repo_id: str
     private: bool
@@ -61,6 +46,10 @@ class _Upload:
     create_pr: bool
     title: str
     operations: list[CommitOperationAdd]
+
+    def additions(self) -> list[CommitOperationAdd]:
+        """Fresh operations: huggingface_hub notes in them how far it came."""
+        return [copy.copy(operation) for operation in self.operations]
 
 
 def push_folder(
@@ -107,66 +96,70 @@ def push_folder(
         talk(f"README.md does not name {repo_id}, so its examples may not run as they stand.")
     sizes = {name: path.stat().st_size for name, path in files.items()}
     if dry_run:
-        return PushReport(repo_id, "", sizes, attempts=0)
+        return PushReport(repo_id, "", sizes, retries=0)
 
     operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
     digest = hashlib.sha256("".join(f"{o.path_in_repo}:{_sha256(o)}\n" for o in operations).encode()).hexdigest()
     title = f"Upload {repo_id.split('/')[1]} ({digest[:12]})"
     upload = _Upload(repo_id, private, revision, create_pr, title, operations)
-    api, wait = api or HfApi(), first_wait
-    for attempt in range(1, ATTEMPTS + 1):
-        get_session().timeout = silence
-        try:
-            return PushReport(repo_id, _attempt(upload, api, talk), sizes, attempt)
-        except ConversionError:
-            raise
-        except _ERRORS as error:
-            if attempt == ATTEMPTS or not _may_pass(error):
-                raise _explain(error, repo_id) from error
-            talk(f"Attempt {attempt} of {ATTEMPTS} broke off ({_first_line(error)}); the next one in {wait:g} s.")
-        time.sleep(wait)
-        wait = min(2 * wait, LONGEST_WAIT)
-    raise AssertionError  # the last attempt returns or raises
+    patiently = Patience(repo_id, first_wait, silence, talk)
+    url = _upload(upload, api or HfApi(), patiently)
+    return PushReport(repo_id, url, sizes, patiently.retries)
 
 
-def check_login(api: HfApi | None = None) -> None:
+def check_login() -> None:
     """Refuse to begin a long job whose result could not be pushed; ConversionError says how to log in."""
-    try:
-        (api or HfApi()).whoami()
-    except _ERRORS as error:
-        raise _explain(error, "the Hub") from error
+    Patience("the Hub", 1.0, SILENCE, lambda sentence: None)("login", HfApi().whoami)
 
 
-def _attempt(upload: _Upload, api: HfApi, talk: Talk) -> str:
-    """Do all that is still to be done; returns the URL of the commit or of the pull request."""
+def _upload(upload: _Upload, api: HfApi, patiently: Patience) -> str:
+    """Do what is still to be done, step by step; returns the URL of the commit or of the pull request."""
     repo_id, branch = upload.repo_id, upload.revision
-    api.create_repo(repo_id, private=upload.private or None, exist_ok=True)
-    if upload.private and not api.repo_info(repo_id).private:
+    patiently("Creating the repo", lambda: api.create_repo(repo_id, private=upload.private or None, exist_ok=True))
+    if upload.private and not patiently("Looking at the repo", lambda: api.repo_info(repo_id)).private:
         raise ConversionError(f"{repo_id} exists and is public; make it private, or push without --private.")
     if branch is not None and not upload.create_pr:
-        api.create_branch(repo_id, branch=branch, exist_ok=True)
+        patiently("Creating the branch", lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
+    additions = upload.additions()
 
-    # An answer that got lost: the commit or the pull request may be there already. A commit of unchanged files is none,
-    # which create_commit sees to; a pull request has to be looked for.
-    opened = next(_pull_requests(upload, api), None) if upload.create_pr else None
-    if opened is not None:
-        talk(f"Pull request {opened[0]} has these files already.")
-        _compare(upload, _tree(api, repo_id, opened[0]))
-        return opened[1]
+    def send() -> None:
+        api.preupload_lfs_files(repo_id, additions, revision=branch, create_pr=upload.create_pr, free_memory=False)
 
-    additions = [copy.copy(operation) for operation in upload.operations]
-    names = {operation.path_in_repo for operation in additions}
-    stale = [name for name in _tree(api, repo_id, branch) if fnmatch(name, WEIGHTS) and name not in names]
-    api.preupload_lfs_files(repo_id, additions, revision=branch, create_pr=upload.create_pr, free_memory=False)
+    opened = _opened(upload, api, patiently)
+    if not opened:
+        patiently("Uploading", send)
+        opened = patiently("Committing", lambda: _commit(upload, api, patiently))
+    revision, url = opened
+    _compare(upload, patiently("Comparing", lambda: _tree(api, repo_id, revision)))
+    return url
+
+
+def _commit(upload: _Upload, api: HfApi, patiently: Patience) -> tuple[str, str]:
+    """Commit, unless that was done and only the answer got lost; returns the revision and the URL.
+
+    A commit of files that have not changed is none, which create_commit sees to. A pull request has to be looked for.
+    """
+    if opened := _opened(upload, api, patiently):
+        return opened
+    names = {operation.path_in_repo for operation in upload.operations}
+    stale = [
+        name for name in _tree(api, upload.repo_id, upload.revision) if fnmatch(name, WEIGHTS) and name not in names
+    ]
     commit = api.create_commit(
-        repo_id,
-        [*additions, *map(CommitOperationDelete, stale)],
+        upload.repo_id,
+        [*upload.additions(), *map(CommitOperationDelete, stale)],
         commit_message=upload.title,
-        revision=branch,
+        revision=upload.revision,
         create_pr=upload.create_pr,
     )
-    _compare(upload, _tree(api, repo_id, commit.pr_revision or commit.oid))
-    return commit.pr_url or commit.commit_url
+    return commit.pr_revision or commit.oid, commit.pr_url or commit.commit_url
+
+
+def _opened(upload: _Upload, api: HfApi, patiently: Patience) -> tuple[str, str] | None:
+    """Revision and URL of an open pull request with these files, where one is wanted and there is one."""
+    if not upload.create_pr:
+        return None
+    return patiently("Looking for the pull request", lambda: next(_pull_requests(upload, api), None))
 
 
 def _pull_requests(upload: _Upload, api: HfApi) -> Iterator[tuple[str, str]]:
@@ -204,37 +197,3 @@ def _git_hash(operation: CommitOperationAdd) -> str:
         return ""
     content = Path(str(operation.path_or_fileobj)).read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether another attempt could go better: the server stumbled or the connection broke."""
-    for cause in _causes(error):
-        if isinstance(cause, HfHubHTTPError):
-            return cause.response.status_code >= 500 or cause.response.status_code in _TRANSIENT
-        if isinstance(cause, _CONNECTION_ERRORS):
-            return not isinstance(cause, OfflineModeIsEnabled)
-    # hf_xet's errors are plain RuntimeErrors; a server's answer in half is a ValueError of the JSON parser.
-    return type(error) is RuntimeError or isinstance(error, json.JSONDecodeError)
-
-
-def _explain(error: Exception, target: str) -> ConversionError:
-    status = next((c.response.status_code for c in _causes(error) if isinstance(c, HfHubHTTPError)), None)
-    if isinstance(error, LocalTokenNotFoundError) or status == 401:
-        return ConversionError(f"The Hub wants a login for {target}: run `hf auth login`, or set HF_TOKEN.")
-    if status == 403:
-        return ConversionError(f"The Hub's answer for {target} is 403: your token may not write there.")
-    return ConversionError(
-        f"{target} is not complete on the Hub ({_first_line(error)}); push again to go on from here."
-    )
-
-
-def _first_line(error: Exception) -> str:
-    """What went wrong at the bottom, without the query of a URL: that of an upload holds a signature."""
-    reason = str(next((c for c in _causes(error) if isinstance(c, (HfHubHTTPError, *_CONNECTION_ERRORS))), error))
-    return re.sub(r"\?\S*", "", next(iter(reason.strip().splitlines()), "") or type(error).__name__).rstrip(".")[:200]
