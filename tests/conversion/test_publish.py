@@ -12,6 +12,8 @@ from huggingface_hub.utils import _http, close_session
 
 from tests.hub_faults import FAULTS, Faults
 from tests.hub_server import TOKEN, HubServer
+from tests.tiny import tiny_config, tiny_processor
+from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.conversion import ConversionError, convert_checkpoint, push_folder
 
 
@@ -220,7 +222,7 @@ def fewer_placeholders(folder):
             lambda folder: (folder / "setup.py").write_text("import os"),
             "Python files that are not this package's: setup",
         ),
-        (lambda folder: (folder / "training_args.bin").write_bytes(b"x"), "pickles, .*: training_args.bin"),
+        (lambda folder: (folder / "optimizer.pt").write_bytes(b"x"), "pickles, .*: optimizer.pt"),
         (lambda folder: (folder / "link").symlink_to("/etc/hostname"), "links, .*: link"),
     ],
 )
@@ -241,6 +243,33 @@ def test_hidden_files_stay(folder, tmp_path):
     (copied / ".env").write_text("secret")
     with HubServer() as server:
         assert push(copied, server, dry_run=True).files.keys() == {path.name for path in folder.iterdir()}
+
+
+def test_a_trained_folder(tmp_path):
+    """As `delta-llava train` leaves it: saved by transformers, with the trainer's own files beside it."""
+    model = DeltaLlavaForConditionalGeneration(tiny_config())
+    model.save_pretrained(tmp_path)
+    tiny_processor(model.config).save_pretrained(tmp_path)
+    expected = {path.name for path in tmp_path.iterdir()}
+    (tmp_path / "training_args.bin").write_bytes(b"a pickle")
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5" / "optimizer.pt").write_bytes(b"a pickle")
+    said = []
+    with HubServer() as server:
+        push(tmp_path, server, talk=said.append)
+        assert server.files(REPO).keys() - {".gitattributes"} == expected
+    assert said == [f"README.md does not name {REPO}, so its examples may not run as they stand."]
+
+
+def test_twenty_faults_of_every_kind(folder):
+    """A slice of benchmarks/push_through_faults.py."""
+    with HubServer(Faults(20, seed=2), stall=0.6) as server:
+        report = push(folder, server, silence=0.3)
+        assert len(server.faults.done) == 20
+        assert {kind for _, kind in server.faults.done} == set(FAULTS)
+        assert hashes(server.files(REPO)) == local(folder)
+        assert commits(server) == 1
+        assert report.files.keys() == local(folder).keys()
 
 
 def test_a_wrong_id(folder):

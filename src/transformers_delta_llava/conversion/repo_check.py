@@ -1,5 +1,6 @@
 """Whether a folder is a repo that loads, checked before it is published."""
 
+from fnmatch import fnmatch
 from pathlib import Path
 
 from PIL import Image
@@ -13,10 +14,12 @@ from .errors import ConversionError, listed
 
 # Files that run code when they are loaded; safetensors hold the weights.
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
+# What the trainer leaves beside the model it finished.
+TRAINERS_OWN = ("checkpoint-*", "training_args.bin")
 
 
 def repo_files(folder: Path) -> dict[str, Path]:
-    """The files to publish, by their path in the repo; hidden ones (`.git`, `.cache`) stay.
+    """The files to publish, by their path in the repo; hidden ones (`.git`, `.cache`) and the trainer's own stay.
 
     Raises:
         ConversionError: `folder` is none, or holds pickles, links, or Python files that are not this package's.
@@ -24,7 +27,7 @@ def repo_files(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise ConversionError(f"{folder} is not a folder.")
     paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
-    visible = {name: path for name, path in paths.items() if not any(part.startswith(".") for part in name.parts)}
+    visible = {name: path for name, path in paths.items() if not _stays(name)}
     _refuse("links, which the Hub would get as files", (name for name, path in visible.items() if path.is_symlink()))
     files = {name.as_posix(): path for name, path in visible.items() if path.is_file()}
     _refuse("pickles, which nobody should load", (name for name in files if Path(name).suffix in PICKLES))
@@ -55,6 +58,10 @@ def check_repo(folder: Path) -> None:
             f"{folder.name} is not published: its processor writes {found} placeholders for a picture, "
             f"its model wants {config.image_seq_length}."
         )
+
+
+def _stays(name: Path) -> bool:
+    return any(part.startswith(".") for part in name.parts) or any(fnmatch(name.parts[0], own) for own in TRAINERS_OWN)
 
 
 def _check_code(files: dict[str, Path]) -> None:
