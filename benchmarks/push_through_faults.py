@@ -42,17 +42,15 @@ def push_once(folder: Path, faults: int, seed: int) -> dict:
     with HubServer(Faults(faults, seed), stall=3.0) as server:
         start = time.perf_counter()
         api = huggingface_hub.HfApi(endpoint=server.url, token=TOKEN)
-        report = push_folder(folder, REPO, api=api, silence=1.0)
+        report = push_folder(folder, REPO, api=api, first_wait=0.2, silence=1.0)
         seconds = time.perf_counter() - start
         drawn, requests = server.faults.done, server.requests
         there = {name: _sha256(content) for name, content in server.files(REPO).items() if name != ".gitattributes"}
     here = {path.name: _sha256(path.read_bytes()) for path in folder.iterdir()}
     commits = sum(count for request, count in requests.items() if "/commit/" in request)
     # A "lost" upload was carried out and not answered, so the client has to ask again: that is no waste.
-    lost = {request for request, kind in drawn if kind == "lost"}
-    twice = [
-        request for request, count in requests.items() if request.startswith("PUT") and count > 1 + (request in lost)
-    ]
+    lost = Counter(request for request, kind in drawn if kind == "lost")
+    twice = [request for request, count in requests.items() if request.startswith("PUT") and count > 1 + lost[request]]
     problems = [f"{len(drawn)} faults instead of {faults}"] if len(drawn) != faults else []
     problems += [f"{name} differs" for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]
     problems += [f"{commits} commits"] if commits != 1 else []

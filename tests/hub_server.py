@@ -57,6 +57,7 @@ class HubServer(ThreadingHTTPServer):
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}  # LFS, by sha256
         self.parts: dict[str, bytes] = {}
+        self.ignored: set[str] = set()  # what a .gitignore leaves out
         self.requests: Counter[str] = Counter()  # "PUT /lfs/..." and so on
         self.lock = threading.RLock()
 
@@ -184,7 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
             {
                 "path": file["path"],
                 "uploadMode": "lfs" if file["size"] >= LFS_FROM else "regular",
-                "shouldIgnore": False,
+                "shouldIgnore": file["path"] in self.server.ignored,
                 "oid": _oid(tree[file["path"]]) if file["path"] in tree else None,
             }
             for file in json.loads(body)["files"]

@@ -88,8 +88,12 @@ def test_no_login_is_found_out_before_the_conversion(checkpoint, tmp_path):
     with HubServer() as server:
         done = delta_llava(server, tmp_path, "convert", checkpoint, "--push-to-hub", REPO, token="hf_" + "w" * 34)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "delta-llava: The Hub wants a login for the Hub: run `hf auth login`, or set HF_TOKEN.\n"
+    assert done.stderr == "delta-llava: The Hub wants a login for an upload: run `hf auth login`, or set HF_TOKEN.\n"
     assert [path.name for path in tmp_path.iterdir() if path.name != "home"] == []
+    done = delta_llava(server, tmp_path, "convert", checkpoint, "--push-to-hub", REPO)  # the server is gone by now
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("delta-llava: The Hub cannot be asked whether you may upload; try again (")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_dry_run(call, checkpoint, tmp_path, monkeypatch):

@@ -123,7 +123,7 @@ def test_finished_files_are_not_sent_again(folder):
             return "500" if self.left < 0 else None
 
     with HubServer(DieAfter(5)) as server:
-        with pytest.raises(ConversionError, match=r"is not complete on the Hub \(.*500.*\); push again") as refused:
+        with pytest.raises(ConversionError, match=r"is not complete on the Hub; push again .*500") as refused:
             push(folder, server)
         assert "Signature" not in str(refused.value)
         before = set(uploads(server))
@@ -177,6 +177,14 @@ def test_a_token_that_will_not_do(folder, token):
     with HubServer() as server, pytest.raises(ConversionError, match="`hf auth login`") as refused:
         push(folder, server, token=token)
     assert "hf_" not in str(refused.value)
+    assert set(server.requests.values()) == {1}, "asked again, with the same token"
+
+
+def test_what_arrived_is_compared(folder):
+    with HubServer() as server:
+        server.ignored = {"tokenizer.json"}
+        with pytest.raises(ConversionError, match="does not hold what was uploaded, in tokenizer.json"):
+            push(folder, server)
 
 
 def test_no_server(folder):

@@ -12,7 +12,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Re
 from .errors import ConversionError, listed
 from .hub import is_repo_id
 from .repo_check import check_repo, repo_files
-from .retries import SILENCE, Patience, Talk
+from .retries import ERRORS, SILENCE, Patience, Talk, explain
 
 
 # Weights of an earlier model that would be loaded in place of, or stay beside, the new ones.
@@ -108,8 +108,15 @@ def push_folder(
 
 
 def check_login() -> None:
-    """Refuse to begin a long job whose result could not be pushed; ConversionError says how to log in."""
-    Patience("the Hub", 1.0, SILENCE, lambda sentence: None)("login", HfApi().whoami)
+    """Refuse to begin a long job whose result could not be pushed.
+
+    Raises:
+        ConversionError: saying how to log in, or that the Hub cannot be reached.
+    """
+    try:
+        HfApi().whoami()
+    except ERRORS as error:
+        raise explain(error, "an upload", "The Hub cannot be asked whether you may upload; try again") from error
 
 
 def _upload(upload: _Upload, api: HfApi, patiently: Patience) -> str:

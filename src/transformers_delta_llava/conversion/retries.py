@@ -20,7 +20,7 @@ SILENCE = 180.0
 _TRANSIENT = {408, 425, 429}
 # Errors of the HTTP library that huggingface_hub uses, whichever it is.
 _CONNECTION_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], ConnectionError, TimeoutError)
-_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, *_CONNECTION_ERRORS)
+ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, *_CONNECTION_ERRORS)
 
 Result = TypeVar("Result")
 Talk = Callable[[str], None]
@@ -51,9 +51,11 @@ class Patience:
                 return call()
             except ConversionError:
                 raise
-            except _ERRORS as error:
+            except ERRORS as error:
                 if attempt == ATTEMPTS or not _may_pass(error):
-                    raise explain(error, self.target) from error
+                    raise explain(
+                        error, self.target, f"{self.target} is not complete on the Hub; push again to go on"
+                    ) from error
                 reason = _first_line(error)
             self.retries += 1
             self.talk(f"{what}: attempt {attempt} of {ATTEMPTS} failed ({reason}); the next one in {wait:g} s.")
@@ -79,16 +81,14 @@ def _may_pass(error: Exception) -> bool:
     return type(error) is RuntimeError or isinstance(error, json.JSONDecodeError)
 
 
-def explain(error: Exception, target: str) -> ConversionError:
-    """What to tell a user about an error of the Hub."""
+def explain(error: Exception, target: str, otherwise: str) -> ConversionError:
+    """What to tell a user about an error of the Hub: that `target` needs a login or a right, or `otherwise`."""
     status = next((c.response.status_code for c in _causes(error) if isinstance(c, HfHubHTTPError)), None)
     if isinstance(error, LocalTokenNotFoundError) or status == 401:
         return ConversionError(f"The Hub wants a login for {target}: run `hf auth login`, or set HF_TOKEN.")
     if status == 403:
         return ConversionError(f"The Hub's answer for {target} is 403: your token may not write there.")
-    return ConversionError(
-        f"{target} is not complete on the Hub ({_first_line(error)}); push again to go on from here."
-    )
+    return ConversionError(f"{otherwise} ({_first_line(error)}).")
 
 
 def _first_line(error: Exception) -> str:
