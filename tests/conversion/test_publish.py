@@ -280,6 +280,13 @@ def test_twenty_faults_of_every_kind(folder):
         assert report.files.keys() == local(folder).keys()
 
 
+def test_twenty_faults_in_a_row(folder):
+    """Wherever they fall: here all before anything is done."""
+    with HubServer(Faults(20, rate=1, kinds=("500", "cut", "lost"))) as server:
+        assert push(folder, server).retries == 20
+        assert hashes(server.files(REPO)) == local(folder)
+
+
 def test_a_wrong_id(folder):
     with pytest.raises(ConversionError, match="tiny is not a Hub id of the form owner/name"):
         push_folder(folder, "tiny", dry_run=True)

@@ -79,7 +79,7 @@ def push_folder(
         create_pr: open a pull request with the commit. One that is open with the same files is not opened again.
         dry_run: check the folder and say what would be uploaded; nothing is sent.
         api: the Hub to talk to; by default the one, and the login, of the environment.
-        first_wait: seconds before the second attempt; they double, up to a minute.
+        first_wait: seconds before the second attempt; they double, up to half a minute.
         silence: seconds without an answer after which a connection counts as broken.
         talk: gets a sentence on each thing worth knowing.
 

@@ -12,8 +12,9 @@ from huggingface_hub.utils import get_session
 from .errors import ConversionError
 
 
-ATTEMPTS = 10
-LONGEST_WAIT = 60.0
+# About ten minutes in all, of which a restart of the Hub or of a router needs two or three.
+ATTEMPTS = 24
+LONGEST_WAIT = 30.0
 # The client waits for ever by default. A commit of many files may take a minute to be answered.
 SILENCE = 180.0
 # HTTP errors that another attempt may not see again; all above 499 besides.
