@@ -94,6 +94,8 @@ def test_hub_files_are_the_files_that_are_published() -> None:
         "configuration_delta_llava.py",
         "modeling_delta_llava.py",
         "projector_delta_llava.py",
+        "auto_budget_delta_llava.py",
+        "pictures_delta_llava.py",
         "processing_delta_llava.py",
     ]
 

@@ -61,15 +61,15 @@ BAD_BUDGETS = {
     ),
     "zero": (0, "`num_visual_tokens=0` is not a budget"),
     "negative": (-4, "`num_visual_tokens=-4` is not a budget"),
-    "bool": (True, "must be an integer, or one per image, not True"),
-    "float": (4.0, "must be an integer, or one per image, not 4.0"),
-    "string": ("4", "must be an integer, or one per image, not '4'"),
+    "bool": (True, "must be an integer or 'auto', or one per image, not True"),
+    "float": (4.0, "must be an integer or 'auto', or one per image, not 4.0"),
+    "string": ("4", "must be an integer or 'auto', or one per image, not '4'"),
     "dict": ({"a": 4}, "must be an integer"),
     "too few": ([4], "has 1 entries for 2 images"),
     "too many": ([4, 4, 4], "has 3 entries for 2 images"),
     "none": ([], "has 0 entries for 2 images"),
     "bad entry": ([4, 5], "`num_visual_tokens=5` is not a budget"),
-    "missing entry": ([4, None], "must be an integer, or one per image, not None"),
+    "missing entry": ([4, None], "must be an integer or 'auto', or one per image, not None"),
     "float tensor": (torch.tensor([4.0, 4.0]), "must be an integer"),
     "bool tensor": (torch.tensor([True, True]), "must be an integer"),
     "two dimensions": (torch.tensor([[4], [4]]), "must be an integer"),
@@ -267,9 +267,12 @@ def test_the_default_budget_must_be_one_of_the_grids(make_processor: Any, budget
         make_processor(num_visual_tokens=budget)
 
 
-def test_the_models_own_count_must_be_one_of_the_grids(make_processor: Any) -> None:
-    with pytest.raises(ValueError, match="is not a budget of this model"):
-        make_processor(image_seq_length=5)
+@pytest.mark.parametrize("count", [5, 0, -4, True, 4.0, "4", "auto", [4]])
+def test_the_models_own_count_must_be_a_square_number(make_processor: Any, count: Any) -> None:
+    with pytest.raises(ValueError, match="^`image_seq_length` must be a square number, such as 144, not "):
+        make_processor(image_seq_length=count)
+    # Budgets may be those that are to be used, and the model's own not be among them.
+    assert make_processor(image_seq_length=576, visual_token_budgets=[16, 4]).image_seq_length == 576
 
 
 def test_the_image_token_must_be_a_token_of_its_own(make_processor: Any, make_tokenizer: Any) -> None:
