@@ -47,7 +47,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
     A call takes, besides the usual arguments, `num_visual_tokens` (an integer, `"auto"`, or one of these per image in the
     order of the placeholders: list, tuple, array or tensor), `auto_max_loss` and `do_pad`. It returns `input_ids`,
     `attention_mask`, `pixel_values` of shape (images, 3, height, width), float32, all images of the batch in order, and
-    `num_visual_tokens` of shape (images,), int64, only when some image's budget is not the model's default.
+    `num_visual_tokens` of shape (images,), int64, only when some image's budget is picked or not the model's default.
 
     `"auto"` takes for every image the smallest budget that loses at most `auto_max_loss` of it: see `image_losses`.
 
@@ -191,8 +191,9 @@ class DeltaLlavaProcessor(ProcessorMixin):
             else choice
             for index, choice in enumerate(choices)
         ]
-        if any(budget != self.image_seq_length for budget in budgets):
-            # Not otherwise: a model that counts by its configuration alone compiles without a break in the graph.
+        if AUTO in choices or any(budget != self.image_seq_length for budget in budgets):
+            # Not otherwise: a model that counts by its configuration alone compiles without a break in the graph. What
+            # is picked is always told, or the inputs of two calls could not be put together.
             data = {**image_inputs, "num_visual_tokens": budgets}
             image_inputs = BatchFeature(data, tensor_type=kwargs.get("return_tensors"))
         return image_inputs, [self.replace_image_token(image_inputs, index) for index in range(len(images))]
