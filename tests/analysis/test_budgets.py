@@ -200,10 +200,10 @@ def test_without_a_font_of_the_system_pillows_own_serves(
 ) -> None:
     truetype = budget_pictures.ImageFont.truetype
 
-    def without_files(font: Any, *rest: Any) -> Any:
+    def without_files(font: Any, *rest: Any, **options: Any) -> Any:
         if isinstance(font, str):
             raise OSError("cannot open resource")
-        return truetype(font, *rest)
+        return truetype(font, *rest, **options)
 
     monkeypatch.setattr(budget_pictures.ImageFont, "truetype", without_files)
     write_comparison(comparison(), photo, processor, "model", tmp_path / "page.PNG")
