@@ -73,6 +73,16 @@ BAD_BUDGETS = {
     "float tensor": (torch.tensor([4.0, 4.0]), "must be an integer"),
     "bool tensor": (torch.tensor([True, True]), "must be an integer"),
     "two dimensions": (torch.tensor([[4], [4]]), "must be an integer"),
+    "one entry too deep": (torch.tensor([[4, 4]]), "has 1 entries for 2 images"),
+    "numpy's float": (np.float32(4), "must be an integer"),
+    "complex": (4 + 0j, "must be an integer"),
+    "not a number": (float("nan"), "must be an integer"),
+    "bytes": (b"4", "must be an integer"),
+    "set": ({4}, "must be an integer"),
+    "iterator": (iter([4, 4]), "must be an integer"),
+    "generator": ((four for four in (4, 4)), "must be an integer"),
+    "very large": (2**70, "is not a budget"),
+    "empty array": (np.array([], np.int64), "has 0 entries for 2 images"),
 }
 
 
@@ -85,6 +95,25 @@ def test_a_bad_budget_is_refused_in_one_sentence(processor: Any, make_picture: A
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=message):
         processor._get_num_multimodal_tokens(image_sizes=[(9, 9), (9, 9)], num_visual_tokens=budget)
+
+
+@pytest.mark.parametrize("case", [case for case in BAD_BUDGETS if "entries" not in BAD_BUDGETS[case][1]])
+def test_a_bad_budget_is_refused_without_images_too(processor: Any, case: str) -> None:
+    budget, message = BAD_BUDGETS[case]
+    for kwargs in ({"num_visual_tokens": budget}, {"images_kwargs": {"num_visual_tokens": budget}}):
+        with pytest.raises(ValueError, match=message):
+            processor(text="no image", **kwargs)
+    # A batch's chats may have an image or none: a list is not counted there.
+    assert "num_visual_tokens" not in processor(text="no image", num_visual_tokens=[4, 9])
+
+
+@pytest.mark.parametrize("flag", ["False", "no", 0, 1, 3.5, [True]])
+def test_do_pad_must_be_true_or_false(processor: Any, make_processor: Any, make_picture: Any, flag: Any) -> None:
+    for kwargs in ({"do_pad": flag}, {"images_kwargs": {"do_pad": flag}}):
+        with pytest.raises(ValueError, match="^`do_pad` must be True or False, not "):
+            processor(images=make_picture(), text="<image>", **kwargs)
+    with pytest.raises(ValueError, match="^`do_pad` must be True or False, not "):
+        make_processor(do_pad=flag)
 
 
 CHAT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]

@@ -24,6 +24,7 @@ from .pictures_delta_llava import content_box, levels_of, pad_to_square, to_rgb
 
 # The word that leaves the number of visual tokens to the picture.
 AUTO = "auto"
+_OWN_OPTIONS = ("num_visual_tokens", "auto_max_loss", "do_pad")
 
 
 class DeltaLlavaImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -31,6 +32,7 @@ class DeltaLlavaImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-ar
 
     num_visual_tokens: Any
     auto_max_loss: Any
+    do_pad: Any
 
 
 class DeltaLlavaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -107,7 +109,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
             raise ValueError(f"`image_seq_length` must be a square number, such as 144, not {count!r}.")
         self.image_seq_length = int(count)
         self.auto_max_loss = _check_share(auto_max_loss)
-        self.do_pad = do_pad
+        self.do_pad = _check_flag(do_pad)
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if tokenizer.encode(image_token * 2, add_special_tokens=False) != [self.image_token_id] * 2:
@@ -116,7 +118,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
                 f"`tokenizer.add_tokens([{image_token!r}], special_tokens=True)`, and resize the model's embeddings."
             )
         # from_pretrained hands its overrides to the tokenizer too, which would keep them as defaults of every call.
-        for name in ("num_visual_tokens", "visual_token_budgets", "auto_max_loss", "do_pad"):
+        for name in (*_OWN_OPTIONS, "visual_token_budgets"):
             tokenizer.init_kwargs.pop(name, None)
 
     @property
@@ -152,7 +154,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
     def validate_inputs(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
     ) -> None:
-        """Refuse texts and images that do not belong together."""
+        """Refuse texts and images that do not belong together, and arguments that would do nothing without images."""
         if text is not None:
             if not isinstance(text, list) or not all(isinstance(sample, str) for sample in text):
                 raise ValueError("`text` must be a string or a list of strings.")
@@ -167,6 +169,13 @@ class DeltaLlavaProcessor(ProcessorMixin):
                     f"{rule}: the text holds {sum(wanted)}, but {len(_flatten(images))} images came with it."
                 )
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        budget, share, flag = (_call_option(kwargs, "images_kwargs", name) for name in _OWN_OPTIONS)
+        if budget is not None:
+            self._resolve_budgets(budget, len(_flatten(images)) or None)
+        if share is not None:
+            _check_share(share)
+        if flag is not None:
+            _check_flag(flag)
 
     def _process_images(
         self,
@@ -179,7 +188,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
         kwargs.pop("input_data_format", None)  # of what the caller gave; by now every image is RGB
         images = make_flat_list_of_images(images)
         choices = self._resolve_budgets(num_visual_tokens, len(images))
-        max_loss = self.auto_max_loss if auto_max_loss is None else _check_share(auto_max_loss)
+        max_loss = self.auto_max_loss if auto_max_loss is None else float(auto_max_loss)
         sizes = [image.size for image in images]
         padded = self.do_pad if do_pad is None else bool(do_pad)
         if padded:
@@ -248,14 +257,15 @@ class DeltaLlavaProcessor(ProcessorMixin):
         """An argument of the image processor: of this call, or else its own."""
         return kwargs[name] if kwargs.get(name) is not None else getattr(self.image_processor, name, None)
 
-    def _resolve_budgets(self, num_visual_tokens: Any, num_images: int) -> list[int | str]:
+    def _resolve_budgets(self, num_visual_tokens: Any, num_images: int | None) -> list[int | str]:
+        """One choice per image; of how many entries there are is no account taken where `num_images` is None."""
         if num_visual_tokens is None:
             num_visual_tokens = self.num_visual_tokens
         if isinstance(num_visual_tokens, (np.ndarray, torch.Tensor)):
             num_visual_tokens = num_visual_tokens.tolist()
         if not isinstance(num_visual_tokens, (list, tuple)):
-            return [self._check_choice(num_visual_tokens)] * num_images
-        if len(num_visual_tokens) != num_images:
+            return [self._check_choice(num_visual_tokens)] * (num_images or 0)
+        if num_images is not None and len(num_visual_tokens) != num_images:
             raise ValueError(
                 f"`num_visual_tokens` has {len(num_visual_tokens)} entries for {num_images} images: give one integer "
                 "for all of them, or one for each."
@@ -317,6 +327,12 @@ def _check_budgets(budgets: Any) -> tuple[int, ...]:
 def _is_square(number: Any) -> bool:
     whole = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
     return bool(whole and number > 0 and isqrt(int(number)) ** 2 == number)
+
+
+def _check_flag(flag: Any) -> bool:
+    if not isinstance(flag, (bool, np.bool_)):
+        raise ValueError(f"`do_pad` must be True or False, not {flag!r}.")
+    return bool(flag)
 
 
 def _check_share(share: Any) -> float:
