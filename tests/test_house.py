@@ -21,15 +21,17 @@ LAYERS = {
     "modeling": set(),
     "processing": set(),
     "conversion": {"modeling", "processing"},
+    "analysis": {"modeling", "processing"},
     "evaluation": {"modeling", "processing"},
     "training": {"conversion", "modeling", "processing"},  # prepares tokenizers as conversion does
-    "cli": {"conversion", "evaluation", "modeling", "processing", "training"},
+    "cli": {"analysis", "conversion", "evaluation", "modeling", "processing", "training"},
 }
 # Files that are copied into Hub repos, where only what transformers brings along is sure to be installed.
 HUB_FILES = sorted([*PACKAGE.glob("modeling/[!_]*.py"), *PACKAGE.glob("processing/[!_]*.py")])
 HUB_IMPORTS = {"torch", "transformers", "numpy", "PIL"} | sys.stdlib_module_names
 PUBLIC_MODULES = (
     "transformers_delta_llava",
+    "transformers_delta_llava.analysis",
     "transformers_delta_llava.conversion",
     "transformers_delta_llava.evaluation",
     "transformers_delta_llava.processing",
@@ -94,6 +96,8 @@ def test_hub_files_are_the_files_that_are_published() -> None:
         "configuration_delta_llava.py",
         "modeling_delta_llava.py",
         "projector_delta_llava.py",
+        "auto_budget_delta_llava.py",
+        "pictures_delta_llava.py",
         "processing_delta_llava.py",
     ]
 

@@ -16,8 +16,10 @@ from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 
 
 CODE = {
+    "auto_budget_delta_llava.py",
     "configuration_delta_llava.py",
     "modeling_delta_llava.py",
+    "pictures_delta_llava.py",
     "processing_delta_llava.py",
     "projector_delta_llava.py",
 }

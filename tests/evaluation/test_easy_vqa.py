@@ -31,6 +31,14 @@ def processor(model):
 
 
 @pytest.fixture(scope="module")
+def saved(model, processor, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
 def questions(tmp_path_factory) -> list[Question]:
     folder = tmp_path_factory.mktemp("images")
     asked = []
@@ -112,10 +120,8 @@ def test_the_budget_reaches_the_projector(model, processor, questions) -> None:
     assert shapes == [(5, 9)]
 
 
-def test_command_prints_and_writes_the_numbers(model, processor, tmp_path) -> None:
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    arguments = ["evaluate", "easy-vqa", str(tmp_path / "model"), "--limit", "6", "--num-visual-tokens", "4"]
+def test_command_prints_and_writes_the_numbers(saved, tmp_path) -> None:
+    arguments = ["evaluate", "easy-vqa", saved, "--limit", "6", "--num-visual-tokens", "4"]
     arguments += ["--num-visual-tokens", "1", "--output", str(tmp_path / "numbers.json")]
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "120"}, catch_exceptions=False)
     assert result.exit_code == 0
@@ -126,3 +132,45 @@ def test_command_prints_and_writes_the_numbers(model, processor, tmp_path) -> No
     alone = report["question_alone"]["overall"]
     assert f"{alone['accuracy']:.2f} ({alone['interval_95'][0]:.2f} to" in result.stdout
     assert "4 visual tokens" in result.stdout and "1 visual tokens" in result.stdout
+
+
+def test_auto_picks_image_by_image(model, processor, questions, tmp_path) -> None:
+    board = Image.new("RGB", (24, 24), "white")
+    board.paste(Image.new("RGB", (12, 12)), (0, 0))
+    board.save(tmp_path / "board.png")
+    asked = [questions[0], Question("what", "", 9, str(tmp_path / "board.png")), questions[1]]
+    spent: list[int] = []
+    together = answer_questions(model, processor, asked, "auto", batch_size=2, on_budgets=spent.extend)
+    assert spent == [1, 4, 1]
+    assert together == [answer_questions(model, processor, [q], n)[0] for q, n in zip(asked, spent)]
+    spent.clear()
+    answer_questions(model, processor, asked, "auto", auto_max_loss=1, on_budgets=spent.extend)
+    answer_questions(model, processor, asked, on_budgets=spent.extend)
+    assert spent == [1, 1, 1, 36, 36, 36]
+
+
+def test_command_measures_auto(saved, tmp_path) -> None:
+    arguments = ["evaluate", "easy-vqa", saved, "--limit", "4", "--num-visual-tokens", "auto"]
+    arguments += ["--auto-max-loss", "0.5", "--auto-max-loss", "1", "--output", str(tmp_path / "numbers.json")]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "140"}, catch_exceptions=False)
+    assert result.exit_code == 0
+    half, all_of_it = json.loads((tmp_path / "numbers.json").read_text())["results"]
+    assert (half["num_visual_tokens"], half["auto_max_loss"]) == ("auto", 0.5)
+    assert sum(half["picked"].values()) == 4
+    assert half["mean_visual_tokens"] == sum(int(n) * times for n, times in half["picked"].items()) / 4 > 1
+    assert (all_of_it["mean_visual_tokens"], all_of_it["picked"]) == (1, {"1": 4})
+    assert "auto, loss up to 0.5" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num-visual-tokens", "5"], "--num-visual-tokens 5: the model has 144, 36, 16, 9, 4, 1, or say auto."),
+        (["--num-visual-tokens", "many"], "--num-visual-tokens many: the model has"),
+        (["--num-visual-tokens", "auto", "--auto-max-loss", "2"], "--auto-max-loss 2.0: give a share from 0 to 1."),
+        (["--auto-max-loss", "0.2"], "--auto-max-loss goes with --num-visual-tokens auto."),
+    ],
+)
+def test_bad_choices_are_refused_before_anything_runs(saved, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        CliRunner().invoke(app, ["evaluate", "easy-vqa", saved, "--limit", "4", *options], catch_exceptions=False)

@@ -48,7 +48,7 @@ def masked(processor: Any, batch: Any) -> list[str]:
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("budgets", [None, 9, [1, 16, 4, 9]])
+@pytest.mark.parametrize("budgets", [None, 9, [1, 16, 4, 9], "auto"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_the_masked_tokens_are_the_answers_with_their_ends(

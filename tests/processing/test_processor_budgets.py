@@ -61,18 +61,28 @@ BAD_BUDGETS = {
     ),
     "zero": (0, "`num_visual_tokens=0` is not a budget"),
     "negative": (-4, "`num_visual_tokens=-4` is not a budget"),
-    "bool": (True, "must be an integer, or one per image, not True"),
-    "float": (4.0, "must be an integer, or one per image, not 4.0"),
-    "string": ("4", "must be an integer, or one per image, not '4'"),
+    "bool": (True, "must be an integer or 'auto', or one per image, not True"),
+    "float": (4.0, "must be an integer or 'auto', or one per image, not 4.0"),
+    "string": ("4", "must be an integer or 'auto', or one per image, not '4'"),
     "dict": ({"a": 4}, "must be an integer"),
     "too few": ([4], "has 1 entries for 2 images"),
     "too many": ([4, 4, 4], "has 3 entries for 2 images"),
     "none": ([], "has 0 entries for 2 images"),
     "bad entry": ([4, 5], "`num_visual_tokens=5` is not a budget"),
-    "missing entry": ([4, None], "must be an integer, or one per image, not None"),
+    "missing entry": ([4, None], "must be an integer or 'auto', or one per image, not None"),
     "float tensor": (torch.tensor([4.0, 4.0]), "must be an integer"),
     "bool tensor": (torch.tensor([True, True]), "must be an integer"),
     "two dimensions": (torch.tensor([[4], [4]]), "must be an integer"),
+    "one entry too deep": (torch.tensor([[4, 4]]), "has 1 entries for 2 images"),
+    "numpy's float": (np.float32(4), "must be an integer"),
+    "complex": (4 + 0j, "must be an integer"),
+    "not a number": (float("nan"), "must be an integer"),
+    "bytes": (b"4", "must be an integer"),
+    "set": ({4}, "must be an integer"),
+    "iterator": (iter([4, 4]), "must be an integer"),
+    "generator": ((four for four in (4, 4)), "must be an integer"),
+    "very large": (2**70, "is not a budget"),
+    "empty array": (np.array([], np.int64), "has 0 entries for 2 images"),
 }
 
 
@@ -85,6 +95,25 @@ def test_a_bad_budget_is_refused_in_one_sentence(processor: Any, make_picture: A
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=message):
         processor._get_num_multimodal_tokens(image_sizes=[(9, 9), (9, 9)], num_visual_tokens=budget)
+
+
+@pytest.mark.parametrize("case", [case for case in BAD_BUDGETS if "entries" not in BAD_BUDGETS[case][1]])
+def test_a_bad_budget_is_refused_without_images_too(processor: Any, case: str) -> None:
+    budget, message = BAD_BUDGETS[case]
+    for kwargs in ({"num_visual_tokens": budget}, {"images_kwargs": {"num_visual_tokens": budget}}):
+        with pytest.raises(ValueError, match=message):
+            processor(text="no image", **kwargs)
+    # A batch's chats may have an image or none: a list is not counted there.
+    assert "num_visual_tokens" not in processor(text="no image", num_visual_tokens=[4, 9])
+
+
+@pytest.mark.parametrize("flag", ["False", "no", 0, 1, 3.5, [True]])
+def test_do_pad_must_be_true_or_false(processor: Any, make_processor: Any, make_picture: Any, flag: Any) -> None:
+    for kwargs in ({"do_pad": flag}, {"images_kwargs": {"do_pad": flag}}):
+        with pytest.raises(ValueError, match="^`do_pad` must be True or False, not "):
+            processor(images=make_picture(), text="<image>", **kwargs)
+    with pytest.raises(ValueError, match="^`do_pad` must be True or False, not "):
+        make_processor(do_pad=flag)
 
 
 CHAT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
@@ -267,9 +296,12 @@ def test_the_default_budget_must_be_one_of_the_grids(make_processor: Any, budget
         make_processor(num_visual_tokens=budget)
 
 
-def test_the_models_own_count_must_be_one_of_the_grids(make_processor: Any) -> None:
-    with pytest.raises(ValueError, match="is not a budget of this model"):
-        make_processor(image_seq_length=5)
+@pytest.mark.parametrize("count", [5, 0, -4, True, 4.0, "4", "auto", [4]])
+def test_the_models_own_count_must_be_a_square_number(make_processor: Any, count: Any) -> None:
+    with pytest.raises(ValueError, match="^`image_seq_length` must be a square number, such as 144, not "):
+        make_processor(image_seq_length=count)
+    # Budgets may be those that are to be used, and the model's own not be among them.
+    assert make_processor(image_seq_length=576, visual_token_budgets=[16, 4]).image_seq_length == 576
 
 
 def test_the_image_token_must_be_a_token_of_its_own(make_processor: Any, make_tokenizer: Any) -> None:

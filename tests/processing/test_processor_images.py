@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import SiglipImageProcessorPil
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from transformers_delta_llava.processing import processing_delta_llava
+from transformers_delta_llava.processing import pictures_delta_llava
 
 
 SIZES = [(40, 30), (30, 40), (33, 32), (28, 28), (64, 64), (1, 1), (1, 7), (500, 3), (3, 501), (777, 1000)]
@@ -57,7 +57,7 @@ def test_working_in_strips_changes_no_bit(
     make_processor: Any, make_image_processor: Any, make_picture: Any, monkeypatch: Any, size: Any, resample: Any
 ) -> None:
     image_processor = make_image_processor(resample=resample)
-    monkeypatch.setattr(processing_delta_llava, "STRIP_PIXELS", 1000)
+    monkeypatch.setattr(pictures_delta_llava, "STRIP_PIXELS", 1000)
     image = make_picture(*size)
     pixels = make_processor(image_processor=image_processor)(images=image, return_tensors="pt")["pixel_values"]
     assert torch.equal(pixels, image_processor(on_a_square(image), return_tensors="pt")["pixel_values"])
@@ -69,10 +69,10 @@ def test_a_very_long_picture_takes_little_memory(tmp_path: Path) -> None:
 import resource
 from PIL import Image
 from transformers import CLIPImageProcessorPil
-from processing_delta_llava import DeltaLlavaProcessor  # a Hub file works by itself
+from processing.processing_delta_llava import DeltaLlavaProcessor  # the folder works by itself
 processor = object.__new__(DeltaLlavaProcessor)  # no tokenizer is needed for this
 processor.image_processor = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
-processor.num_visual_tokens = processor.image_seq_length = 4
+processor.num_visual_tokens, processor.image_seq_length, processor.auto_max_loss = "auto", 4, 0.3
 processor.visual_token_budgets, processor.do_pad, processor.image_token = (4,), True, "<image>"
 images = [Image.new("RGB", size, "red") for size in [(10000, 10), (10, 10000), (60000, 2)]]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -80,7 +80,7 @@ pixels = processor._process_images(images, return_tensors="np")[0]["pixel_values
 assert pixels.shape == (3, 3, 336, 336)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(processing_delta_llava.__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(pictures_delta_llava.__file__).parents[1])}
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout.split()[-1]) < 200 * 1024  # kB

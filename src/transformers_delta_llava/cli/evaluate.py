@@ -1,10 +1,11 @@
 """`delta-llava evaluate`."""
 
 import json
+import statistics
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from ..evaluation import Score
+    from ..processing import DeltaLlavaProcessor
 
 
 evaluate = typer.Typer(no_args_is_help=True, help="Measure a model on a benchmark.")
@@ -28,8 +30,14 @@ def _group() -> None:
 def easy_vqa(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a Delta-LLaVA.", show_default=False)],
     num_visual_tokens: Annotated[
-        list[int] | None,
-        typer.Option(help="Visual tokens per image, may be given several times; by default the model's."),
+        list[str] | None,
+        typer.Option(help="Visual tokens per image, or auto; may be given several times; by default the model's."),
+    ] = None,
+    auto_max_loss: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="What auto may lose of a picture, 0 to 1; may be given several times; by default the model's."
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Ask only so many test questions, always the same.")] = None,
     batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 64,
@@ -52,25 +60,63 @@ def easy_vqa(
     processor = DeltaLlavaProcessor.from_pretrained(model)
 
     table = Table(
-        "", "overall", "yes/no", "open", "seconds", title=f"easy-VQA, {len(questions)} test questions, percent"
+        "",
+        "tokens",
+        "overall",
+        "yes/no",
+        "open",
+        "seconds",
+        title=f"easy-VQA, {len(questions)} test questions, percent",
     )
     results = []
-    for budget in num_visual_tokens or [loaded.config.image_seq_length]:
-        loaded.config.scale_factor_for(budget)  # a bad budget is refused before the bar appears
+    for budget, loss in _choices(num_visual_tokens or [str(loaded.config.image_seq_length)], auto_max_loss, processor):
+        name = f"{budget} visual tokens" if loss is None else f"auto, loss up to {loss:g}"
+        spent: list[int] = []
         start = time.perf_counter()
         with Progress(console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(f"{budget} visual tokens", total=len(questions))
-            answers = answer_questions(loaded, processor, questions, budget, batch_size, partial(bar.advance, task))
+            task = bar.add_task(name, total=len(questions))
+            answers = answer_questions(
+                loaded, processor, questions, budget, batch_size, partial(bar.advance, task), loss, spent.extend
+            )
         seconds = time.perf_counter() - start
         scores = score_answers(truths, answers)
-        table.add_row(f"{budget} visual tokens", *_cells(scores), f"{seconds:.0f}")
-        results.append({"num_visual_tokens": budget, "seconds": round(seconds, 1), "scores": _numbers(scores)})
-    table.add_row("question alone", *_cells(blind), "")
+        table.add_row(name, f"{statistics.fmean(spent):.4g}", *_cells(scores), f"{seconds:.0f}")
+        result: dict[str, Any] = {
+            "num_visual_tokens": budget,
+            "seconds": round(seconds, 1),
+            "scores": _numbers(scores),
+        }
+        if loss is not None:
+            picked = {str(tokens): spent.count(tokens) for tokens in sorted(set(spent), reverse=True)}
+            result |= {"auto_max_loss": loss, "mean_visual_tokens": statistics.fmean(spent), "picked": picked}
+        results.append(result)
+    table.add_row("question alone", "", *_cells(blind), "")
     console.print(table)
     if output is not None:
         report = {"benchmark": "easy-vqa", "split": "test", "questions": len(questions), "model": Path(model).name}
         report |= {"dtype": dtype, "results": results, "question_alone": _numbers(blind)}
         output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _choices(
+    budgets: list[str], losses: list[float] | None, processor: "DeltaLlavaProcessor"
+) -> list[tuple[int | str, float | None]]:
+    """(budget, loss) of every row, all checked before the first is measured."""
+    rows: list[tuple[int | str, float | None]] = []
+    for budget in budgets:
+        if budget == "auto":
+            rows += [(budget, loss) for loss in losses or [processor.auto_max_loss]]
+        elif budget.isdecimal() and int(budget) in processor.visual_token_budgets:
+            rows.append((int(budget), None))
+        else:
+            there = ", ".join(map(str, processor.visual_token_budgets))
+            raise ValueError(f"--num-visual-tokens {budget}: the model has {there}, or say auto.")
+    for loss in losses or []:
+        if not 0 <= loss <= 1:
+            raise ValueError(f"--auto-max-loss {loss}: give a share from 0 to 1.")
+    if losses and "auto" not in budgets:
+        raise ValueError("--auto-max-loss goes with --num-visual-tokens auto.")
+    return rows
 
 
 def _cells(scores: dict[str, "Score"]) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .budget import budget
 from .convert import convert
 from .evaluate import evaluate
 from .export import export
@@ -15,6 +16,7 @@ from .train import train
 
 
 app = typer.Typer(name="delta-llava", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(budget)
 app.command()(convert)
 app.add_typer(evaluate, name="evaluate")
 app.command()(export)

@@ -77,9 +77,11 @@ def answer_questions(
     model: DeltaLlavaForConditionalGeneration,
     processor: DeltaLlavaProcessor,
     questions: Sequence[Question],
-    num_visual_tokens: int | None = None,
+    num_visual_tokens: int | str | None = None,
     batch_size: int = 64,
     on_batch: Callable[[int], None] | None = None,
+    auto_max_loss: float | None = None,
+    on_budgets: Callable[[list[int]], None] | None = None,
 ) -> list[str]:
     """
     The model's answers, generated greedily in batches through the processor's chat template, stripped of blanks.
@@ -88,12 +90,14 @@ def answer_questions(
         model: on any device; it is used in evaluation mode and left in it.
         processor: its own; prompts are padded on the left.
         questions: of `load_questions`.
-        num_visual_tokens: visual tokens per image; the model's default when `None`.
+        num_visual_tokens: visual tokens per image, or `"auto"`; the processor's default when `None`.
         batch_size: questions at a time.
         on_batch: called with the number of questions answered in each batch.
+        auto_max_loss: what `"auto"` may lose of an image; the processor's default when `None`.
+        on_budgets: called with the visual tokens that each image of a batch got.
 
     Raises:
-        ValueError: a budget that the model does not have.
+        ValueError: a budget that the model does not have, or a loss that is no share.
     """
     model.eval()
     answers: list[str] = []
@@ -103,8 +107,11 @@ def answer_questions(
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
-            processor_kwargs=_options(num_visual_tokens),
+            processor_kwargs=_options(num_visual_tokens=num_visual_tokens, auto_max_loss=auto_max_loss),
         ).to(model.device, model.dtype)
+        if on_budgets is not None:
+            told = inputs.get("num_visual_tokens")
+            on_budgets([processor.image_seq_length] * len(batch) if told is None else told.tolist())
         output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
         said = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         answers += [text.strip() for text in said]
@@ -113,10 +120,10 @@ def answer_questions(
     return answers
 
 
-def _options(num_visual_tokens: int | None) -> dict[str, Any]:
+def _options(**given: Any) -> dict[str, Any]:
     """Options of a processor's call, made anew for each: transformers writes into them."""
     options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "padding_side": "left"}
-    return options if num_visual_tokens is None else {**options, "num_visual_tokens": num_visual_tokens}
+    return options | {name: value for name, value in given.items() if value is not None}
 
 
 def _conversation(question: Question) -> list[dict[str, Any]]:

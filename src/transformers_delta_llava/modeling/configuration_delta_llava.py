@@ -209,7 +209,7 @@ class DeltaLlavaConfig(PreTrainedConfig):
             ValueError: if there is none; the message lists the budgets that there are.
         """
         for scale_factor, budget in zip(self._scale_factors(), self.visual_token_budgets):
-            if budget == num_visual_tokens:
+            if budget == num_visual_tokens and not isinstance(num_visual_tokens, (bool, float)):
                 return scale_factor
         budgets = ", ".join(map(str, self.visual_token_budgets))
         raise ValueError(

@@ -158,12 +158,17 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         """`num_visual_tokens` as one number per image.
 
         Raises:
-            ValueError: if there are not as many numbers as images.
+            ValueError: if there are not as many numbers as images, or they are no whole numbers.
         """
         if num_visual_tokens is None:
             num_visual_tokens = self.config.image_seq_length
         if isinstance(num_visual_tokens, torch.Tensor):
             num_visual_tokens = num_visual_tokens.flatten().tolist()
+        if isinstance(num_visual_tokens, (str, bool, float)):
+            raise ValueError(
+                f"num_visual_tokens={num_visual_tokens!r}: give the model whole numbers; 'auto' is an argument of the "
+                "processor, which knows the pictures and passes on what it picks."
+            )
         if isinstance(num_visual_tokens, int):
             return [num_visual_tokens] * num_images
         if len(num_visual_tokens) != num_images:

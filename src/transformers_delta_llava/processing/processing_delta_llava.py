@@ -4,29 +4,35 @@ How many that is, is never computed here: it is data, saved with the processor a
 one counting function.
 """
 
-import os
 import re
 from collections.abc import Sequence
+from functools import partial
 from itertools import repeat
+from math import isqrt
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from transformers import BatchFeature
-from transformers.image_utils import load_image, make_flat_list_of_images
+from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .auto_budget_delta_llava import budget_losses, pick_budget
+from .pictures_delta_llava import content_box, levels_of, pad_to_square, to_rgb
 
-# Rows of a padded picture are resized in strips of about this many pixels, whatever the shape of the picture.
-STRIP_PIXELS = 2**22
+
+# The word that leaves the number of visual tokens to the picture.
+AUTO = "auto"
+_OWN_OPTIONS = ("num_visual_tokens", "auto_max_loss", "do_pad")
 
 
 class DeltaLlavaImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
-    """Arguments of a call that concern images. The processor checks `num_visual_tokens` itself, in clearer words."""
+    """Arguments of a call that concern images. The processor checks its own ones itself, in clearer words."""
 
     num_visual_tokens: Any
+    auto_max_loss: Any
+    do_pad: Any
 
 
 class DeltaLlavaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -40,10 +46,12 @@ class DeltaLlavaProcessor(ProcessorMixin):
     r"""
     Image processor and tokenizer of a Delta-LLaVA model in one.
 
-    A call takes, besides the usual arguments, `num_visual_tokens` (an integer, or one per image in the order of the
-    placeholders: list, tuple, array or tensor) and `do_pad`. It returns `input_ids`, `attention_mask`,
-    `pixel_values` of shape (images, 3, height, width), float32, all images of the batch in order, and
-    `num_visual_tokens` of shape (images,), int64, only when some image's budget is not the model's default.
+    A call takes, besides the usual arguments, `num_visual_tokens` (an integer, `"auto"`, or one of these per image in the
+    order of the placeholders: list, tuple, array or tensor), `auto_max_loss` and `do_pad`. It returns `input_ids`,
+    `attention_mask`, `pixel_values` of shape (images, 3, height, width), float32, all images of the batch in order, and
+    `num_visual_tokens` of shape (images,), int64, only when some image's budget is picked or not the model's default.
+
+    `"auto"` takes for every image the smallest budget that loses at most `auto_max_loss` of it: see `image_losses`.
 
     Images may be of any size and mode: PIL images, arrays and tensors (grey, channels first or last; 8 or 16 bits, or
     floats in 0..1 or 0..255), paths, URLs. Each is turned as its EXIF tag says and brought to 8-bit RGB; 16-bit and
@@ -55,13 +63,17 @@ class DeltaLlavaProcessor(ProcessorMixin):
         tokenizer: A tokenizer that has `image_token` as one token.
         chat_template (`str` or `dict[str, str]`, *optional*): Jinja template of the conversation format.
         num_visual_tokens (`int`, *optional*, defaults to 144): Visual tokens per image when a call does not say.
-            One integer per image is taken too: engines load the processor with the arguments of a request.
-        visual_token_budgets (`list[int]`, *optional*): Budgets that the model's grid can give.
+            Whatever a call takes is taken, engines load the processor with the arguments of a request; other than a
+            single integer it needs `image_seq_length`.
+        visual_token_budgets (`list[int]`, *optional*): Budgets that the model's grid can give, or those of them that
+            are to be used. `"auto"` chooses among them.
         do_pad (`bool`, *optional*, defaults to `True`): Pad every image to a square with the mean colour.
         image_token (`str`, *optional*, defaults to `"<image>"`): Placeholder of an image.
         image_seq_length (`int`, *optional*): Visual tokens of an image when the model is not told their number: its
             `config.image_seq_length`. Defaults to `num_visual_tokens`. It is saved, so it stays what it was when
             `from_pretrained(..., num_visual_tokens=...)` overrides the processor's default.
+        auto_max_loss (`float`, *optional*, defaults to 0.3): What `"auto"` may lose of an image, from 0 (the largest
+            budget, unless a smaller one loses nothing) to 1 (the smallest).
 
     Raises:
         ValueError: For a budget the model does not have, images that do not fit the text, an image that is unreadable.
@@ -74,19 +86,30 @@ class DeltaLlavaProcessor(ProcessorMixin):
         image_processor: Any = None,
         tokenizer: Any = None,
         chat_template: str | dict[str, str] | None = None,
-        num_visual_tokens: int | list[int] = 144,
+        num_visual_tokens: int | str | list[int | str] = 144,
         visual_token_budgets: Sequence[int] = (576, 144, 64, 36, 16, 9, 4, 1),
         do_pad: bool = True,
         image_token: str = "<image>",
         image_seq_length: int | None = None,
+        auto_max_loss: float = 0.3,
     ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        self.visual_token_budgets = tuple(visual_token_budgets)
+        self.visual_token_budgets = _check_budgets(visual_token_budgets)
         self.num_visual_tokens = num_visual_tokens
-        self.image_seq_length = self._check_budget(num_visual_tokens if image_seq_length is None else image_seq_length)
-        for budget in num_visual_tokens if isinstance(num_visual_tokens, (list, tuple)) else [num_visual_tokens]:
-            self._check_budget(budget)
-        self.do_pad = do_pad
+        several = isinstance(num_visual_tokens, (list, tuple))
+        for choice in num_visual_tokens if several else [num_visual_tokens]:  # type: ignore[union-attr]
+            self._check_choice(choice)
+        if image_seq_length is None and (several or num_visual_tokens == AUTO):
+            raise ValueError(
+                f"`num_visual_tokens={num_visual_tokens!r}` needs `image_seq_length`, the visual tokens per image of the "
+                "model's config."
+            )
+        count: Any = num_visual_tokens if image_seq_length is None else image_seq_length
+        if not _is_square(count):
+            raise ValueError(f"`image_seq_length` must be a square number, such as 144, not {count!r}.")
+        self.image_seq_length = int(count)
+        self.auto_max_loss = _check_share(auto_max_loss)
+        self.do_pad = _check_flag(do_pad)
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if tokenizer.encode(image_token * 2, add_special_tokens=False) != [self.image_token_id] * 2:
@@ -95,7 +118,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
                 f"`tokenizer.add_tokens([{image_token!r}], special_tokens=True)`, and resize the model's embeddings."
             )
         # from_pretrained hands its overrides to the tokenizer too, which would keep them as defaults of every call.
-        for name in ("num_visual_tokens", "do_pad"):
+        for name in (*_OWN_OPTIONS, "visual_token_budgets"):
             tokenizer.init_kwargs.pop(name, None)
 
     @property
@@ -111,7 +134,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
             raise ValueError("DeltaLlavaProcessor takes images and text, no videos and no audio.")
         layout = _call_option(kwargs, "images_kwargs", "input_data_format")
         rescaled = _call_option(kwargs, "images_kwargs", "do_rescale") is False
-        decoded = [_to_rgb(image, index, layout, rescaled) for index, image in enumerate(_flatten(images))]
+        decoded = [to_rgb(image, index, layout, rescaled) for index, image in enumerate(_flatten(images))]
         if _is_nested(images):
             rest = iter(decoded)
             images = [[next(rest) for _ in _flatten(row)] for row in images]
@@ -131,7 +154,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
     def validate_inputs(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
     ) -> None:
-        """Refuse texts and images that do not belong together."""
+        """Refuse texts and images that do not belong together, and arguments that would do nothing without images."""
         if text is not None:
             if not isinstance(text, list) or not all(isinstance(sample, str) for sample in text):
                 raise ValueError("`text` must be a string or a list of strings.")
@@ -146,18 +169,40 @@ class DeltaLlavaProcessor(ProcessorMixin):
                     f"{rule}: the text holds {sum(wanted)}, but {len(_flatten(images))} images came with it."
                 )
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        budget, share, flag = (_call_option(kwargs, "images_kwargs", name) for name in _OWN_OPTIONS)
+        if budget is not None:
+            self._resolve_budgets(budget, len(_flatten(images)) or None)
+        if share is not None:
+            _check_share(share)
+        if flag is not None:
+            _check_flag(flag)
 
     def _process_images(
-        self, images: Any, num_visual_tokens: Any = None, do_pad: bool | None = None, **kwargs: Any
+        self,
+        images: Any,
+        num_visual_tokens: Any = None,
+        auto_max_loss: Any = None,
+        do_pad: bool | None = None,
+        **kwargs: Any,
     ) -> tuple[BatchFeature, list[str]]:
         kwargs.pop("input_data_format", None)  # of what the caller gave; by now every image is RGB
         images = make_flat_list_of_images(images)
-        budgets = self._resolve_budgets(num_visual_tokens, len(images))
-        if self.do_pad if do_pad is None else do_pad:
-            images = [self._pad_to_square(image, kwargs) for image in images]
+        choices = self._resolve_budgets(num_visual_tokens, len(images))
+        max_loss = self.auto_max_loss if auto_max_loss is None else float(auto_max_loss)
+        sizes = [image.size for image in images]
+        padded = self.do_pad if do_pad is None else bool(do_pad)
+        if padded:
+            images = [pad_to_square(image, partial(self._image_option, kwargs)) for image in images]
         image_inputs = self.image_processor(images, **kwargs)
-        if any(budget != self.image_seq_length for budget in budgets):
-            # Not otherwise: a model that counts by its configuration alone compiles without a break in the graph.
+        budgets = [
+            pick_budget(self._losses(image_inputs["pixel_values"][index], sizes[index], padded, kwargs), max_loss)
+            if choice == AUTO
+            else choice
+            for index, choice in enumerate(choices)
+        ]
+        if AUTO in choices or any(budget != self.image_seq_length for budget in budgets):
+            # Not otherwise: a model that counts by its configuration alone compiles without a break in the graph. What
+            # is picked is always told, or the inputs of two calls could not be put together.
             data = {**image_inputs, "num_visual_tokens": budgets}
             image_inputs = BatchFeature(data, tensor_type=kwargs.get("return_tensors"))
         return image_inputs, [self.replace_image_token(image_inputs, index) for index in range(len(images))]
@@ -168,63 +213,75 @@ class DeltaLlavaProcessor(ProcessorMixin):
         return self.image_token * (self.image_seq_length if budgets is None else int(budgets[image_idx]))
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
-        """Placeholders and rows of `pixel_values` for images of these (height, width): what engines plan with."""
+        """
+        Placeholders and rows of `pixel_values` for images of these (height, width): what engines plan with.
+
+        The most that there can be: a size does not say what `"auto"` will pick.
+        """
         if image_sizes is None:
             return MultiModalData()
         budgets = self._resolve_budgets(_call_option(kwargs, "images_kwargs", "num_visual_tokens"), len(image_sizes))
-        return MultiModalData(num_image_tokens=budgets, num_image_patches=[1] * len(image_sizes))
+        most = [max(self.visual_token_budgets) if budget == AUTO else budget for budget in budgets]
+        return MultiModalData(num_image_tokens=most, num_image_patches=[1] * len(image_sizes))
 
-    def _resolve_budgets(self, num_visual_tokens: Any, num_images: int) -> list[int]:
+    def image_losses(self, images: Any, **kwargs: Any) -> list[dict[int, float]]:
+        """
+        For each image what it would lose at every budget, as a share from 0 to 1: the numbers that `"auto"` goes by.
+
+        The loss is the share of the variance between the windows of the largest budget, in mean colours, that is gone
+        between the larger windows of this one. Padding does not count. See `budget_losses` for the formula.
+
+        Args:
+            images: as in a call, and `kwargs` what a call takes that concerns images (`do_pad`, ...).
+
+        Raises:
+            ValueError: for an image that is unreadable.
+        """
+        images, *_ = self.prepare_inputs_layout(images=images, **kwargs)
+        if images is None:
+            return []
+        images = make_flat_list_of_images(images)
+        pixels = self(images=images, **{**kwargs, "num_visual_tokens": max(self.visual_token_budgets)})["pixel_values"]
+        options = {**kwargs, **kwargs.get("images_kwargs", {})}
+        padded = self.do_pad if options.get("do_pad") is None else bool(options["do_pad"])
+        return [self._losses(pixels[index], image.size, padded, options) for index, image in enumerate(images)]
+
+    def _losses(self, pixels: Any, size: tuple[int, int], padded: bool, kwargs: dict[str, Any]) -> dict[int, float]:
+        """Losses of an image from its processed `pixels`, (3, height, width), and the (width, height) it came in."""
+        option = partial(self._image_option, kwargs)
+        levels = levels_of(pixels, option)
+        content = content_box(size, levels.shape[1:], option) if padded else None
+        return budget_losses(levels, self.visual_token_budgets, content)
+
+    def _image_option(self, kwargs: dict[str, Any], name: str) -> Any:
+        """An argument of the image processor: of this call, or else its own."""
+        return kwargs[name] if kwargs.get(name) is not None else getattr(self.image_processor, name, None)
+
+    def _resolve_budgets(self, num_visual_tokens: Any, num_images: int | None) -> list[int | str]:
+        """One choice per image; of how many entries there are is no account taken where `num_images` is None."""
         if num_visual_tokens is None:
             num_visual_tokens = self.num_visual_tokens
         if isinstance(num_visual_tokens, (np.ndarray, torch.Tensor)):
             num_visual_tokens = num_visual_tokens.tolist()
         if not isinstance(num_visual_tokens, (list, tuple)):
-            return [self._check_budget(num_visual_tokens)] * num_images
-        if len(num_visual_tokens) != num_images:
+            return [self._check_choice(num_visual_tokens)] * (num_images or 0)
+        if num_images is not None and len(num_visual_tokens) != num_images:
             raise ValueError(
                 f"`num_visual_tokens` has {len(num_visual_tokens)} entries for {num_images} images: give one integer "
                 "for all of them, or one for each."
             )
-        return [self._check_budget(budget) for budget in num_visual_tokens]
+        return [self._check_choice(choice) for choice in num_visual_tokens]
+
+    def _check_choice(self, choice: Any) -> int | str:
+        return AUTO if isinstance(choice, str) and choice == AUTO else self._check_budget(choice)
 
     def _check_budget(self, budget: Any) -> int:
         if isinstance(budget, bool) or not isinstance(budget, (int, np.integer)):
-            raise ValueError(f"`num_visual_tokens` must be an integer, or one per image, not {budget!r}.")
+            raise ValueError(f"`num_visual_tokens` must be an integer or 'auto', or one per image, not {budget!r}.")
         if budget not in self.visual_token_budgets:
             choices = ", ".join(str(choice) for choice in self.visual_token_budgets)
             raise ValueError(f"`num_visual_tokens={budget}` is not a budget of this model; it has {choices}.")
         return int(budget)
-
-    def _pad_to_square(self, image: Image.Image, kwargs: dict[str, Any]) -> Image.Image:
-        """
-        `image` in the middle of a square of the mean colour, resized already where the image processor will do so.
-
-        Source: "pad" of the authors' code: colour `int(mean * 255)` per channel, offset rounded down. Pillow resizes
-        horizontally, then vertically, with 8 bits in between. So the square can be resized strip by strip, to the same
-        bits: a picture of 10000 x 10 never becomes one of 10000 x 10000.
-        """
-
-        def option(name: str) -> Any:
-            return kwargs[name] if kwargs.get(name) is not None else getattr(self.image_processor, name, None)
-
-        side = max(image.size)
-        left, top = (side - image.width) // 2, (side - image.height) // 2
-        mean = option("image_mean")
-        colour = tuple(int(channel * 255) for channel in np.broadcast_to(0.0 if mean is None else mean, 3))
-        size, resample = _square_target(option("size")), option("resample")
-        if not option("do_resize") or size is None or not isinstance(resample, int):
-            square = Image.new("RGB", (side, side), colour)
-            square.paste(image, (left, top))
-            return square
-        narrow = Image.new("RGB", (size[0], side), colour)
-        rows = max(1, STRIP_PIXELS // side)
-        for start in range(0, image.height, rows):
-            stop = min(start + rows, image.height)
-            strip = Image.new("RGB", (side, stop - start), colour)
-            strip.paste(image.crop((0, start, image.width, stop)), (left, 0))
-            narrow.paste(strip.resize((size[0], stop - start), resample), (0, top + start))
-        return narrow.resize(size, resample)
 
     def apply_chat_template(
         self, conversation: Any, chat_template: str | None = None, *args: Any, **kwargs: Any
@@ -258,12 +315,30 @@ def _call_option(kwargs: dict[str, Any], group: str, name: str) -> Any:
     return kwargs[name] if name in kwargs else (kwargs.get(group) or {}).get(name)
 
 
-def _square_target(size: Any) -> tuple[int, int] | None:
-    """(width, height) that an image processor's `size` gives a square picture; None where that takes more thought."""
-    size = dict(size) if hasattr(size, "__iter__") else {}
-    if set(size) == {"shortest_edge"}:
-        return size["shortest_edge"], size["shortest_edge"]
-    return (size["width"], size["height"]) if set(size) == {"width", "height"} else None
+def _check_budgets(budgets: Any) -> tuple[int, ...]:
+    numbers = tuple(budgets) if isinstance(budgets, (list, tuple)) else ()
+    if not numbers or not all(map(_is_square, numbers)):
+        raise ValueError(
+            f"`visual_token_budgets` must be a list of square numbers, such as [144, 36, 4], not {budgets!r}."
+        )
+    return tuple(map(int, numbers))
+
+
+def _is_square(number: Any) -> bool:
+    whole = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
+    return bool(whole and number > 0 and isqrt(int(number)) ** 2 == number)
+
+
+def _check_flag(flag: Any) -> bool:
+    if not isinstance(flag, (bool, np.bool_)):
+        raise ValueError(f"`do_pad` must be True or False, not {flag!r}.")
+    return bool(flag)
+
+
+def _check_share(share: Any) -> float:
+    if isinstance(share, bool) or not isinstance(share, (int, float, np.number)) or not 0 <= share <= 1:
+        raise ValueError(f"`auto_max_loss` must be a number from 0 to 1, not {share!r}.")
+    return float(share)
 
 
 def _is_nested(images: Any) -> bool:
@@ -278,79 +353,3 @@ def _flatten(images: Any) -> list[Any]:
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
         return list(images)
     return [] if images is None else [images]
-
-
-def _to_rgb(image: Any, index: int, layout: Any = None, rescaled: bool = False) -> Image.Image:
-    """Image number `index` of a call as an upright 8-bit RGB picture, or a ValueError that names it."""
-    try:
-        if isinstance(image, (str, os.PathLike)):
-            # A file is opened here, as `load_image` (which fetches URLs and base64) clips 16-bit pictures.
-            image = Image.open(image) if os.path.isfile(image) else load_image(image)
-        if isinstance(image, (np.ndarray, torch.Tensor)):
-            image = _from_array(image, layout, rescaled)
-        if not isinstance(image, Image.Image):
-            raise TypeError(f"it is of type {type(image).__name__}, not a picture, an array, a path or a URL")
-        if 0 in image.size:
-            raise ValueError(f"it is empty ({image.width} x {image.height})")
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":
-            values = np.asarray(image)
-            if image.mode == "I" and values.min() >= 0 and values.max() < 2**16:
-                values = values.astype(np.uint16)  # "I" is how older Pillow opens 16-bit files, newer as "I;16"
-            image = Image.fromarray(_to_bytes(values, stretch=True))
-        if image.mode in ("RGBa", "La"):
-            image = image.convert(image.mode.upper())
-        elif image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")  # the same colours as straight to RGB, without Pillow's warning
-        return image.convert("RGB")
-    except Exception as error:  # whatever Pillow, the file system or the network raises
-        raise ValueError(f"Image {index} cannot be used: {str(error)[:300]}") from error
-
-
-def _from_array(image: Any, layout: Any = None, rescaled: bool = False) -> Image.Image:
-    """An array or tensor, (H, W), (H, W, C) or (C, H, W), as an 8-bit picture; in doubt tensors are (C, H, W)."""
-    is_tensor = isinstance(image, torch.Tensor)
-    if is_tensor:
-        image = (image.float() if image.is_floating_point() else image).detach().cpu().numpy()
-    if image.size == 0:
-        raise ValueError(f"it is empty (shape {image.shape})")
-    if rescaled and image.dtype.kind == "f":
-        raise ValueError("floats are brought to 0..255 here, so `do_rescale=False` does not fit them")
-    if image.ndim == 3:
-        first, last = image.shape[0] in (1, 3, 4), image.shape[-1] in (1, 3, 4)
-        if layout == "channels_first" or (layout is None and first and (is_tensor or not last)):
-            image = np.moveaxis(image, 0, -1)
-        if image.shape[-1] in (1, 3, 4):
-            image = image[..., 0] if image.shape[-1] == 1 else image[..., :3]
-            return Image.fromarray(np.ascontiguousarray(_to_bytes(image)))
-    if image.ndim == 2:
-        return Image.fromarray(_to_bytes(image))
-    raise ValueError(f"its shape {image.shape} is none of (H, W), (H, W, C), (C, H, W) with 1, 3 or 4 channels")
-
-
-def _to_bytes(values: np.ndarray, stretch: bool = False) -> np.ndarray:
-    """
-    `values` on the scale 0..255, rounded, as uint8.
-
-    Booleans count as 0..1, uint16 as 0..65535; other integers as 0..255, or 0..65535 if some are larger; floats as
-    0..1, or 0..255 if some are larger. Values beyond are refused; with `stretch` they span their own range.
-    """
-    if values.dtype == np.uint8:
-        return values
-    kind = values.dtype.kind
-    if kind not in "biuf":
-        raise ValueError(f"its values are of type {values.dtype}")
-    if not np.isfinite(values).all():
-        raise ValueError("it holds values that are NaN or infinite")
-    low, high = float(values.min()), float(values.max())
-    if kind == "b" or (kind == "f" and high <= 1):
-        start, stop = 0.0, 1.0
-    elif kind == "f" or (high <= 255 and (kind, values.dtype.itemsize) != ("u", 2)):
-        start, stop = 0.0, 255.0
-    else:
-        start, stop = 0.0, 65535.0
-    if low < start or high > stop:
-        if not stretch:
-            raise ValueError(f"its values reach from {low:g} to {high:g}, beyond 0..1, 0..255 or 0..65535")
-        start, stop = low, high if high > low else low + 1.0
-    return np.rint((values.astype(np.float64) - start) * (255.0 / (stop - start))).astype(np.uint8)

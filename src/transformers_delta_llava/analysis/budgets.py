@@ -1,0 +1,210 @@
+"""One question at every number of visual tokens: the answers, and what they cost."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from transformers.generation.streamers import BaseStreamer
+
+from ..modeling import DeltaLlavaForConditionalGeneration
+from ..processing import DeltaLlavaProcessor
+
+
+TIMES = (
+    "Medians of {repeats} runs after a warm-up, batch of one. The times are the model's: the first token takes the vision "
+    "tower, the projector and the language model over the whole prompt; in all, every token of the answer. Reading and "
+    "resizing the picture and turning text to tokens and back are not in them."
+)
+
+
+@dataclass(frozen=True)
+class BudgetRun:
+    """
+    What was said with so many visual tokens, and the milliseconds it took.
+
+    `tower_ms` is the vision tower's part of `first_token_ms`, which is part of `total_ms`. `loss` is the share of the
+    picture's variance that the rule of `num_visual_tokens="auto"` takes to be lost, `picked` whether that rule chose
+    this budget. `prompt_tokens` counts text and visual tokens.
+    """
+
+    visual_tokens: int
+    prompt_tokens: int
+    answer: str
+    answer_tokens: int
+    tower_ms: float
+    first_token_ms: float
+    total_ms: float
+    loss: float
+    picked: bool
+
+
+@dataclass(frozen=True)
+class BudgetComparison:
+    """The runs of one picture and one prompt, with what is needed to repeat them."""
+
+    prompt: str
+    runs: list[BudgetRun]
+    auto_max_loss: float
+    repeats: int
+    max_new_tokens: int
+    device: str
+    dtype: str
+    threads: int
+    versions: dict[str, str]
+
+    @property
+    def times(self) -> str:
+        """What the times hold, in words."""
+        return TIMES.format(repeats=self.repeats)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a JSON report holds."""
+        return {**asdict(self), "times": self.times}
+
+
+def compare_budgets(
+    model: DeltaLlavaForConditionalGeneration,
+    processor: DeltaLlavaProcessor,
+    image: Image.Image,
+    prompt: str,
+    budgets: Sequence[int | str] | None = None,
+    auto_max_loss: float | None = None,
+    max_new_tokens: int = 64,
+    repeats: int = 3,
+    on_run: Callable[[], None] | None = None,
+) -> BudgetComparison:
+    """
+    Ask `prompt` about `image` once per budget, greedily, through the processor's chat template.
+
+    Args:
+        model: on any device, in evaluation mode.
+        processor: its own.
+        image: any picture.
+        prompt: what to ask.
+        budgets: numbers of visual tokens, or `"auto"`; all that the processor has when `None`.
+        auto_max_loss: what `"auto"` may lose; the processor's default when `None`.
+        max_new_tokens: length of the longest answer.
+        repeats: timed runs of each budget, taken in turns, so that a machine that slows down slows all alike.
+        on_run: called after each run, warm-ups included: (1 + repeats) times per budget.
+
+    Raises:
+        ValueError: a budget that the processor does not have, a length or a number of runs below 1, or a picture that
+            cannot be used.
+    """
+    for name, number in (("max_new_tokens", max_new_tokens), ("repeats", repeats)):
+        if number < 1:
+            raise ValueError(f"{name}={number}: use at least 1.")
+    (losses,) = processor.image_losses(image)
+    inputs: dict[int, Any] = {}
+    for budget in budgets or processor.visual_token_budgets:
+        encoded = _encode(processor, image, prompt, budget, auto_max_loss)
+        inputs.setdefault(_spent(processor, encoded), encoded.to(model.device, model.dtype))
+    picked = _spent(processor, _encode(processor, image, prompt, "auto", auto_max_loss))
+
+    timed: dict[int, list[_Watch]] = {budget: [] for budget in inputs}
+    for repeat in range(1 + repeats):
+        for budget in inputs:
+            watch = _run(model, inputs[budget], max_new_tokens if repeat else min(2, max_new_tokens))
+            if repeat:
+                timed[budget].append(watch)
+            if on_run is not None:
+                on_run()
+
+    runs = []
+    for budget in sorted(inputs, reverse=True):
+        watches = timed[budget]
+        answer = processor.decode(watches[-1].tokens, skip_special_tokens=True).strip()
+        tower, first, total = (statistics.median(times) for times in zip(*(watch.times() for watch in watches)))
+        runs.append(
+            BudgetRun(
+                visual_tokens=budget,
+                prompt_tokens=inputs[budget]["input_ids"].shape[1],
+                answer=answer,
+                answer_tokens=len(watches[-1].tokens),
+                tower_ms=tower,
+                first_token_ms=first,
+                total_ms=total,
+                loss=losses[budget],
+                picked=budget == picked,
+            )
+        )
+    return BudgetComparison(
+        prompt,
+        runs,
+        processor.auto_max_loss if auto_max_loss is None else auto_max_loss,
+        repeats,
+        max_new_tokens,
+        str(model.device),
+        str(model.dtype).removeprefix("torch."),
+        torch.get_num_threads(),
+        {"torch": torch.__version__, "transformers": transformers.__version__},
+    )
+
+
+def _encode(
+    processor: DeltaLlavaProcessor, image: Image.Image, prompt: str, budget: int | str, auto_max_loss: float | None
+) -> Any:
+    content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
+    options = {"num_visual_tokens": budget, "auto_max_loss": auto_max_loss, "return_tensors": "pt"}
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        processor_kwargs=options,
+    )
+
+
+def _spent(processor: DeltaLlavaProcessor, inputs: Any) -> int:
+    """Visual tokens of the one image in `inputs`."""
+    return int((inputs["input_ids"] == processor.image_token_id).sum())
+
+
+class _Watch(BaseStreamer):
+    """Takes the time of every token; its answer's ids are in `tokens`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.tokens: list[int] = []
+        self.marks: list[float] = []
+        self.prompt_is_next = True
+        self.start = self.tower_end = self.now()
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def mark_tower(self, *_: Any) -> None:
+        self.tower_end = self.now()
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.prompt_is_next:
+            self.marks.append(self.now())
+            self.tokens += value.flatten().tolist()
+        self.prompt_is_next = False
+
+    def end(self) -> None:
+        pass
+
+    def times(self) -> tuple[float, float, float]:
+        """Milliseconds to the end of the tower, to the first token, to the last."""
+        first, *_, last = self.marks * 2
+        return tuple(1000 * (mark - self.start) for mark in (self.tower_end, first, last))  # type: ignore[return-value]
+
+
+@torch.inference_mode()
+def _run(model: DeltaLlavaForConditionalGeneration, inputs: Any, max_new_tokens: int) -> _Watch:
+    watch = _Watch(model.device)
+    hook = model.model.multi_modal_projector.register_forward_pre_hook(watch.mark_tower)
+    try:
+        watch.start = watch.now()
+        model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, streamer=watch)
+    finally:
+        hook.remove()
+    return watch
