@@ -7,6 +7,7 @@ import typer
 
 from .. import __version__
 from .convert import convert
+from .delta import delta
 from .evaluate import evaluate
 from .export import export
 from .inspect import inspect
@@ -15,6 +16,7 @@ from .train import train
 
 app = typer.Typer(name="delta-llava", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(convert)
+app.add_typer(delta, name="delta")
 app.add_typer(evaluate, name="evaluate")
 app.command()(export)
 app.command()(inspect)

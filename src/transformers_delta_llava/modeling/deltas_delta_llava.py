@@ -182,9 +182,9 @@ class DeltaMixin:
             )
         if not force and not is_base(self._base_weights(), config["base_sha256"]):
             raise ValueError(
-                f"{folder_or_repo}: these deltas belong to another base, {config.get('base_model_name_or_path')}, "
-                f"than this model's ({getattr(self.config, 'name_or_path', None) or 'unnamed'}); load that one, or "
-                "pass force=True."
+                f"{folder_or_repo}: these deltas belong to another base "
+                f"({config.get('base_model_name_or_path') or 'unnamed'}) than this model's "
+                f"({getattr(self.config, 'name_or_path', None) or 'unnamed'}); load that one, or pass force=True."
             )
         for prefix, projection in projections.items():
             device = resident(projection, "delta_u").device
