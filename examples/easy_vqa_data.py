@@ -4,8 +4,8 @@
     python examples/easy_vqa_data.py [OUTPUT] [--versions 8] [--questions-per-row 5] [--seed 0]
 
 OUTPUT (`easy-vqa-data` by default) gets `captions.json` for stage 1, `train.json` for stage 2, `images/` and `tokenizer/`:
-everything that `examples/recipes/easy-vqa-pretrain.yaml` and `easy-vqa.yaml` read. Only the training split is used, none of
-it is held back.
+everything that `examples/recipes/easy-vqa-pretrain.yaml` and `easy-vqa.yaml` read. `reworded.json` asks the same questions
+tersely, for `easy-vqa-deltas.yaml`. Only the training split is used, none of it is held back.
 
 Every image comes in several versions: as it is, and with its shape put elsewhere on the same ground, sometimes mirrored.
 No answer depends on the place, and 4,000 places are few for a vision tower that starts from nothing. For each version
@@ -48,13 +48,13 @@ def main() -> None:
 
 
 def write_rows(output: Path, questions: list[Question], versions: int, per_row: int, chance: random.Random) -> int:
-    """Write `train.json` and `images/`; returns the number of rows."""
+    """Write `train.json`, `reworded.json` and `images/`; returns the number of rows of each."""
     by_image: dict[int, list[Question]] = {}
     for question in questions:
         by_image.setdefault(question.image_id, []).append(question)
     folder = output / "images"
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows, reworded = [], []
     for image_id, asked in sorted(by_image.items()):
         with Image.open(asked[0].image) as file:
             original = file.convert("RGB")
@@ -63,9 +63,12 @@ def write_rows(output: Path, questions: list[Question], versions: int, per_row: 
             (original if version == 0 else move_shape(original, chance)).save(folder / name)
             shuffled = chance.sample(asked, len(asked))
             for start in range(0, len(shuffled), per_row):
-                turns = conversation(shuffled[start : start + per_row])
-                rows.append({"id": f"{image_id}-{version}-{start}", "image": name, "conversations": turns})
+                dealt = shuffled[start : start + per_row]
+                row = {"id": f"{image_id}-{version}-{start}", "image": name}
+                rows.append({**row, "conversations": conversation(dealt)})
+                reworded.append({**row, "conversations": conversation([reword(question) for question in dealt])})
     (output / "train.json").write_text(json.dumps(rows), encoding="utf-8")
+    (output / "reworded.json").write_text(json.dumps(reworded), encoding="utf-8")
     return len(rows)
 
 
@@ -96,6 +99,15 @@ def captions(questions: list[Question]) -> dict[int, str]:
             elif word in known_colours:
                 colours[question.image_id] = word
     return {image: f"a {colours[image]} {shapes[image]}" for image in colours.keys() & shapes.keys()}
+
+
+def reword(question: Question) -> Question:
+    """The same question in a word or two: `color?`, `shape?`, `red?`, `no circle?`."""
+    words = question.text.rstrip("?").split()
+    if question.answer not in ("yes", "no"):
+        return question._replace(text="color?" if "color" in words else "shape?")
+    place = words.index("shape") - 1 if "shape" in words else next(i for i, w in enumerate(words) if w in SHAPES)
+    return question._replace(text=f"no {words[place]}?" if {"no", "not"} & set(words) else f"{words[place]}?")
 
 
 def conversation(questions: list[Question]) -> list[dict[str, str]]:
