@@ -75,14 +75,19 @@ class DeltaProjection(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, update: tuple[int, ...] = ()) -> torch.Tensor:
         """(..., in) to (..., out). `update` picks one update; where it leaves several, their sum applies."""
-        if self.merged_weights is not None:
-            projected = F.linear(hidden_states, self.merged_weights[self.merged_updates[update]])
-            return self.norm(self.act(projected))
-        projected = F.linear(hidden_states, self.weight)
-        if self.delta_u is not None and self.delta_v is not None:
-            delta_u, delta_v = pick_update(self.delta_u, self.delta_v, update)
-            projected = projected + hidden_states @ delta_u @ delta_v
+        weight, factors = self.operands(update)
+        projected = F.linear(hidden_states, weight)
+        if factors is not None:
+            projected = projected + hidden_states @ factors[0] @ factors[1]
         return self.norm(self.act(projected))
+
+    def operands(self, update: tuple[int, ...] = ()) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """What the input is multiplied with: the base and the factors (in, r) and (r, out), or a merged sum alone."""
+        if self.merged_weights is not None:
+            return self.merged_weights[self.merged_updates[update]], None
+        if self.delta_u is None or self.delta_v is None:
+            return self.weight, None
+        return self.weight, pick_update(self.delta_u, self.delta_v, update)
 
     def get_delta_weight(self, update: tuple[int, ...] = ()) -> torch.Tensor:
         """What `update` adds to `weight`: (out, in), in float32, as a new tensor.
