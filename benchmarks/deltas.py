@@ -74,6 +74,13 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
     return all(torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8)) for name in one)
 
 
+def random_features(model: DeltaLlavaModel, images: int) -> list[torch.Tensor]:
+    """Hidden states (images, patches, width) as the tower gives them, one per level."""
+    config = model.config
+    shape = (images, config.grid_size**2, config.vision_config.hidden_size)
+    return [torch.randn(shape) for _ in config.vision_feature_levels]
+
+
 def measure_sets(model: DeltaLlavaModel, folder: Path, swaps: int) -> dict[str, float | bool]:
     """Save two sets, load one, swap."""
     before = bases(model)
@@ -96,7 +103,7 @@ def measure_sets(model: DeltaLlavaModel, folder: Path, swaps: int) -> dict[str, 
 def measure_merge(model: DeltaLlavaModel) -> dict[str, float | bool]:
     """Merge and unmerge; both the parameters and the output come back."""
     before = {name: p.detach().clone() for name, p in model.multi_modal_projector.named_parameters()}
-    features = [torch.randn(1, 576, 1024) for _ in range(4)]
+    features = random_features(model, 1)
     with torch.no_grad():
         plain = model.multi_modal_projector(features[0], features)
         merging = seconds(model.merge_deltas)
@@ -118,7 +125,7 @@ def measure_training(model: DeltaLlavaModel, steps: int, images: int) -> dict[st
     parameters = list(projector.parameters())
     deltas = list(model.delta_parameters())
     optimizers = {"full": torch.optim.AdamW(parameters, lr=1e-4), "deltas": torch.optim.AdamW(deltas, lr=1e-4)}
-    features = [torch.randn(images, 576, 1024) for _ in range(4)]
+    features = random_features(model, images)
     times: dict[str, dict[str, list[float]]] = {
         kind: {"forward": [], "backward": [], "step": []} for kind in optimizers
     }

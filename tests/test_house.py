@@ -94,6 +94,7 @@ def test_transformers_finds_only_real_relative_imports(path: Path) -> None:
 def test_hub_files_are_the_files_that_are_published() -> None:
     assert [path.name for path in HUB_FILES] == [
         "configuration_delta_llava.py",
+        "delta_factors_delta_llava.py",
         "delta_repo_delta_llava.py",
         "deltas_delta_llava.py",
         "modeling_delta_llava.py",

@@ -18,6 +18,7 @@ from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 
 CODE = {
     "configuration_delta_llava.py",
+    "delta_factors_delta_llava.py",
     "delta_repo_delta_llava.py",
     "deltas_delta_llava.py",
     "modeling_delta_llava.py",

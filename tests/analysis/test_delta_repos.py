@@ -12,7 +12,7 @@ from tests.tiny import prompt
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.analysis import apply_deltas, extract_deltas, merge_deltas, truncate_deltas
 from transformers_delta_llava.conversion import convert_checkpoint, inspect_model
-from transformers_delta_llava.modeling.deltas_delta_llava import applied_updates
+from transformers_delta_llava.modeling.delta_factors_delta_llava import applied_updates
 from transformers_delta_llava.modeling.projector_delta_llava import delta_weight
 
 
@@ -193,7 +193,8 @@ def test_merge_adds_once(released_repo, tmp_path, rank):
     assert report.rank == rank
     torch.testing.assert_close(logits(merged), logits(original))
     own, base = (m.model.multi_modal_projector.k_proj for m in (merged, original))
-    assert torch.equal(own.weight, base.weight + base.get_delta_weight())
+    exact = base.weight.double() + (base.delta_u.double() @ base.delta_v.double()).T
+    assert torch.equal(own.weight, exact.float())
     assert merged.config.use_delta_projection is bool(rank)
     if rank:
         assert not own.delta_v.any() and own.delta_u.any() and merged.config.delta_rank == 4

@@ -565,4 +565,6 @@ def test_compiled_graph_survives_swaps(released, tmp_path):
         torch.testing.assert_close(compiled(features[0], features), results[0])
         released.unmerge_deltas()
         assert torch.equal(compiled(features[0], features), results[0])
+    torch.compile(released).set_deltas("b")  # the verbs reach through the wrapper
+    assert released.active_deltas == "b"
     assert torch.equal(results[0], results[2]) and not torch.equal(results[0], results[1])

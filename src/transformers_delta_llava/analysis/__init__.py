@@ -1,6 +1,8 @@
 """What can be learnt of trained models, and done to their deltas, without running them."""
 
-from .delta_repos import DeltaReport, apply_deltas, extract_deltas, merge_deltas, truncate_deltas
+from .delta_models import apply_deltas, merge_deltas
+from .delta_report import DeltaReport
+from .delta_repos import extract_deltas, truncate_deltas
 from .delta_stats import DeltaRow, delta_stats, write_plot
 
 

@@ -12,8 +12,8 @@ from ..conversion.export import read_repo_config
 from ..conversion.hub import local_folder, public_name
 from ..conversion.json_files import read_json
 from ..conversion.key_map import map_names
+from ..modeling.delta_factors_delta_llava import FACTORS, applied_updates, check_deltas
 from ..modeling.delta_repo_delta_llava import DELTA_CONFIG, DELTA_WEIGHTS, read_delta_config
-from ..modeling.deltas_delta_llava import applied_updates, check_deltas
 from ..modeling.projector_delta_llava import pick_update
 
 
@@ -55,7 +55,7 @@ class Projections:
     def tensors(self) -> dict[str, torch.Tensor]:
         """The deltas by the names they have in a delta repo."""
         pairs = ((name, pair) for name, pair in self.deltas.items())
-        return {f"{n}.{f}": tensor for n, pair in pairs for f, tensor in zip(("delta_u", "delta_v"), pair)}
+        return {f"{n}.{f}": tensor for n, pair in pairs for f, tensor in zip(FACTORS, pair)}
 
     def pairs(self) -> dict[tuple[str, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]]:
         """The factor pair of every update that the projector applies; of a sum over levels, one pair."""
@@ -87,6 +87,17 @@ def read_projections(spec: str | Path, need_deltas: bool = True) -> Projections:
     if need_deltas and not found.deltas:
         raise ValueError(f"{name} has no deltas (use_delta_projection=False).")
     return found
+
+
+def effective(
+    model: Projections, name: str, update: tuple[int, ...], weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Base (the model's own by default) and update together, (out, in) in float64."""
+    weight = (model.weights[name] if weight is None else weight).double()
+    if not model.deltas:
+        return weight
+    u, v = model.pairs()[name, update]
+    return weight + (u.double() @ v.double()).T
 
 
 def _read_delta_repo(folder: Path, name: str) -> Projections:
@@ -155,7 +166,7 @@ def _assemble(
     shape = SimpleNamespace(projector_layout=layout, delta_sharing=sharing, vision_feature_levels=level_names)
     updates = applied_updates(shape)
     bases = {f"{projection}.weight": projection for projection in updates}
-    factors = {f"{projection}.{factor}" for projection in updates for factor in ("delta_u", "delta_v")}
+    factors = {f"{projection}.{factor}" for projection in updates for factor in FACTORS}
     if lazy and (missing := sorted(bases.keys() - lazy.keys())):
         raise ValueError(f"{name}: there is no {listed(missing)}.")
     deltas = deltas or {n: tensor.load() for n, tensor in lazy.items() if n in factors}
@@ -176,7 +187,7 @@ def _shapes(
     projection: str, deltas: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of the factors of a base, or without one the shapes they have: then only the ranks are compared."""
-    own = [tuple(t.shape) for t in (deltas.get(f"{projection}.{f}") for f in ("delta_u", "delta_v")) if t is not None]
+    own = [tuple(t.shape) for t in (deltas.get(f"{projection}.{f}") for f in FACTORS) if t is not None]
     if len(own) < 2 or len(own[0]) < 2 or len(own[1]) < 2:
         return (0, 0), (0, 0)  # check_deltas says which is missing or misshapen
     if projection not in weights:

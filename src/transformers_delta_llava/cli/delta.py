@@ -99,7 +99,7 @@ def merge(
     max_shard_size: ShardSize = "2GB",
     as_json: Json = False,
 ) -> None:
-    """Write a model's repo with the deltas added to its bases, in float32."""
+    """Write a model's repo with the deltas added to its bases."""
     from ..analysis import merge_deltas
 
     _print_report(merge_deltas(repo, output, deltas, rank, force, max_shard_size), as_json)
