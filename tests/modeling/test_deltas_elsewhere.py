@@ -1,8 +1,14 @@
-"""Deltas beside PEFT, a quantised language model, and accelerate's offloading."""
+"""Deltas beside PEFT, a quantised language model, and accelerate's offloading; and from the Hub."""
+
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from tests.hub_server import TOKEN, HubServer, Repo
 from tests.modeling.test_deltas import assert_same, inputs, is_delta, logits, make, other_deltas, snapshot, write_repo
 
 
@@ -134,3 +140,38 @@ def test_weights_on_the_meta_device_are_named(tmp_path):
         model = make()
     with pytest.raises(ValueError, match="load the model's weights before its deltas"):
         model.load_deltas(tmp_path / "deltas")
+
+
+LOAD_FROM_HUB = """
+import json, sys
+from transformers_delta_llava import DeltaLlavaModel
+
+model = DeltaLlavaModel.from_pretrained(sys.argv[1])
+errors = []
+for name, options in [("someone/nothing", {}), ("someone/deltas", {"revision": "nowhere"})]:
+    try:
+        model.load_deltas(name, **options)
+    except OSError as error:
+        errors.append(str(error))
+model.load_deltas("someone/deltas")
+print(json.dumps([model.delta_names, errors, {n: t.tolist() for n, t in model.delta_state_dict().items()}]))
+"""
+
+
+def test_from_the_hub(tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path / "repo")
+    write_repo(model, tmp_path / "deltas", other_deltas(model))
+    with HubServer() as server:
+        repo = server.repos["someone/deltas"] = Repo(private=False)
+        repo.commit("main", {file.name: file.read_bytes() for file in (tmp_path / "deltas").iterdir()})
+        environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        environment |= {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", LOAD_FROM_HUB, str(tmp_path / "repo")]
+        result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    names, errors, tensors = json.loads(result.stdout.splitlines()[-1])
+    assert names == ["deltas", "default"]
+    assert "someone/nothing" in errors[0] and "nowhere" in errors[1]
+    for name, tensor in other_deltas(model).items():
+        assert torch.equal(torch.tensor(tensors[name]), tensor)
