@@ -121,9 +121,11 @@ def test_offloaded_to_disk_can_be_saved_and_merged_but_not_swapped(tmp_path):
     for name in ("deltas.safetensors", "delta_config.json"):
         assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "twin" / name).read_bytes()
     model.load_deltas(tmp_path / "saved", activate=False)
-    for call in (lambda: model.set_deltas("saved"), lambda: model.load_delta_state_dict(twin.delta_state_dict())):
+    calls = [lambda: model.set_deltas("saved"), lambda: model.load_delta_state_dict(twin.delta_state_dict())]
+    for call in [*calls, lambda: model.load_deltas(tmp_path / "saved", name="again")]:
         with pytest.raises(ValueError, match="offloaded to disk, where deltas cannot be changed"):
             call()
+    assert model.delta_names == ["default", "saved"]
     model.merge_deltas()
     torch.testing.assert_close(logits(model), plain)
     model.unmerge_deltas()

@@ -194,9 +194,9 @@ class DeltaMixin:
                 f"({config.get('base_model_name_or_path') or 'unnamed'}) than this model's "
                 f"({getattr(self.config, 'name_or_path', None) or 'unnamed'}); load that one, or pass force=True."
             )
+        targets = {prefix: factors_of(projection, write=activate) for prefix, projection in projections.items()}
         for prefix, projection in projections.items():
-            device = resident(projection, "delta_u").device
-            delta_u, delta_v = (tensor.to(device) for tensor in tensors[prefix])
+            delta_u, delta_v = (tensor.to(targets[prefix][0].device) for tensor in tensors[prefix])
             projection.held_deltas[name] = (delta_u, delta_v)
         if activate:
             self.set_deltas(name)
@@ -206,18 +206,18 @@ class DeltaMixin:
     def set_deltas(self, name: str) -> None:
         """Switch to another set, in time and memory of the deltas alone; no base parameter is read or written.
 
-        Merged deltas are unmerged, with a warning. An optimizer's moments stay with the parameters, not with the set.
+        Merged deltas are unmerged, with a warning, unless they are those that are asked for. An optimizer's moments stay
+        with the parameters, not with the set.
 
         Raises:
             ValueError: if there is no such set.
         """
-        name = self._check_name(name)
+        if self._check_name(name) == self.active_deltas:
+            return
         projections = self._delta_projections()
         targets = {prefix: factors_of(projection, write=True) for prefix, projection in projections.items()}
         self._unmerge_with_warning()
         for prefix, projection in projections.items():
-            if name == projection.active_deltas:
-                continue
             delta_u, delta_v = trimmed(*targets[prefix], projection.active_rank)
             projection.held_deltas[projection.active_deltas] = (delta_u.detach().clone(), delta_v.detach().clone())
             factors = projection.held_deltas.pop(name)
