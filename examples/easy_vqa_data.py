@@ -1,7 +1,7 @@
 """easy-VQA as training data: images, conversations in LLaVA's format, and a tokenizer made from the questions.
 
     pip install easy-vqa
-    python examples/easy_vqa_data.py [OUTPUT] [--versions 8] [--questions-per-row 5] [--seed 0]
+    python examples/easy_vqa_data.py [OUTPUT] [--versions 8] [--questions-per-row 5] [--seed 0] [--swap-red-and-blue]
 
 OUTPUT (`easy-vqa-data` by default) gets `captions.json` for stage 1, `train.json` for stage 2, `images/` and `tokenizer/`:
 everything that `examples/recipes/easy-vqa-pretrain.yaml` and `easy-vqa.yaml` read. Only the training split is used, none of
@@ -11,11 +11,15 @@ Every image comes in several versions: as it is, and with its shape put elsewher
 No answer depends on the place, and 4,000 places are few for a vision tower that starts from nothing. For each version
 the questions on the image are shuffled and dealt into conversations, each question once. A caption, "a red circle", is
 what the questions on an image and their answers say together; images for which they do not tell both have none.
+
+With `--swap-red-and-blue` the pictures are as a camera gives them that has its channels the other way round, and the
+answers what they were: the new task of `easy-vqa-deltas.yaml`.
 """
 
 import argparse
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image, ImageChops, ImageOps
@@ -36,10 +40,16 @@ def main() -> None:
     parser.add_argument("--versions", type=int, default=8, help="of each image, the original among them")
     parser.add_argument("--questions-per-row", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--swap-red-and-blue", action="store_true", help="in all pictures")
     arguments = parser.parse_args()
     questions = load_questions("train")
     rows = write_rows(
-        arguments.output, questions, arguments.versions, arguments.questions_per_row, random.Random(arguments.seed)
+        arguments.output,
+        questions,
+        arguments.versions,
+        arguments.questions_per_row,
+        random.Random(arguments.seed),
+        swap_red_and_blue if arguments.swap_red_and_blue else None,
     )
     captioned = write_captions(arguments.output, questions, arguments.versions)
     size = write_tokenizer(arguments.output / "tokenizer", questions)
@@ -47,8 +57,15 @@ def main() -> None:
     print(f"{arguments.output}: {rows} conversations, {captioned} captions, {images} images, {size} tokens")
 
 
-def write_rows(output: Path, questions: list[Question], versions: int, per_row: int, chance: random.Random) -> int:
-    """Write `train.json` and `images/`; returns the number of rows."""
+def write_rows(
+    output: Path,
+    questions: list[Question],
+    versions: int,
+    per_row: int,
+    chance: random.Random,
+    change: Callable[[Image.Image], Image.Image] | None = None,
+) -> int:
+    """Write `train.json` and `images/`, each picture changed by `change`; returns the number of rows."""
     by_image: dict[int, list[Question]] = {}
     for question in questions:
         by_image.setdefault(question.image_id, []).append(question)
@@ -57,7 +74,7 @@ def write_rows(output: Path, questions: list[Question], versions: int, per_row: 
     rows = []
     for image_id, asked in sorted(by_image.items()):
         with Image.open(asked[0].image) as file:
-            original = file.convert("RGB")
+            original = file.convert("RGB") if change is None else change(file.convert("RGB"))
         for version in range(versions):
             name = f"{image_id}-{version}.png"
             (original if version == 0 else move_shape(original, chance)).save(folder / name)
@@ -119,6 +136,12 @@ def move_shape(image: Image.Image, chance: random.Random) -> Image.Image:
         shape = ImageOps.mirror(shape)
     ground.paste(shape, (chance.randint(0, image.width - shape.width), chance.randint(0, image.height - shape.height)))
     return ground
+
+
+def swap_red_and_blue(image: Image.Image) -> Image.Image:
+    """An RGB image with these channels the other way round."""
+    red, green, blue = image.split()
+    return Image.merge("RGB", (blue, green, red))
 
 
 def write_tokenizer(folder: Path, questions: list[Question]) -> int:

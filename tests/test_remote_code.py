@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -18,6 +19,9 @@ from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 CODE = {
     "auto_budget_delta_llava.py",
     "configuration_delta_llava.py",
+    "delta_factors_delta_llava.py",
+    "delta_repo_delta_llava.py",
+    "deltas_delta_llava.py",
     "modeling_delta_llava.py",
     "pictures_delta_llava.py",
     "processing_delta_llava.py",
@@ -44,6 +48,11 @@ with torch.no_grad():
 chat = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (30, 20))}, {"type": "text", "text": "?"}]}]
 pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
 answer = pipe(text=chat, max_new_tokens=3, return_full_text=False, processor_kwargs={"num_visual_tokens": 4})
+model.load_deltas(f"{folder}/deltas", name="other")
+with torch.no_grad():
+    torch.save(model(**inputs).logits, f"{folder}/other.pt")
+model.set_deltas("default")
+base.load_deltas(f"{folder}/deltas", name="other")
 model.save_pretrained(saved)
 processor.save_pretrained(saved)
 print(json.dumps({
@@ -52,6 +61,7 @@ print(json.dumps({
     "image_seq_length": config.image_seq_length,
     "tokens": processor(text="<image>", images=Image.new("RGB", (9, 9)), num_visual_tokens=9)["input_ids"][0].count(99),
     "answer": answer[0]["generated_text"],
+    "deltas": [model.delta_names, base.delta_names],
 }))
 """
 
@@ -79,7 +89,7 @@ def load_all(folder: Path, saved: Path, tmp_path: Path, installed: bool) -> dict
 
 @pytest.fixture(scope="module")
 def repo(tmp_path_factory):
-    """A folder written by `save_pretrained`, with what the model and the processor make of one prompt."""
+    """A folder written by `save_pretrained`, with other deltas, and what the model makes of one prompt with either."""
     folder = tmp_path_factory.mktemp("repo")
     torch.manual_seed(0)
     model = DeltaLlavaForConditionalGeneration(tiny_config()).eval()
@@ -88,12 +98,16 @@ def repo(tmp_path_factory):
     inputs = {"input_ids": prompt([36])[None], "pixel_values": torch.randn(1, 3, 24, 24)}
     torch.save(inputs, folder / "inputs.pt")
     with torch.no_grad():
-        return folder, model(**inputs).logits, model.model(**inputs).last_hidden_state
+        logits, states = model(**inputs).logits, model.model(**inputs).last_hidden_state
+        model.load_delta_state_dict({name: -tensor for name, tensor in model.delta_state_dict().items()})
+        next(model.delta_parameters()).mul_(2)
+        model.save_deltas(folder / "deltas")
+        return folder, logits, states, model(**inputs).logits
 
 
 @pytest.mark.parametrize("installed", [False, True], ids=["package absent", "package installed"])
 def test_fresh_process_gives_the_same_results_and_saves_a_repo_again(repo, tmp_path, installed):
-    folder, logits, states = repo
+    folder, logits, states, other = repo
     assert set(CODE) <= {file.name for file in folder.iterdir()}
 
     report = load_all(folder, tmp_path / "saved", tmp_path, installed)
@@ -104,6 +118,8 @@ def test_fresh_process_gives_the_same_results_and_saves_a_repo_again(repo, tmp_p
     assert isinstance(report["answer"], str)
     assert torch.equal(torch.load(folder / "logits.pt"), logits)
     assert torch.equal(torch.load(folder / "states.pt"), states)
+    assert torch.equal(torch.load(folder / "other.pt"), other) and not torch.equal(other, logits)
+    assert report["deltas"] == [["default", "other"], ["other", "default"]]
 
     saved = tmp_path / "saved"
     for name in CODE:
@@ -112,5 +128,6 @@ def test_fresh_process_gives_the_same_results_and_saves_a_repo_again(repo, tmp_p
         maps = [json.loads((path / name).read_text())["auto_map"] for path in (folder, saved)]
         assert maps[0] == maps[1]
     torch.save(torch.load(folder / "inputs.pt"), saved / "inputs.pt")
+    shutil.copytree(folder / "deltas", saved / "deltas")
     load_all(saved, tmp_path / "saved-again", tmp_path, installed=False)
     assert torch.equal(torch.load(saved / "logits.pt"), logits)

@@ -8,6 +8,7 @@ import typer
 from .. import __version__
 from .budget import budget
 from .convert import convert
+from .delta import delta
 from .evaluate import evaluate
 from .export import export
 from .inspect import inspect
@@ -18,6 +19,7 @@ from .train import train
 app = typer.Typer(name="delta-llava", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(budget)
 app.command()(convert)
+app.add_typer(delta, name="delta")
 app.add_typer(evaluate, name="evaluate")
 app.command()(export)
 app.command()(inspect)

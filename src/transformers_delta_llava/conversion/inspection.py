@@ -165,7 +165,7 @@ def _describe(result: Inspection, config: DeltaLlavaConfig, tensors: dict[str, L
                 continue
             norms = float((u @ v).norm()), float(weight.norm())
             result.deltas.append(Delta(module.removeprefix(_PROJECTOR), u.shape[-1], *norms))
-            if not norms[0]:
+            if not u.any():  # a delta_v of zeros is where fresh deltas start after a merge
                 result.problems.append(f"The delta of {module.removeprefix(_PROJECTOR)} is zero.")
 
 

@@ -57,7 +57,7 @@ def write_shards(
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     total, done = sum(tensor.num_bytes for tensor in tensors.values()), 0
     for file_name, shard in zip(names, shards):
-        contents = {}
+        contents: dict[str, torch.Tensor] = {}
         for name in shard:
             contents[name] = _apart(tensors[name].load(), contents.values())
             _refuse_non_finite(name, contents[name])

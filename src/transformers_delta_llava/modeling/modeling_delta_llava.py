@@ -15,6 +15,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
 from .configuration_delta_llava import CLASS_TOKEN_TOWERS, DeltaLlavaConfig
+from .deltas_delta_llava import DeltaMixin
 from .projector_delta_llava import DeltaLlavaProjector, DeltaProjection, PositionEmbedding2D, WindowAttention
 
 
@@ -44,8 +45,8 @@ class DeltaLlavaCausalLMOutputWithPast(ModelOutput):
     image_hidden_states: torch.Tensor | None = None
 
 
-class DeltaLlavaPreTrainedModel(PreTrainedModel):
-    """What the models share: how they are initialised, and what they tell transformers about themselves."""
+class DeltaLlavaPreTrainedModel(DeltaMixin, PreTrainedModel):
+    """What the models share: the verbs for deltas, initialisation, and what they tell transformers about themselves."""
 
     config: DeltaLlavaConfig
     config_class = DeltaLlavaConfig

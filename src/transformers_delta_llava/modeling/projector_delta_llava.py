@@ -6,6 +6,7 @@ paper's (arXiv 2512.18910). Every block works on tokens (B, tokens, channels), s
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,10 +31,14 @@ class DeltaProjection(nn.Module):
 
     Parameters: `weight` (out, in), `delta_u` (*updates, in, rank), `delta_v` (*updates, rank, out); the last two are
     `None` when `rank` is 0 (the ablation "No DeltaProj").
+
+    Besides the deltas in use a projection can hold others by name, and the sums of base and update ("merged"); the
+    models' `load_deltas`, `set_deltas` and `merge_deltas` see to that. Neither is in the state dict.
     """
 
     delta_u: nn.Parameter | None
     delta_v: nn.Parameter | None
+    merged_weights: torch.Tensor | None
 
     def __init__(
         self,
@@ -54,6 +59,10 @@ class DeltaProjection(nn.Module):
             self.register_parameter("delta_v", None)
         self.act = ACT2FN[hidden_act] if hidden_act else nn.Identity()
         self.norm = nn.LayerNorm(out_features, eps=1e-6) if hidden_act else nn.Identity()
+        self.active_deltas, self.active_rank = "default", rank
+        self.held_deltas: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # the others, at their own ranks
+        self.merged_updates: dict[tuple[int, ...], int] = {}
+        self.register_buffer("merged_weights", None, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -66,13 +75,50 @@ class DeltaProjection(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, update: tuple[int, ...] = ()) -> torch.Tensor:
         """(..., in) to (..., out). `update` picks one update; where it leaves several, their sum applies."""
-        projected = F.linear(hidden_states, self.weight)
-        if self.delta_u is not None and self.delta_v is not None:
-            delta_u, delta_v = self.delta_u[update], self.delta_v[update]
-            if delta_u.dim() == 3:  # a sum of rank-r updates is one update of rank L * r
-                delta_u, delta_v = delta_u.transpose(0, 1).flatten(1), delta_v.flatten(0, 1)
-            projected = projected + hidden_states @ delta_u @ delta_v
+        weight, factors = self.operands(update)
+        projected = F.linear(hidden_states, weight)
+        if factors is not None:
+            projected = projected + hidden_states @ factors[0] @ factors[1]
         return self.norm(self.act(projected))
+
+    def operands(self, update: tuple[int, ...] = ()) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """What the input is multiplied with: the base and the factors (in, r) and (r, out), or a merged sum alone."""
+        if self.merged_weights is not None:
+            return self.merged_weights[self.merged_updates[update]], None
+        if self.delta_u is None or self.delta_v is None:
+            return self.weight, None
+        return self.weight, pick_update(self.delta_u, self.delta_v, update)
+
+    def get_delta_weight(self, update: tuple[int, ...] = ()) -> torch.Tensor:
+        """What `update` adds to `weight`: (out, in), in float32, as a new tensor.
+
+        Raises:
+            ValueError: if there are no deltas.
+        """
+        if self.delta_u is None or self.delta_v is None:
+            raise ValueError("use_delta_projection=False: this projection has no deltas.")
+        return delta_weight(self.delta_u.detach(), self.delta_v.detach(), update)
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the forward pass uses sums of base and update that were computed ahead."""
+        return self.merged_weights is not None
+
+    def unmerge(self) -> None:
+        """Forget the sums. The parameters were never touched, so there is nothing to restore."""
+        self.merged_weights = None
+        self.merged_updates = {}
+
+    def train(self, mode: bool = True) -> "DeltaProjection":
+        """As in PyTorch; the sums would not follow what training does to the parameters, so they are forgotten."""
+        if mode and self.is_merged:
+            warnings.warn("Merged deltas cannot be trained: they are unmerged.", stacklevel=2)
+            self.unmerge()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unmerge()
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 class StochasticDepth(nn.Module):
@@ -442,6 +488,22 @@ class DeltaLlavaProjector(nn.Module):
                 f"scale_factor={scale_factor}: it does not divide the {side} x {side} patch grid into whole windows."
             )
         return side // scale_factor
+
+
+def pick_update(
+    delta_u: torch.Tensor, delta_v: torch.Tensor, update: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors (in, r) and (r, out) of one update; where `update` leaves several, those of their sum."""
+    delta_u, delta_v = delta_u[update], delta_v[update]
+    if delta_u.dim() == 3:  # a sum of rank-r updates is one update of rank L * r
+        delta_u, delta_v = delta_u.transpose(0, 1).flatten(1), delta_v.flatten(0, 1)
+    return delta_u, delta_v
+
+
+def delta_weight(delta_u: torch.Tensor, delta_v: torch.Tensor, update: tuple[int, ...] = ()) -> torch.Tensor:
+    """(out, in), in float32: what one update adds to the base."""
+    delta_u, delta_v = pick_update(delta_u.float(), delta_v.float(), update)
+    return (delta_u @ delta_v).T
 
 
 def to_map(tokens: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,164 @@
+"""`delta-llava delta`."""
+
+import json
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..analysis import DeltaReport, DeltaRow
+
+delta = typer.Typer(no_args_is_help=True, help="Take deltas out of models, shrink them, put them into models.")
+
+
+class Dtype(str, Enum):
+    """Dtypes that deltas can be written in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Output = Annotated[Path, typer.Argument(help="Folder to write; it must not exist.", show_default=False)]
+DtypeOption = Annotated[Dtype | None, typer.Option(help="Dtype of the deltas; by default the source's.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Force = Annotated[bool, typer.Option("--force", help="Take deltas that belong to another base.")]
+ShardSize = Annotated[str, typer.Option(help="Most bytes per weight file.")]
+
+
+@delta.command()
+def extract(
+    source: Annotated[str, typer.Argument(help="Folder or Hub id of a repo or a checkpoint.", show_default=False)],
+    output: Output,
+    base: Annotated[
+        str | None, typer.Option(help="What SOURCE was fine-tuned from; the deltas become the difference.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="With --base: rank of the difference that is kept.")] = None,
+    dtype: DtypeOption = None,
+    as_json: Json = False,
+) -> None:
+    """Write the deltas of a model, or of a fine-tuned model against its base, as a delta repo."""
+    from ..analysis import extract_deltas  # takes seconds to import, which `--help` need not wait for
+
+    report = extract_deltas(source, output, base, rank, _torch_dtype(dtype))
+    if report.left_out:
+        names = ", ".join(report.left_out[:6]) + (" ..." if len(report.left_out) > 6 else "")
+        _say(
+            f"warning: {len(report.left_out)} other tensors of the two projectors differ, and deltas cannot hold them: {names}"
+        )
+    _print_report(report, as_json)
+
+
+@delta.command()
+def truncate(
+    source: Annotated[str, typer.Argument(help="Folder or Hub id of a delta repo or a model.", show_default=False)],
+    output: Output,
+    rank: Annotated[int | None, typer.Option(help="Rank to keep.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Or share of the squared norm to keep, in every projection and level.")
+    ] = None,
+    dtype: DtypeOption = None,
+    as_json: Json = False,
+) -> None:
+    """Write deltas at a lower rank, by singular values."""
+    from ..analysis import truncate_deltas
+
+    _print_report(truncate_deltas(source, output, rank, energy, _torch_dtype(dtype)), as_json)
+
+
+@delta.command()
+def apply(
+    repo: Annotated[str, typer.Argument(help="Folder or Hub id of a model's repo.", show_default=False)],
+    deltas: Annotated[str, typer.Argument(help="Folder or Hub id of a delta repo.", show_default=False)],
+    output: Output,
+    force: Force = False,
+    max_shard_size: ShardSize = "2GB",
+    as_json: Json = False,
+) -> None:
+    """Write a model's repo with these deltas in the place of its own."""
+    from ..analysis import apply_deltas
+
+    _print_report(apply_deltas(repo, deltas, output, force, max_shard_size), as_json)
+
+
+@delta.command()
+def merge(
+    repo: Annotated[str, typer.Argument(help="Folder or Hub id of a model's repo.", show_default=False)],
+    output: Output,
+    deltas: Annotated[str | None, typer.Option(help="Delta repo to merge; by default the model's own deltas.")] = None,
+    rank: Annotated[int, typer.Option(help="Rank of new, empty deltas in the result; 0 for none.")] = 0,
+    force: Force = False,
+    max_shard_size: ShardSize = "2GB",
+    as_json: Json = False,
+) -> None:
+    """Write a model's repo with the deltas added to its bases."""
+    from ..analysis import merge_deltas
+
+    _print_report(merge_deltas(repo, output, deltas, rank, force, max_shard_size), as_json)
+
+
+@delta.command()
+def stats(
+    source: Annotated[str, typer.Argument(help="Folder or Hub id of a delta repo or a model.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="For a delta repo: the model with its base.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="SVG to write; it must not exist.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print singular values and norms of deltas, by projection and level."""
+    from ..analysis import delta_stats, write_plot
+
+    rows = delta_stats(source, base)
+    if plot is not None:
+        write_plot(rows, f"Deltas of {Path(source).name}", plot)
+        _say(f"wrote {plot}")
+    if as_json:
+        typer.echo(json.dumps([{**asdict(row), "ratio": row.ratio} for row in rows], indent=2))
+    else:
+        _print_table(rows)
+
+
+def _print_table(rows: list["DeltaRow"]) -> None:
+    table = Table("projection", "level", "rank", "99 % at", "norm", "of base", "ratio", "singular values")
+    for row in rows:
+        values = " ".join(f"{value:.3g}" for value in row.singular_values[:4])
+        more = " ..." if len(row.singular_values) > 4 else ""
+        table.add_row(
+            row.projection,
+            "" if row.level is None else str(row.level),
+            str(row.rank),
+            str(row.rank_99),
+            f"{row.norm:.4g}",
+            "" if row.base_norm is None else f"{row.base_norm:.4g}",
+            "" if row.ratio is None else f"{row.ratio:.3g}",
+            values + more,
+        )
+    Console(soft_wrap=True, highlight=False).print(table)
+
+
+def _print_report(report: "DeltaReport", as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(asdict(report), indent=2))
+        return
+    _say(f"rank {report.rank}, {report.parameters:,} numbers")
+    if report.energy_by_projection:
+        each = ", ".join(f"{name} {energy:.6f}" for name, energy in report.energy_by_projection.items())
+        _say(f"energy kept: {report.energy:.6f} ({each})")
+    typer.echo(report.output)
+
+
+def _say(text: str) -> None:
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _torch_dtype(dtype: Dtype | None) -> "torch.dtype | None":
+    import torch
+
+    return None if dtype is None else getattr(torch, dtype.value)
