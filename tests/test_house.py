@@ -22,7 +22,6 @@ LAYERS = {
     "processing": set(),
     "analysis": {"conversion", "modeling", "processing"},  # reads and writes repos as conversion does
     "conversion": {"modeling", "processing"},
-    "analysis": {"modeling", "processing"},
     "evaluation": {"modeling", "processing"},
     "training": {"conversion", "modeling", "processing"},  # prepares tokenizers as conversion does
     "cli": {"analysis", "conversion", "evaluation", "modeling", "processing", "training"},
