@@ -75,6 +75,26 @@ class DeltaProjection(nn.Module):
         return self.norm(self.act(projected))
 
 
+class MemoryProjection(DeltaProjection):
+    """A DeltaProjection of all levels side by side, whose products with each level add up: no copy of them joined."""
+
+    def forward(self, levels: Sequence[torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+        """L tensors (tokens, in / L) to (tokens, out)."""
+        width = levels[0].shape[-1]
+        projected = F.linear(levels[0], self.weight[:, :width])
+        levels = [level.to(projected.dtype) for level in levels]  # autocast leaves operations in place alone
+        weight = self.weight.to(projected.dtype)
+        for index, level in enumerate(levels[1:], start=1):
+            projected.addmm_(level, weight[:, index * width : (index + 1) * width].T)
+        if self.delta_u is not None and self.delta_v is not None:
+            delta_u = self.delta_u.to(projected.dtype).split(width)
+            reduced = levels[0] @ delta_u[0]
+            for level, factor in zip(levels[1:], delta_u[1:]):
+                reduced.addmm_(level, factor)
+            projected.addmm_(reduced, self.delta_v.to(projected.dtype))
+        return self.norm(self.act(projected))
+
+
 class StochasticDepth(nn.Module):
     """Drops a residual branch per sample in training, and rescales the survivors."""
 
@@ -246,7 +266,11 @@ class Refinement(nn.Module):
 class WindowAttention(nn.Module):
     """Windowed cross-attention, equations (9) and (10): w x w queries attend to the (w s) x (w s) patches under them.
 
-    `in_out_projections` adds the packed query/key/value projection and the output projection of the released code.
+    `in_out_projections` adds the packed query/key/value projection and the output projection of the released code. The
+    parts of keys and values move to the queries' side: with `W_k` and `W_v` of one head, `q . (W_k k + b_k)` is
+    `(W_k^T q) . k` plus what is the same for all keys, which a softmax ignores; and `sum a (W_v v + b_v)` is
+    `W_v (sum a v) + b_v`, as the weights `a` sum to one. There is one query for s * s patches, so that is s * s times
+    less work. Every head then has a query as wide as the keys, and all share one set of keys and values.
     """
 
     def __init__(self, config: DeltaLlavaConfig, in_out_projections: bool):
@@ -273,23 +297,37 @@ class WindowAttention(nn.Module):
         self, query: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
     ) -> torch.Tensor:
         """Queries (B, V, C), and per memory level keys and values (B, N, C), to (B, V, C)."""
-        if self.out_proj is not None:
-            (wq, wk, wv), (bq, bk, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-            query = F.linear(query, wq, bq)
-            keys = [F.linear(key, wk, bk) for key in keys]
-            values = [F.linear(value, wv, bv) for value in values]
         scale_factor = math.isqrt(keys[0].shape[1] // query.shape[1])
         window = self.window_size
-        key = torch.cat([to_windows(key, window * scale_factor) for key in keys], dim=2)
-        value = torch.cat([to_windows(value, window * scale_factor) for value in values], dim=2)
-        query = to_windows(query, window)
+        key = torch.cat([to_windows(key, window * scale_factor) for key in keys], dim=2).flatten(0, 1)
+        value = torch.cat([to_windows(value, window * scale_factor) for value in values], dim=2).flatten(0, 1)
+        if self.out_proj is not None:
+            return self._attend_projected(query, key, value)
         # (B, windows, tokens, C) to (B * windows, heads, tokens, C / heads)
-        query, key, value = (
-            x.flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value)
-        )
+        query = to_windows(query, window).flatten(0, 1)
+        query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
         attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        attended = from_windows(attended.unflatten(0, (keys[0].shape[0], -1)))
-        return attended if self.out_proj is None else self.out_proj(attended)
+        return from_windows(attended.unflatten(0, (keys[0].shape[0], -1)))
+
+    def _attend_projected(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """One query per window: (B, V, C), and keys and values (B * V, tokens, C), to (B, V, C)."""
+        assert self.out_proj is not None
+        heads, num_windows = (self.num_heads, -1), query.shape[1]
+        (wq, wk, wv), (bq, _, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        query = F.linear(query, wq, bq).flatten(0, 1).unflatten(-1, heads)
+        scale = query.shape[-1] ** -0.5
+        # (heads, windows, d) @ (heads, d, C); then the heads stand where a sequence of queries stands.
+        query = (query.transpose(0, 1) @ wk.unflatten(0, heads)).transpose(0, 1)
+        attended = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None], scale=scale)[:, 0]
+        attended = attended.transpose(0, 1) @ wv.unflatten(0, heads).transpose(1, 2)
+        attended = attended.transpose(0, 1).flatten(1) + bv
+        return self.out_proj(attended.unflatten(0, (-1, num_windows)))
+
+    def attend_to_one(self, values: torch.Tensor) -> torch.Tensor:
+        """What `forward` gives where each window holds one patch: its weight is 1, whatever query and key are."""
+        assert self.out_proj is not None
+        wv, bv = self.in_proj_weight.chunk(3)[2], self.in_proj_bias.chunk(3)[2]
+        return self.out_proj(F.linear(values, wv, bv))
 
 
 class PositionEmbedding2D(nn.Module):
@@ -321,10 +359,11 @@ class PositionEmbedding2D(nn.Module):
         table = self.table.to(dtype)
         if grid_size == self.grid_size:
             return table
-        resized = F.interpolate(
-            to_map(table[None].float()), (grid_size, grid_size), mode="bicubic", align_corners=False
-        )
-        return to_tokens(resized)[0].to(dtype)
+        # One half of the table depends on the column alone, the other in the same way on the row: resize one line.
+        line = table[: self.grid_size, : self.channels // 2].float().T[None, :, None]
+        line = F.interpolate(line, (1, grid_size), mode="bicubic", align_corners=False)[0, :, 0].T.to(dtype)
+        side = (grid_size, grid_size, -1)
+        return torch.cat([line[None].expand(side), line[:, None].expand(side)], dim=-1).flatten(0, 1)
 
 
 class DeltaLlavaProjector(nn.Module):
@@ -353,8 +392,8 @@ class DeltaLlavaProjector(nn.Module):
             if config.use_transformer_block:
                 self.block = ReleasedTransformerBlock(config)
             self.q_proj = DeltaProjection(width, width, rank, hidden_act=act)
-            self.k_proj = DeltaProjection(levels * width, width, rank, hidden_act=act)
-            self.v_proj = DeltaProjection(levels * width, width, rank, hidden_act=act)
+            self.k_proj = MemoryProjection(levels * width, width, rank, hidden_act=act)
+            self.v_proj = MemoryProjection(levels * width, width, rank, hidden_act=act)
             self.window_attention = WindowAttention(config, in_out_projections=True)
             self.feed_forward = FeedForward(width, hidden_size, hidden_size, act)
         else:
@@ -394,21 +433,27 @@ class DeltaLlavaProjector(nn.Module):
         """
         scale_factor = self.config.scale_factor if scale_factor is None else scale_factor
         grid_size = self._query_grid(features.shape[1], len(levels), scale_factor)
-        query = F.interpolate(to_map(features), (grid_size, grid_size), mode="bilinear", align_corners=False)
-        query = to_tokens(query)
         if self.config.projector_layout == "released":
-            return self._released(query, levels, grid_size)
-        return self._paper(query, levels, grid_size)
+            return self._released(features, levels, grid_size)
+        return self._paper(features, levels, grid_size)
 
-    def _released(self, query: torch.Tensor, levels: Sequence[torch.Tensor], grid_size: int) -> torch.Tensor:
+    def _released(self, features: torch.Tensor, levels: Sequence[torch.Tensor], grid_size: int) -> torch.Tensor:
+        num_images, num_patches = features.shape[:2]
+        memory = [level.flatten(0, 1) for level in levels]
+        value = self.v_proj(memory).unflatten(0, (num_images, num_patches))
+        if grid_size**2 == num_patches and not torch.is_grad_enabled():
+            # One patch per window, so nothing reaches the output but values. Training needs the zero gradients of the
+            # rest, because DDP waits for every parameter.
+            return self.feed_forward(self.window_attention.attend_to_one(value))
+        key = self.k_proj(memory).unflatten(0, (num_images, num_patches))
+        query = resize(features, grid_size)
         if self.block is not None:
             query = self.block(query)
         query = self.q_proj(query + self.position(grid_size, query.dtype))
-        memory = torch.cat(list(levels), dim=-1)
-        attended = self.window_attention(query, [self.k_proj(memory)], [self.v_proj(memory)])
-        return self.feed_forward(attended)
+        return self.feed_forward(self.window_attention(query, [key], [value]))
 
-    def _paper(self, query: torch.Tensor, levels: Sequence[torch.Tensor], grid_size: int) -> torch.Tensor:
+    def _paper(self, features: torch.Tensor, levels: Sequence[torch.Tensor], grid_size: int) -> torch.Tensor:
+        query = resize(features, grid_size)
         query = self.refine(query)
         query = query + self.position(grid_size, query.dtype)  # (3)
         query = self._role("q", query)  # (4)
@@ -442,6 +487,11 @@ class DeltaLlavaProjector(nn.Module):
                 f"scale_factor={scale_factor}: it does not divide the {side} x {side} patch grid into whole windows."
             )
         return side // scale_factor
+
+
+def resize(tokens: torch.Tensor, grid_size: int) -> torch.Tensor:
+    """(B, N, C) tokens of a grid to (B, grid_size^2, C), bilinear, without antialiasing."""
+    return to_tokens(F.interpolate(to_map(tokens), (grid_size, grid_size), mode="bilinear", align_corners=False))
 
 
 def to_map(tokens: torch.Tensor) -> torch.Tensor:
