@@ -1,6 +1,7 @@
 """A short slice of the fuzzer and of the kills, and proof that both notice what they are there to notice."""
 
 import pytest
+
 from benchmarks import fuzz_conversions, kill_conversions
 
 

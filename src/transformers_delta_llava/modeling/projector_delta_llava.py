@@ -79,20 +79,20 @@ class MemoryProjection(DeltaProjection):
     """A DeltaProjection of all levels side by side, whose products with each level add up: no copy of them joined."""
 
     def forward(self, levels: Sequence[torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
-        """L tensors (tokens, in / L) to (tokens, out)."""
-        width = levels[0].shape[-1]
-        projected = F.linear(levels[0], self.weight[:, :width])
-        levels = [level.to(projected.dtype) for level in levels]  # autocast leaves operations in place alone
-        weight = self.weight.to(projected.dtype)
-        for index, level in enumerate(levels[1:], start=1):
-            projected.addmm_(level, weight[:, index * width : (index + 1) * width].T)
+        """L tensors (..., in / L), contiguous ones without a copy, to (..., out)."""
+        shape, width = levels[0].shape[:-1], levels[0].shape[-1]
+        projected = F.linear(levels[0].flatten(0, -2), self.weight[:, :width])
+        # Autocast has chosen the dtype by now; it leaves operations in place alone.
+        tokens = [level.flatten(0, -2).to(projected.dtype) for level in levels]
+        for level, weight in zip(tokens[1:], self.weight.to(projected.dtype).split(width, dim=1)[1:]):
+            projected.addmm_(level, weight.T)
         if self.delta_u is not None and self.delta_v is not None:
-            delta_u = self.delta_u.to(projected.dtype).split(width)
-            reduced = levels[0] @ delta_u[0]
-            for level, factor in zip(levels[1:], delta_u[1:]):
+            factors = self.delta_u.to(projected.dtype).split(width)
+            reduced = tokens[0] @ factors[0]
+            for level, factor in zip(tokens[1:], factors[1:]):
                 reduced.addmm_(level, factor)
             projected.addmm_(reduced, self.delta_v.to(projected.dtype))
-        return self.norm(self.act(projected))
+        return self.norm(self.act(projected)).unflatten(0, shape)
 
 
 class StochasticDepth(nn.Module):
@@ -299,8 +299,10 @@ class WindowAttention(nn.Module):
         """Queries (B, V, C), and per memory level keys and values (B, N, C), to (B, V, C)."""
         scale_factor = math.isqrt(keys[0].shape[1] // query.shape[1])
         window = self.window_size
-        key = torch.cat([to_windows(key, window * scale_factor) for key in keys], dim=2).flatten(0, 1)
-        value = torch.cat([to_windows(value, window * scale_factor) for value in values], dim=2).flatten(0, 1)
+        key, value = (
+            joined([to_windows(level, window * scale_factor).flatten(0, 1) for level in levels])
+            for levels in (keys, values)
+        )
         if self.out_proj is not None:
             return self._attend_projected(query, key, value)
         # (B, windows, tokens, C) to (B * windows, heads, tokens, C / heads)
@@ -438,15 +440,13 @@ class DeltaLlavaProjector(nn.Module):
         return self._paper(features, levels, grid_size)
 
     def _released(self, features: torch.Tensor, levels: Sequence[torch.Tensor], grid_size: int) -> torch.Tensor:
-        num_images, num_patches = features.shape[:2]
-        memory = [level.flatten(0, 1) for level in levels]
-        value = self.v_proj(memory).unflatten(0, (num_images, num_patches))
-        if grid_size**2 == num_patches and not torch.is_grad_enabled():
+        levels = [level.contiguous() for level in levels]
+        value = self.v_proj(levels)
+        if value.shape[1] == grid_size**2 and not torch.is_grad_enabled():
             # One patch per window, so nothing reaches the output but values. Training needs the zero gradients of the
             # rest, because DDP waits for every parameter.
             return self.feed_forward(self.window_attention.attend_to_one(value))
-        key = self.k_proj(memory).unflatten(0, (num_images, num_patches))
-        query = resize(features, grid_size)
+        key, query = self.k_proj(levels), resize(features, grid_size)
         if self.block is not None:
             query = self.block(query)
         query = self.q_proj(query + self.position(grid_size, query.dtype))
@@ -509,6 +509,11 @@ def to_windows(tokens: torch.Tensor, size: int) -> torch.Tensor:
     """(B, g * g, C) tokens to (B, windows, size * size, C), windows and their tokens in row-major order."""
     side = math.isqrt(tokens.shape[1]) // size
     return tokens.unflatten(1, (side, size, side, size)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def joined(levels: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tokens of all levels, (B, tokens, C) each, one after the other; a single level as it is, which `cat` would copy."""
+    return levels[0] if len(levels) == 1 else torch.cat(list(levels), dim=1)
 
 
 def from_windows(windows: torch.Tensor) -> torch.Tensor:
