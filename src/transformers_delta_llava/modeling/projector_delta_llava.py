@@ -76,23 +76,26 @@ class DeltaProjection(nn.Module):
 
 
 class MemoryProjection(DeltaProjection):
-    """A DeltaProjection of all levels side by side, whose products with each level add up: no copy of them joined."""
+    """A DeltaProjection of all levels side by side. They may come one by one: then the products with each add up."""
 
     def forward(self, levels: Sequence[torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
-        """L tensors (..., in / L), contiguous ones without a copy, to (..., out)."""
-        shape, width = levels[0].shape[:-1], levels[0].shape[-1]
-        projected = F.linear(levels[0].flatten(0, -2), self.weight[:, :width])
-        # Autocast has chosen the dtype by now; it leaves operations in place alone.
-        tokens = [level.flatten(0, -2).to(projected.dtype) for level in levels]
-        for level, weight in zip(tokens[1:], self.weight.to(projected.dtype).split(width, dim=1)[1:]):
-            projected.addmm_(level, weight.T)
+        """Tensors (..., width), whose widths add up to in, to (..., out); more than one only without gradients."""
+        if len(levels) == 1:
+            return super().forward(levels[0])
+        first, *others = (level.flatten(0, -2) for level in levels)
+        widths = [level.shape[-1] for level in levels]
+        first_weight, *weights = self.weight.split(widths, dim=1)
+        projected = F.linear(first, first_weight)
+        dtype = projected.dtype  # autocast has chosen it, and leaves what is done in place alone
+        for level, weight in zip(others, weights):
+            projected.addmm_(level.to(dtype), weight.T.to(dtype))
         if self.delta_u is not None and self.delta_v is not None:
-            factors = self.delta_u.to(projected.dtype).split(width)
-            reduced = tokens[0] @ factors[0]
-            for level, factor in zip(tokens[1:], factors[1:]):
-                reduced.addmm_(level, factor)
-            projected.addmm_(reduced, self.delta_v.to(projected.dtype))
-        return self.norm(self.act(projected)).unflatten(0, shape)
+            first_factor, *factors = self.delta_u.split(widths)
+            reduced = first @ first_factor
+            for level, factor in zip(others, factors):
+                reduced.addmm_(level.to(dtype), factor.to(dtype))
+            projected = projected.addmm_(reduced, self.delta_v.to(dtype))
+        return self.norm(self.act(projected)).unflatten(0, levels[0].shape[:-1])
 
 
 class StochasticDepth(nn.Module):
@@ -440,7 +443,12 @@ class DeltaLlavaProjector(nn.Module):
         return self._paper(features, levels, grid_size)
 
     def _released(self, features: torch.Tensor, levels: Sequence[torch.Tensor], grid_size: int) -> torch.Tensor:
-        levels = [level.contiguous() for level in levels]
+        if (
+            torch.is_grad_enabled()
+        ):  # the base's gradient comes in one piece then, which saves more than the copy costs
+            levels = [torch.cat(list(levels), dim=-1)]
+        else:
+            levels = [level.contiguous() for level in levels]
         value = self.v_proj(levels)
         if value.shape[1] == grid_size**2 and not torch.is_grad_enabled():
             # One patch per window, so nothing reaches the output but values. Training needs the zero gradients of the
