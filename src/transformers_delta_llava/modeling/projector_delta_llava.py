@@ -443,9 +443,8 @@ class DeltaLlavaProjector(nn.Module):
         return self._paper(features, levels, grid_size)
 
     def _released(self, features: torch.Tensor, levels: Sequence[torch.Tensor], grid_size: int) -> torch.Tensor:
-        if (
-            torch.is_grad_enabled()
-        ):  # the base's gradient comes in one piece then, which saves more than the copy costs
+        if torch.is_grad_enabled():
+            # The base's gradient comes in one piece then, which saves more than this copy costs.
             levels = [torch.cat(list(levels), dim=-1)]
         else:
             levels = [level.contiguous() for level in levels]
