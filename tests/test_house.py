@@ -18,18 +18,20 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "transformers_delta_llava"
 # What each part of the package may import of the others.
 LAYERS = {
+    "analysis": {"modeling", "processing"},
     "modeling": set(),
     "processing": set(),
     "conversion": {"modeling", "processing"},
     "evaluation": {"modeling", "processing"},
     "training": {"conversion", "modeling", "processing"},  # prepares tokenizers as conversion does
-    "cli": {"conversion", "evaluation", "modeling", "processing", "training"},
+    "cli": {"analysis", "conversion", "evaluation", "modeling", "processing", "training"},
 }
 # Files that are copied into Hub repos, where only what transformers brings along is sure to be installed.
 HUB_FILES = sorted([*PACKAGE.glob("modeling/[!_]*.py"), *PACKAGE.glob("processing/[!_]*.py")])
 HUB_IMPORTS = {"torch", "transformers", "numpy", "PIL"} | sys.stdlib_module_names
 PUBLIC_MODULES = (
     "transformers_delta_llava",
+    "transformers_delta_llava.analysis",
     "transformers_delta_llava.conversion",
     "transformers_delta_llava.evaluation",
     "transformers_delta_llava.processing",

@@ -1,6 +1,6 @@
 """What a model costs."""
 
-from .flops import PAPER_NOTE, PARTS, SHAPES, BudgetProfile, ModelProfile, profile_model, shape_config
+from .flops import PAPER_NOTE, PARTS, SHAPES, BudgetProfile, ModelProfile, paper_flops, profile_model, shape_config
 from .plot import bar_plot, line_plot
 
 
@@ -12,6 +12,7 @@ __all__ = [
     "ModelProfile",
     "bar_plot",
     "line_plot",
+    "paper_flops",
     "profile_model",
     "shape_config",
 ]
