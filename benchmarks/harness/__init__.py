@@ -57,16 +57,23 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 
 def model_config(shape: str, **fields: Any) -> DeltaLlavaConfig:
-    """The config of a shape that `delta-llava profile` knows, or a tiny one (`tiny`) to try a script with."""
+    """The config of a shape that `delta-llava profile` knows, or a tiny one (`tiny`) to try a script with.
+
+    Attention is fused where PyTorch can, as in a model that is loaded.
+    """
+    config = _model_config(shape, **fields)
+    config.vision_config._attn_implementation = "sdpa"
+    return config
+
+
+def _model_config(shape: str, **fields: Any) -> DeltaLlavaConfig:
     if shape != "tiny":
         return shape_config(shape, **fields)
-    return shape_config(
-        "0.5b",
-        vision={"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4},
-        text={"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-        | {"num_key_value_heads": 2, "vocab_size": 512, "head_dim": 16},
-        **{"vision_feature_levels": [1, 2, 3], "projector_head_dim": 16, "image_token_id": 511} | fields,
-    )
+    tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "vocab_size": 512, "eos_token_id": None, "layer_types": None}
+    defaults: dict[str, Any] = {"vision": tower, "text": text, "vision_feature_levels": [1, 2, 3]}
+    return shape_config("0.5b", **defaults | {"projector_head_dim": 16, "image_token_id": 511} | fields)
 
 
 # ---------------------------------------------------------------------------- measuring

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaProjector
+from ..modeling.configuration_delta_llava import DEFAULT_VISION_CONFIG
 from .activations import language_peak_bytes, projector_peak_bytes, tower_peak_bytes
 
 
@@ -78,7 +79,7 @@ def shape_config(shape: str, vision: dict | None = None, text: dict | None = Non
     """
     if shape not in SHAPES:
         raise ValueError(f"shape={shape!r}: use one of {', '.join(SHAPES)}.")
-    return DeltaLlavaConfig(vision_config=vision, text_config={**SHAPES[shape], **(text or {})}, **fields)
+    return DeltaLlavaConfig({**DEFAULT_VISION_CONFIG, **(vision or {})}, {**SHAPES[shape], **(text or {})}, **fields)
 
 
 def profile_model(
