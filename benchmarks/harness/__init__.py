@@ -44,6 +44,7 @@ def arguments_of(description: str, **defaults: Any) -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch on the CPU")
     parser.add_argument("--seconds", type=float, default=6.0, help="time to spend on each comparison")
+    parser.add_argument("--rounds", type=int, help="calls of each side, instead of as many as the time allows")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: for one thread on a busy machine")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for JSON and plots")
     parser.set_defaults(**defaults)
@@ -91,7 +92,7 @@ def timed(function: Function, device: str = "cpu", clock: str = "wall") -> float
 def side_by_side(functions: dict[str, Function], arguments: argparse.Namespace) -> dict[str, float]:
     """Median seconds of each function, called in turns after one round of warm-up, 3 to 50 rounds."""
     warm = sum(timed(function, arguments.device) for function in functions.values())
-    rounds = min(50, max(3, round(arguments.seconds / warm)))
+    rounds = arguments.rounds or min(50, max(3, round(arguments.seconds / warm)))
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
