@@ -2,9 +2,8 @@
 
 import json
 
-from write_performance_page import ROOT, render, targets
-
 from transformers_delta_llava.analysis import profile_model, shape_config
+from write_performance_page import ROOT, render, targets
 
 
 def test_the_page_is_up_to_date() -> None:

@@ -11,6 +11,7 @@ from .evaluate import evaluate
 from .export import export
 from .inspect import inspect
 from .profile import profile
+from .push import push
 from .train import train
 
 
@@ -20,6 +21,7 @@ app.add_typer(evaluate, name="evaluate")
 app.command()(export)
 app.command()(inspect)
 app.command()(profile)
+app.command()(push)
 app.command()(train)
 
 
@@ -35,7 +37,7 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Delta-LLaVA models: convert checkpoints into Hugging Face repos, train new ones."""
+    """Delta-LLaVA models: convert checkpoints into Hugging Face repos, publish them, train new ones."""
 
 
 def main() -> None:
