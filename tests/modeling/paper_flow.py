@@ -8,11 +8,10 @@ from torch.utils.hooks import RemovableHandle
 
 from tests.modeling import paper_equations as paper
 from tests.modeling.projector_cases import drawn_inputs, projector, projector_config
-from tests.reference import oracle
 from tests.reference.goldens import difference
 
 
-TOLERANCE = 1e-10  # float64; the float32 position table is the same on both sides
+TOLERANCE = 1e-10  # float64; the positions are the module's own, float32, and checked on their own
 
 
 class Flow:
@@ -65,11 +64,10 @@ class Flow:
 
 def whole(flow: Flow, use_emhsa: bool = True, use_block: bool = True) -> Tensor:
     """Equations (3) to (11) one after another, from the inputs alone."""
-    table = oracle.position_table(flow.config.grid_size, flow.z.shape[-1])
     q = paper.refine(
         paper.below(flow.p, "refine"), paper.interpolated(flow.z, flow.side), *flow.block_sizes, use_emhsa=use_emhsa
     )
-    q = flow.projected("q", q + oracle.resize_positions(table, flow.side).double())
+    q = flow.projected("q", q + flow.module.position(flow.side, torch.float64))
     if use_block:
         q = paper.cascade(paper.below(flow.p, "block"), q, *flow.block_sizes, use_emhsa=use_emhsa)
     keys, values = ([flow.projected(role, z, i) for i, z in enumerate(flow.levels)] for role in "kv")

@@ -90,17 +90,38 @@ class TestBatches:
             input_ids, expanded = model._expand_inputs_for_generation(
                 2, **inputs, pixel_values=pixel_values[:3], num_visual_tokens=torch.tensor([9, 4, 9])
             )
-            assert torch.equal(expanded["pixel_values"], pixel_values[[0, 1, 0, 1, 2, 2]])
-            assert expanded["num_visual_tokens"] == [9, 4, 9, 4, 9, 9]
+            features = model.get_image_features(pixel_values[:3], [9, 4, 9]).pooler_output
+            repeated = expanded["mm_encoder_outputs"]["image"].pooler_output
+            for tokens, image in zip(repeated, [0, 1, 0, 1, 2, 2], strict=True):
+                assert torch.equal(tokens, features[image])
+            assert "pixel_values" not in expanded and "num_visual_tokens" not in expanded
             assert len(input_ids if input_ids is not None else expanded["inputs_embeds"]) == 6
+
+    @pytest.mark.parametrize("beams", [1, 2])
+    def test_prompts_that_share_an_image_share_its_features(self, model, pixel_values, beams):
+        batch = left_pad([prompt([9], seed=seed) for seed in range(3)])
+        options = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams}
+        images = {"pixel_values": pixel_values[:1].repeat(3, 1, 1, 1), "num_visual_tokens": 9}
+        expected = model.generate(**batch, **images, **options)
+        features = model.get_image_features(pixel_values[:1], 9)
+        features.pooler_output = features.pooler_output * 3
+        encoded = []
+        hook = model.model.vision_tower.embeddings.register_forward_hook(lambda *_: encoded.append(True))
+        shared = model.generate(**batch, mm_encoder_outputs={"image": features}, **options)
+        assert not encoded
+        model.generate(**batch, **images, **options)
+        hook.remove()
+        assert len(encoded) == 1, "beams share the features of their image, too"
+        assert torch.equal(shared, expected)
 
     def test_images_are_dropped_once_they_are_in_the_cache(self, model, pixel_values):
         kwargs = {"pixel_values": pixel_values, "num_visual_tokens": 9, "attention_mask": torch.ones(1, 3)}
+        kwargs["mm_encoder_outputs"] = {"image": None}
         first = model.prepare_inputs_for_generation(torch.ones(1, 3).long(), is_first_iteration=True, **kwargs)
         later = model.prepare_inputs_for_generation(torch.ones(1, 3).long(), **kwargs)
         uncached = model.prepare_inputs_for_generation(torch.ones(1, 3).long(), use_cache=False, **kwargs)
         assert first["pixel_values"] is uncached["pixel_values"] is pixel_values
-        assert "pixel_values" not in later and "num_visual_tokens" not in later
+        assert not {"pixel_values", "num_visual_tokens", "mm_encoder_outputs"} & set(later)
 
     def test_sampled_copies_see_the_images_of_their_own_row(self, model, pixel_values):
         batch = left_pad([prompt([9, 9], seed=1), prompt([9], seed=2)])
@@ -377,12 +398,14 @@ class TestLoading:
         assert loaded.lm_head.weight is loaded.model.language_model.embed_tokens.weight
         assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
-    @torch.no_grad()
-    def test_compiles_without_graph_breaks(self, pixel_values):
+    @pytest.mark.parametrize("gradients", [False, True])
+    @pytest.mark.parametrize("budget", [144, 36])
+    def test_compiles_without_graph_breaks(self, pixel_values, budget, gradients):
         model = make_model()
-        inputs = {"input_ids": prompt([36])[None], "pixel_values": pixel_values[:1]}
+        inputs = {"input_ids": prompt([budget])[None], "pixel_values": pixel_values[:1], "num_visual_tokens": budget}
         compiled = torch.compile(model, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+        with torch.set_grad_enabled(gradients):
+            torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
 
     def test_copies_and_pickles(self, model):
         copied = copy.deepcopy(model)

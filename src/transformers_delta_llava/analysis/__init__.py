@@ -6,21 +6,33 @@ from .delta_models import apply_deltas, merge_deltas
 from .delta_report import DeltaReport
 from .delta_repos import extract_deltas, truncate_deltas
 from .delta_stats import DeltaRow, delta_stats, write_plot
+from .flops import PAPER_NOTE, PARTS, SHAPES, BudgetProfile, ModelProfile, paper_flops, profile_model, shape_config
 from .loading import load_picture, load_repo
+from .plot import bar_plot, line_plot
 
 
 __all__ = [
+    "PAPER_NOTE",
+    "PARTS",
+    "SHAPES",
     "BudgetComparison",
+    "BudgetProfile",
     "BudgetRun",
     "DeltaReport",
     "DeltaRow",
+    "ModelProfile",
     "apply_deltas",
+    "bar_plot",
     "compare_budgets",
     "delta_stats",
     "extract_deltas",
+    "line_plot",
     "load_picture",
     "load_repo",
     "merge_deltas",
+    "paper_flops",
+    "profile_model",
+    "shape_config",
     "truncate_deltas",
     "write_comparison",
     "write_plot",

@@ -12,6 +12,7 @@ from .delta import delta
 from .evaluate import evaluate
 from .export import export
 from .inspect import inspect
+from .profile import profile
 from .push import push
 from .train import train
 
@@ -23,6 +24,7 @@ app.add_typer(delta, name="delta")
 app.add_typer(evaluate, name="evaluate")
 app.command()(export)
 app.command()(inspect)
+app.command()(profile)
 app.command()(push)
 app.command()(train)
 

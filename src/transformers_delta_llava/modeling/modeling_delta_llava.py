@@ -220,7 +220,8 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             attention_mask, position_ids, past_key_values, inputs_embeds: as in every decoder of transformers.
             num_visual_tokens: budget of all images, or one per image; the config's default when `None`.
             mm_token_type_ids: accepted because processors emit it; not used.
-            mm_encoder_outputs: `{"image": output of get_image_features}`, instead of `pixel_values`.
+            mm_encoder_outputs: `{"image": output of get_image_features}`, instead of `pixel_values`. Prompts that show
+                the same image share its features: encode it once, and repeat its tensor in `pooler_output`.
 
         Raises:
             ValueError: on both or neither of `input_ids` and `inputs_embeds`, on `pixel_values` together with
@@ -397,7 +398,8 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         self, *args: Any, is_first_iteration: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
         if not is_first_iteration and kwargs.get("use_cache", True):  # the images are in the cache by now
-            kwargs = {key: value for key, value in kwargs.items() if key not in ("pixel_values", "num_visual_tokens")}
+            images = ("pixel_values", "num_visual_tokens", "mm_encoder_outputs")
+            kwargs = {key: value for key, value in kwargs.items() if key not in images}
         return super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
 
     def _expand_inputs_for_generation(
@@ -408,19 +410,26 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         **model_kwargs: Any,
     ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
         # Images are flattened over rows. Beams need each row's images as a group (A B A B); repeating image by image
-        # (A A B B) would hand a row the wrong picture. Newer transformers encode the images before this and drop them.
-        pixel_values = model_kwargs.pop("pixel_values", None)
-        if pixel_values is None:
+        # (A A B B) would hand a row the wrong picture. Each is encoded once, and its visual tokens are repeated. Newer
+        # transformers encode images before this; they see them here as `mm_encoder_outputs`.
+        pixel_values = model_kwargs.get("pixel_values")
+        encoded = model_kwargs.get("mm_encoder_outputs") or {}
+        if expand_size == 1 or (pixel_values is None and "image" not in encoded):
             return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
-        budgets = self.model.budget_per_image(len(pixel_values), model_kwargs.pop("num_visual_tokens", None))
+        outputs = encoded.get("image") or self.get_image_features(
+            pixel_values, model_kwargs.get("num_visual_tokens"), return_dict=True
+        )
+        features = outputs.pooler_output
         placeholders = self.model.get_placeholder_mask(input_ids, model_kwargs.get("inputs_embeds")).sum(-1)
-        rows = _images_per_row(placeholders.tolist(), budgets)
-        order = [image for row in rows for image in row * expand_size]
+        rows = _images_per_row(placeholders.tolist(), [len(tokens) for tokens in features])
+        repeated = [features[image] for row in rows for image in row * expand_size]
+        for name in ("pixel_values", "num_visual_tokens", "mm_encoder_outputs"):
+            model_kwargs.pop(name, None)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
-        images = {"pixel_values": pixel_values[order], "num_visual_tokens": [budgets[image] for image in order]}
-        return input_ids, {**model_kwargs, **images}
+        image_outputs = BaseModelOutputWithPooling(pooler_output=repeated)
+        return input_ids, {**model_kwargs, "mm_encoder_outputs": {**encoded, "image": image_outputs}}
 
 
 def _images_per_row(placeholders: list[int], budgets: list[int]) -> list[list[int]]:

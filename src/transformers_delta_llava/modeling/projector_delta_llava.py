@@ -121,6 +121,30 @@ class DeltaProjection(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
+class MemoryProjection(DeltaProjection):
+    """A DeltaProjection of all levels side by side. They may come one by one: then the products with each add up."""
+
+    def forward(self, levels: Sequence[torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+        """Tensors (..., width), whose widths add up to in, to (..., out); more than one only without gradients."""
+        if len(levels) == 1:
+            return super().forward(levels[0])
+        first, *others = (level.flatten(0, -2) for level in levels)
+        widths = [level.shape[-1] for level in levels]
+        base, pair = self.operands()
+        first_weight, *weights = base.split(widths, dim=1)
+        projected = F.linear(first, first_weight)
+        dtype = projected.dtype  # autocast has chosen it, and leaves what is done in place alone
+        for level, weight in zip(others, weights):
+            projected.addmm_(level.to(dtype), weight.T.to(dtype))
+        if pair is not None:
+            first_factor, *factors = pair[0].split(widths)
+            reduced = first @ first_factor
+            for level, factor in zip(others, factors):
+                reduced.addmm_(level.to(dtype), factor.to(dtype))
+            projected = projected.addmm_(reduced, pair[1].to(dtype))
+        return self.norm(self.act(projected)).unflatten(0, levels[0].shape[:-1])
+
+
 class StochasticDepth(nn.Module):
     """Drops a residual branch per sample in training, and rescales the survivors."""
 
@@ -292,7 +316,11 @@ class Refinement(nn.Module):
 class WindowAttention(nn.Module):
     """Windowed cross-attention, equations (9) and (10): w x w queries attend to the (w s) x (w s) patches under them.
 
-    `in_out_projections` adds the packed query/key/value projection and the output projection of the released code.
+    `in_out_projections` adds the packed query/key/value projection and the output projection of the released code. The
+    parts of keys and values move to the queries' side: with `W_k` and `W_v` of one head, `q . (W_k k + b_k)` is
+    `(W_k^T q) . k` plus what is the same for all keys, which a softmax ignores; and `sum a (W_v v + b_v)` is
+    `W_v (sum a v) + b_v`, as the weights `a` sum to one. There is one query for s * s patches, so that is s * s times
+    less work. Every head then has a query as wide as the keys, and all share one set of keys and values.
     """
 
     def __init__(self, config: DeltaLlavaConfig, in_out_projections: bool):
@@ -319,23 +347,39 @@ class WindowAttention(nn.Module):
         self, query: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
     ) -> torch.Tensor:
         """Queries (B, V, C), and per memory level keys and values (B, N, C), to (B, V, C)."""
-        if self.out_proj is not None:
-            (wq, wk, wv), (bq, bk, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-            query = F.linear(query, wq, bq)
-            keys = [F.linear(key, wk, bk) for key in keys]
-            values = [F.linear(value, wv, bv) for value in values]
         scale_factor = math.isqrt(keys[0].shape[1] // query.shape[1])
         window = self.window_size
-        key = torch.cat([to_windows(key, window * scale_factor) for key in keys], dim=2)
-        value = torch.cat([to_windows(value, window * scale_factor) for value in values], dim=2)
-        query = to_windows(query, window)
-        # (B, windows, tokens, C) to (B * windows, heads, tokens, C / heads)
-        query, key, value = (
-            x.flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value)
+        key, value = (
+            joined([to_windows(level, window * scale_factor).flatten(0, 1) for level in levels])
+            for levels in (keys, values)
         )
+        if self.out_proj is not None:
+            return self._attend_projected(query, key, value)
+        # (B, windows, tokens, C) to (B * windows, heads, tokens, C / heads)
+        query = to_windows(query, window).flatten(0, 1)
+        query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
         attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        attended = from_windows(attended.unflatten(0, (keys[0].shape[0], -1)))
-        return attended if self.out_proj is None else self.out_proj(attended)
+        return from_windows(attended.unflatten(0, (keys[0].shape[0], -1)))
+
+    def _attend_projected(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """One query per window: (B, V, C), and keys and values (B * V, tokens, C), to (B, V, C)."""
+        assert self.out_proj is not None
+        heads, num_windows = (self.num_heads, -1), query.shape[1]
+        (wq, wk, wv), (bq, _, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        query = F.linear(query, wq, bq).flatten(0, 1).unflatten(-1, heads)
+        scale = query.shape[-1] ** -0.5
+        # (heads, windows, d) @ (heads, d, C); then the heads stand where a sequence of queries stands.
+        query = (query.transpose(0, 1) @ wk.unflatten(0, heads)).transpose(0, 1)
+        attended = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None], scale=scale)[:, 0]
+        attended = attended.transpose(0, 1) @ wv.unflatten(0, heads).transpose(1, 2)
+        attended = attended.transpose(0, 1).flatten(1) + bv
+        return self.out_proj(attended.unflatten(0, (-1, num_windows)))
+
+    def attend_to_one(self, values: torch.Tensor) -> torch.Tensor:
+        """What `forward` gives where each window holds one patch: its weight is 1, whatever query and key are."""
+        assert self.out_proj is not None
+        wv, bv = self.in_proj_weight.chunk(3)[2], self.in_proj_bias.chunk(3)[2]
+        return self.out_proj(F.linear(values, wv, bv))
 
 
 class PositionEmbedding2D(nn.Module):
@@ -367,10 +411,11 @@ class PositionEmbedding2D(nn.Module):
         table = self.table.to(dtype)
         if grid_size == self.grid_size:
             return table
-        resized = F.interpolate(
-            to_map(table[None].float()), (grid_size, grid_size), mode="bicubic", align_corners=False
-        )
-        return to_tokens(resized)[0].to(dtype)
+        # One half of the table depends on the column alone, the other in the same way on the row: resize one line.
+        line = table[: self.grid_size, : self.channels // 2].float().T[None, :, None]
+        line = F.interpolate(line, (1, grid_size), mode="bicubic", align_corners=False)[0, :, 0].T.to(dtype)
+        side = (grid_size, grid_size, -1)
+        return torch.cat([line[None].expand(side), line[:, None].expand(side)], dim=-1).flatten(0, 1)
 
 
 class DeltaLlavaProjector(nn.Module):
@@ -399,8 +444,8 @@ class DeltaLlavaProjector(nn.Module):
             if config.use_transformer_block:
                 self.block = ReleasedTransformerBlock(config)
             self.q_proj = DeltaProjection(width, width, rank, hidden_act=act)
-            self.k_proj = DeltaProjection(levels * width, width, rank, hidden_act=act)
-            self.v_proj = DeltaProjection(levels * width, width, rank, hidden_act=act)
+            self.k_proj = MemoryProjection(levels * width, width, rank, hidden_act=act)
+            self.v_proj = MemoryProjection(levels * width, width, rank, hidden_act=act)
             self.window_attention = WindowAttention(config, in_out_projections=True)
             self.feed_forward = FeedForward(width, hidden_size, hidden_size, act)
         else:
@@ -440,21 +485,29 @@ class DeltaLlavaProjector(nn.Module):
         """
         scale_factor = self.config.scale_factor if scale_factor is None else scale_factor
         grid_size = self._query_grid(features.shape[1], len(levels), scale_factor)
-        query = F.interpolate(to_map(features), (grid_size, grid_size), mode="bilinear", align_corners=False)
-        query = to_tokens(query)
         if self.config.projector_layout == "released":
-            return self._released(query, levels, grid_size)
-        return self._paper(query, levels, grid_size)
+            return self._released(features, levels, grid_size)
+        return self._paper(features, levels, grid_size)
 
-    def _released(self, query: torch.Tensor, levels: Sequence[torch.Tensor], grid_size: int) -> torch.Tensor:
+    def _released(self, features: torch.Tensor, levels: Sequence[torch.Tensor], grid_size: int) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            # The base's gradient comes in one piece then, which saves more than this copy costs.
+            levels = [torch.cat(list(levels), dim=-1)]
+        else:
+            levels = [level.contiguous() for level in levels]
+        value = self.v_proj(levels)
+        if value.shape[1] == grid_size**2 and not torch.is_grad_enabled():
+            # One patch per window, so nothing reaches the output but values. Training needs the zero gradients of the
+            # rest, because DDP waits for every parameter.
+            return self.feed_forward(self.window_attention.attend_to_one(value))
+        key, query = self.k_proj(levels), resize(features, grid_size)
         if self.block is not None:
             query = self.block(query)
         query = self.q_proj(query + self.position(grid_size, query.dtype))
-        memory = torch.cat(list(levels), dim=-1)
-        attended = self.window_attention(query, [self.k_proj(memory)], [self.v_proj(memory)])
-        return self.feed_forward(attended)
+        return self.feed_forward(self.window_attention(query, [key], [value]))
 
-    def _paper(self, query: torch.Tensor, levels: Sequence[torch.Tensor], grid_size: int) -> torch.Tensor:
+    def _paper(self, features: torch.Tensor, levels: Sequence[torch.Tensor], grid_size: int) -> torch.Tensor:
+        query = resize(features, grid_size)
         query = self.refine(query)
         query = query + self.position(grid_size, query.dtype)  # (3)
         query = self._role("q", query)  # (4)
@@ -506,6 +559,11 @@ def delta_weight(delta_u: torch.Tensor, delta_v: torch.Tensor, update: tuple[int
     return (delta_u @ delta_v).T
 
 
+def resize(tokens: torch.Tensor, grid_size: int) -> torch.Tensor:
+    """(B, N, C) tokens of a grid to (B, grid_size^2, C), bilinear, without antialiasing."""
+    return to_tokens(F.interpolate(to_map(tokens), (grid_size, grid_size), mode="bilinear", align_corners=False))
+
+
 def to_map(tokens: torch.Tensor) -> torch.Tensor:
     """(B, g * g, C) tokens in row-major order to a (B, C, g, g) map."""
     side = math.isqrt(tokens.shape[1])
@@ -521,6 +579,11 @@ def to_windows(tokens: torch.Tensor, size: int) -> torch.Tensor:
     """(B, g * g, C) tokens to (B, windows, size * size, C), windows and their tokens in row-major order."""
     side = math.isqrt(tokens.shape[1]) // size
     return tokens.unflatten(1, (side, size, side, size)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def joined(levels: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tokens of all levels, (B, tokens, C) each, one after the other; a single level as it is, which `cat` would copy."""
+    return levels[0] if len(levels) == 1 else torch.cat(list(levels), dim=1)
 
 
 def from_windows(windows: torch.Tensor) -> torch.Tensor:

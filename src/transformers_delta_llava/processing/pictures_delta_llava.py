@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from transformers.image_utils import load_image
 
 
@@ -27,7 +27,9 @@ def to_rgb(image: Any, index: int, layout: Any = None, rescaled: bool = False) -
             raise TypeError(f"it is of type {type(image).__name__}, not a picture, an array, a path or a URL")
         if 0 in image.size:
             raise ValueError(f"it is empty ({image.width} x {image.height})")
-        image = ImageOps.exif_transpose(image)
+        image.load()  # what is wrong with a file shows here
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # without a turn Pillow would make a copy
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
             values = np.asarray(image)
             if image.mode == "I" and values.min() >= 0 and values.max() < 2**16:
@@ -37,7 +39,7 @@ def to_rgb(image: Any, index: int, layout: Any = None, rescaled: bool = False) -
             image = image.convert(image.mode.upper())
         elif image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # the same colours as straight to RGB, without Pillow's warning
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # whatever Pillow, the file system or the network raises
         raise ValueError(f"Image {index} cannot be used: {str(error)[:300]}") from error
 

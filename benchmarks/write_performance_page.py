@@ -1,0 +1,137 @@
+"""Puts the figures of `benchmarks/results/*.json` into `docs/performance.md`, and says which targets are met.
+
+    python benchmarks/write_performance_page.py
+
+The text of the page is written by hand; what stands between `<!-- NAME -->` and `<!-- end -->` is not.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+ROOT = Path(__file__).parents[1]
+Rows = list[dict[str, Any]]
+
+
+def main() -> None:
+    """Rewrite the page."""
+    parser = argparse.ArgumentParser(description="Render the page of measured performance.")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "performance.md")
+    arguments = parser.parse_args()
+    reports = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in arguments.results.glob("*.json")}
+    page = arguments.page.read_text(encoding="utf-8")
+    arguments.page.write_text(render(page, reports), encoding="utf-8")
+    print(f"wrote {arguments.page.name} from {len(reports)} results")
+
+
+def render(page: str, reports: dict[str, dict[str, Any]]) -> str:
+    """The page with every marked part filled from the report of that name, or marked as not measured."""
+
+    def fill(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in reports:
+            body = "Not measured yet."
+        else:
+            body = "\n\n".join([hardware(reports[name]), *SECTIONS[name.split("_")[0]](reports[name])])
+        return f"<!-- {name} -->\n\n{body}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- (?P<name>[\w.]+) -->\n.*?<!-- end -->", fill, page, flags=re.DOTALL)
+
+
+def hardware(report: dict[str, Any]) -> str:
+    """One line on where the figures come from."""
+    options = report["options"]
+    return (
+        f"{report['hardware']}, {options['device']}, {options['dtype']}, {report['threads']} threads; "
+        f"torch {report['torch']}, transformers {report['transformers']}."
+    )
+
+
+def projector(report: dict[str, Any]) -> list[str]:
+    """Targets, then the figures of one image at every scale factor."""
+    rows, training = report["inference"], report["training"]
+    columns = ("s", "released", "ours", "token packer", "mlp", "released/ours", "share of peak", "share of products")
+    parts = [table(targets(rows, training))]
+    for batch in dict.fromkeys(row["batch"] for row in rows):
+        figures = [
+            {name: row[name] for name in (*columns, "memory ratio", "error")} for row in rows if row["batch"] == batch
+        ]
+        both = [{name: row[name] for name in columns[:6]} for row in training if row["batch"] == batch]
+        parts += [f"Forward, batch {batch}, milliseconds:", table(figures)]
+        parts += [f"Forward and backward, batch {batch}, milliseconds:", table(both)]
+    return parts
+
+
+def targets(inference: Rows, training: Rows) -> Rows:
+    """What was aimed at, what was measured, and whether it is met, on what was measured."""
+
+    def among(
+        rows: Rows, field: str, worst: Callable[..., float] = min, batch: int | None = None, s: Any = None
+    ) -> Any:
+        values = [r[field] for r in rows if batch in (None, r["batch"]) and (s is None or r["s"] in s)]
+        return worst(values) if values else None
+
+    speed, many = "released/ours", (6, 8, 12, 24)
+    wanted = [
+        ("forward, batch 1, s = 2: times faster than released", 1.45, among(inference, speed, batch=1, s=(2,))),
+        ("forward, batch 1, s >= 6", 1.8, among(inference, speed, batch=1, s=many)),
+        ("forward, batch 1, s = 1", 2.0, among(inference, speed, batch=1, s=(1,))),
+        ("forward, batch 4, s = 2", 1.3, among(inference, speed, batch=4, s=(2,))),
+        ("forward, slowest of all", 1.0, among(inference, speed)),
+        ("forward and backward, batch 1, s = 2", 1.3, among(training, speed, batch=1, s=(2,))),
+        (
+            "share of the matrix-multiply peak, batch 1, s = 2",
+            0.85,
+            among(inference, "share of peak", batch=1, s=(2,)),
+        ),
+        ("peak memory at inference, share of released, most", -0.6, among(inference, "memory ratio", max)),
+        ("relative error, most", -1e-5, among(inference, "error", max)),
+    ]
+    return [
+        {
+            "target": name,
+            "wanted": f"{'>=' if bound > 0 else '<='} {abs(bound):g}",
+            "measured": value,
+            "": "met" if (value - bound >= 0 if bound > 0 else value <= -bound) else "**missed**",
+        }
+        for name, bound, value in wanted
+        if value is not None
+    ]
+
+
+def rows_only(report: dict[str, Any]) -> list[str]:
+    """The rows as they are."""
+    return [table(report.get("rows") or report["exponents"])]
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "projector": projector,
+    "end": rows_only,  # end_to_end_...
+    "training": rows_only,
+    "processing": rows_only,
+    "scaling": rows_only,
+}
+
+
+def table(rows: Rows) -> str:
+    """A table in Markdown, floats to three figures."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([number(value) for value in row.values()] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(value: Any) -> str:
+    """Three figures of a float, without an exponent where it is not tiny; nothing for None."""
+    if value is None:
+        return ""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""What a model costs at each budget of visual tokens: operations, parameters, memory; from its config alone, no weights.
+
+Operations are counted twice. **Exact**: two per multiply-add of every matrix product and convolution that this package
+runs at inference, as `torch.utils.flop_counter` counts them (the causal mask halves nothing; norms, activations and
+softmax count nothing). **Paper**: the formula behind Fig. 3 and section 6.5, which `paper_flops` states.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaProjector
+from ..modeling.configuration_delta_llava import DEFAULT_VISION_CONFIG
+from .activations import language_peak_bytes, projector_peak_bytes, tower_peak_bytes
+
+
+PARTS = ("tower", "projector", "prefill", "decode")
+# Language models by the size in a model's name: Qwen2-0.5B, Vicuna-7B and Vicuna-13B. The tower is CLIP-L/14 at 336 px.
+SHAPES: dict[str, dict[str, Any]] = {
+    "0.5b": {
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "7b": {"model_type": "llama", "vocab_size": 32064},
+    "13b": {
+        "model_type": "llama",
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+        "vocab_size": 32064,
+    },
+}
+PAPER_NOTE = (
+    "The paper's formula leaves out Llama's gate matrix and the head, and counts the tower's last layer, which nothing "
+    "reads. Its projector figures (0.024 TFLOPs at 576 tokens, 0.0015 at 144) are those of LLaVA's two-layer MLP on "
+    "V / s^2 tokens; the released projector computes 0.050 and 0.0216."
+)
+
+
+@dataclass(frozen=True)
+class BudgetProfile:
+    """Costs of one image, a prompt and an answer at one budget; each mapping has the keys of `PARTS`."""
+
+    num_visual_tokens: int
+    exact_flops: dict[str, int]
+    paper_flops: dict[str, int]
+    activation_bytes: dict[str, int]
+    kv_cache_bytes: int
+
+
+@dataclass(frozen=True)
+class ModelProfile:
+    """Costs of a model at every budget; parameters are those of `tower`, `projector` and `language_model`."""
+
+    text_tokens: int
+    new_tokens: int
+    dtype: str
+    parameters: dict[str, int]
+    budgets: list[BudgetProfile]
+
+
+def shape_config(shape: str, vision: dict | None = None, text: dict | None = None, **fields: Any) -> DeltaLlavaConfig:
+    """The config of `0.5b`, `7b` or `13b`; `vision` and `text` change fields of the sub-configs.
+
+    Raises:
+        ValueError: if there is no such shape.
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"shape={shape!r}: use one of {', '.join(SHAPES)}.")
+    return DeltaLlavaConfig({**DEFAULT_VISION_CONFIG, **(vision or {})}, {**SHAPES[shape], **(text or {})}, **fields)
+
+
+def profile_model(
+    config: DeltaLlavaConfig,
+    text_tokens: int = 68,
+    new_tokens: int = 30,
+    dtype: torch.dtype = torch.bfloat16,
+    budgets: Sequence[int] | None = None,
+) -> ModelProfile:
+    """What one image costs with a prompt of `text_tokens` and an answer of `new_tokens`, batch 1, at inference.
+
+    Args:
+        config: of the model; its tower is a CLIP or a SigLIP.
+        text_tokens: of the prompt, visual tokens aside. 68 is what the paper's figures fit.
+        new_tokens: of the answer, of which the prefill gives the first.
+        dtype: of weights and activations, for memory.
+        budgets: numbers of visual tokens; all that the grid can give by default.
+
+    Raises:
+        ValueError: on a budget that the grid cannot give, or a tower of another type.
+    """
+    with torch.device("meta"):
+        model = DeltaLlavaForConditionalGeneration(config).to("meta", dtype).eval()  # the position table is not there
+    parts = {"tower": model.model.vision_tower, "projector": model.model.multi_modal_projector}
+    parameters = {name: _parameters(module) for name, module in parts.items()}
+    parameters["language_model"] = _parameters(model) - sum(parameters.values())
+    profiles, tower = [], tower_peak_bytes(model)
+    for budget in config.visual_token_budgets if budgets is None else budgets:
+        scale_factor, prompt = config.scale_factor_for(budget), text_tokens + budget
+        projector = projector_peak_bytes(parts["projector"], scale_factor)
+        prefill, decode = language_peak_bytes(model, prompt)
+        profiles.append(
+            BudgetProfile(
+                num_visual_tokens=budget,
+                exact_flops={
+                    "tower": tower_flops(model),
+                    "projector": projector_flops(parts["projector"], scale_factor),
+                    "prefill": prefill_flops(model, prompt),
+                    "decode": decode_flops(model, prompt, new_tokens),
+                },
+                paper_flops=paper_flops(config, budget, text_tokens, new_tokens),
+                activation_bytes=dict(zip(PARTS, (tower, projector, prefill, decode))),
+                kv_cache_bytes=kv_cache_bytes(config, prompt + new_tokens - 1, dtype),
+            )
+        )
+    return ModelProfile(text_tokens, new_tokens, str(dtype).removeprefix("torch."), parameters, profiles)
+
+
+# ---------------------------------------------------------------------------- exact
+
+
+def tower_flops(model: DeltaLlavaForConditionalGeneration) -> int:
+    """Of one image, up to the deepest layer that the model reads.
+
+    Raises:
+        ValueError: if the tower is neither a CLIP nor a SigLIP.
+    """
+    config, tower = model.config, model.model.vision_tower
+    if not hasattr(tower, "encoder"):
+        raise ValueError(
+            f"vision_config.model_type={tower.config.model_type!r}: operations are counted for CLIP and SigLIP towers."
+        )
+    states = tower.config.num_hidden_layers + 1
+    deepest = max(level % states for level in (config.vision_feature_layer, *config.vision_feature_levels))
+    patches = config.grid_size**2
+    tokens = patches + (config.vision_feature_select_strategy == "default")
+    layers = tower.encoder.layers[:deepest]
+    attention = 4 * tokens**2 * tower.config.hidden_size * len(layers)
+    return patches * _products(tower.embeddings) + tokens * _products(layers) + attention
+
+
+def projector_flops(projector: DeltaLlavaProjector, scale_factor: int) -> int:
+    """Of one image at inference."""
+    config = projector.config
+    patches, tokens = config.grid_size**2, config.num_visual_tokens(scale_factor)
+    width, levels = config.vision_config.hidden_size, len(config.vision_feature_levels)
+    rank = config.delta_rank if config.use_delta_projection else 0
+    output = tokens * _products(projector.feed_forward)
+    if config.projector_layout == "released":
+        memory = 2 * patches * (levels * width * width + rank * (levels * width + width))
+        if scale_factor == 1:  # one key per window: values alone matter
+            return memory + 2 * 2 * patches * width**2 + output
+        query = _block_flops(projector.block, config, tokens) + 2 * tokens * (width**2 + 2 * rank * width)
+        # In, out, and the key and value maps on the queries' side; then each head over keys as wide as the tower.
+        window = 4 * 2 * tokens * width**2 + 4 * patches * config.num_window_attention_heads * width
+        return 2 * memory + query + window + output
+    memory = 2 * 2 * patches * levels * (width**2 + 2 * rank * width)
+    query = 2 * tokens * (width**2 + 2 * rank * levels * width) + _block_flops(projector.block, config, tokens)
+    query += _block_flops(projector.refine, config, tokens)
+    window = 4 * patches * config.projector_window_size**2 * levels * width
+    return memory + query + window + output + tokens * _products(projector.out_proj)
+
+
+def prefill_flops(model: DeltaLlavaForConditionalGeneration, prompt: int) -> int:
+    """Of `prompt` tokens, text and visual, and the head on the last one."""
+    layers = model.model.language_model.layers
+    return prompt * _products(layers) + _products(model.lm_head) + prompt * _attention(model, prompt)
+
+
+def decode_flops(model: DeltaLlavaForConditionalGeneration, prompt: int, new_tokens: int) -> int:
+    """Of all tokens of the answer but the first, which the prefill gives; each reads the cache and itself."""
+    per_token = _products(model.model.language_model.layers) + _products(model.lm_head)
+    return sum(per_token + _attention(model, prompt + index) for index in range(1, new_tokens))
+
+
+def _attention(model: DeltaLlavaForConditionalGeneration, context: int) -> int:
+    """Scores and weighted sum of one token over `context` tokens, in all layers."""
+    heads, head_dim, _ = _heads(model.config.text_config)
+    return 4 * context * heads * head_dim * model.config.text_config.num_hidden_layers
+
+
+def _block_flops(block: nn.Module | None, config: DeltaLlavaConfig, tokens: int) -> int:
+    """Of a refinement block of the projector over `tokens`, row and column alike."""
+    if block is None:
+        return 0
+    count = tokens * _products(block)
+    attention: Any = block.attention
+    if attention is not None:
+        side = math.ceil(math.isqrt(tokens) / config.projector_sr_ratio)
+        keys, width = side * side, attention.q_proj.weight.shape[0]
+        count += 4 * tokens * keys * width
+        count -= (tokens - keys) * (_products(attention.k_proj) + _products(attention.v_proj))
+    return count
+
+
+def _products(module: nn.Module) -> int:
+    """Operations per token of all linear maps and convolutions in a module."""
+    return sum(2 * part.weight.numel() for part in module.modules() if isinstance(part, (nn.Linear, nn.Conv2d)))
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _heads(text_config: Any) -> tuple[int, int, int]:
+    """Attention heads, channels per head, and heads of keys and values."""
+    heads = text_config.num_attention_heads
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    return heads, head_dim, getattr(text_config, "num_key_value_heads", None) or heads
+
+
+def kv_cache_bytes(config: DeltaLlavaConfig, tokens: int, dtype: torch.dtype) -> int:
+    """Of the keys and values of `tokens` tokens in all layers."""
+    _, head_dim, heads = _heads(config.text_config)
+    return 2 * config.text_config.num_hidden_layers * tokens * heads * head_dim * dtype.itemsize
+
+
+# ---------------------------------------------------------------------------- the paper's
+
+
+def paper_flops(config: DeltaLlavaConfig, budget: int, text_tokens: int, new_tokens: int) -> dict[str, int]:
+    """The counts that reproduce Fig. 3 and section 6.5, by part.
+
+    A layer of width d with an MLP of width m costs `2 S (4 d^2 + 2 d m) + 4 S^2 d` for S tokens, in the tower and in the
+    language model (equation 14), and each new token the same with S0 in place of the second S (equation 15). For the
+    projector equation (12) gives no constants; see `PAPER_NOTE`.
+    """
+    vision, text = config.vision_config, config.text_config
+    patches, prompt = config.grid_size**2, text_tokens + budget
+    seen = patches + (config.vision_feature_select_strategy == "default")
+    hidden, width = text.hidden_size, vision.hidden_size
+    embedding = 2 * patches * 3 * vision.patch_size**2 * width
+    scale_factor = config.scale_factor_for(budget)
+    return {
+        "tower": embedding + vision.num_hidden_layers * _paper_layer(vision, seen, seen),
+        "projector": round(2 * budget / scale_factor**2 * (width * hidden + hidden * hidden)),
+        "prefill": text.num_hidden_layers * _paper_layer(text, prompt, prompt),
+        "decode": text.num_hidden_layers * _paper_layer(text, new_tokens, prompt),
+    }
+
+
+def _paper_layer(config: Any, tokens: int, context: int) -> int:
+    width = config.hidden_size
+    return 2 * tokens * (4 * width**2 + 2 * width * config.intermediate_size) + 4 * tokens * context * width

@@ -1,0 +1,86 @@
+"""`delta-llava profile`."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+if TYPE_CHECKING:
+    from ..analysis import ModelProfile
+
+
+def profile(
+    model: Annotated[
+        str, typer.Argument(help="Folder or Hub id of a Delta-LLaVA, or a shape: 0.5b, 7b, 13b.", show_default=False)
+    ],
+    num_visual_tokens: Annotated[
+        list[int] | None,
+        typer.Option(help="Visual tokens per image, may be given several times; by default all budgets of the grid."),
+    ] = None,
+    text_tokens: Annotated[int, typer.Option(help="Tokens of the prompt, visual ones aside.")] = 68,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of the answer.")] = 30,
+    dtype: Annotated[
+        str, typer.Option(help="Precision that memory is counted for: float32, bfloat16, float16.")
+    ] = "bfloat16",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="SVG file to draw the operations to.")] = None,
+) -> None:
+    """Operations, parameters and memory of each part at every budget, from the config alone: no weights are read."""
+    import torch  # takes seconds to import, which `--help` need not wait for
+
+    from ..analysis import PAPER_NOTE, SHAPES, bar_plot, profile_model, shape_config
+    from ..modeling import DeltaLlavaConfig
+
+    config = shape_config(model) if model in SHAPES else DeltaLlavaConfig.from_pretrained(model)
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={dtype!r}: use float32, bfloat16 or float16.")
+    result = profile_model(config, text_tokens, new_tokens, getattr(torch, dtype), num_visual_tokens)
+    if as_json:
+        typer.echo(json.dumps({"model": Path(model).name, **asdict(result), "note": PAPER_NOTE}, indent=2))
+    else:
+        _print_tables(result, PAPER_NOTE)
+    if plot is not None:
+        bars = {
+            str(budget.num_visual_tokens): {part: flops / 1e12 for part, flops in budget.exact_flops.items()}
+            for budget in result.budgets
+        }
+        bar_plot(bars, "TFLOPs per image and answer", "visual tokens per image", plot)
+
+
+def _print_tables(result: "ModelProfile", note: str) -> None:
+    console = Console()
+    parameters = ", ".join(f"{name.replace('_', ' ')} {count / 1e6:,.1f}" for name, count in result.parameters.items())
+    console.print(f"Million parameters: {parameters}", highlight=False, soft_wrap=True)
+    setting = f"{result.text_tokens} text tokens, {result.new_tokens} new tokens"
+    for title, field in (("Exact", "exact_flops"), ("The paper's formula", "paper_flops")):
+        rows = [(b.num_visual_tokens, _with_total(getattr(b, field))) for b in result.budgets]
+        cells = [(str(n), {part: f"{flops / 1e12:.4f}" for part, flops in row.items()}) for n, row in rows]
+        console.print(_table(f"{title}: TFLOPs, {setting}", cells))
+    memory = [
+        (
+            str(b.num_visual_tokens),
+            {
+                part: f"{size / 1e6:,.1f}"
+                for part, size in {**b.activation_bytes, "KV cache": b.kv_cache_bytes}.items()
+            },
+        )
+        for b in result.budgets
+    ]
+    console.print(_table(f"Peak of activations, and KV cache: MB in {result.dtype}", memory))
+    console.print(note, highlight=False)
+
+
+def _with_total(parts: dict[str, int]) -> dict[str, int]:
+    return {**parts, "total": sum(parts.values())}
+
+
+def _table(title: str, rows: list[tuple[str, dict[str, Any]]]) -> Table:
+    table = Table("visual tokens", *rows[0][1], title=title, title_justify="left")
+    for name, cells in rows:
+        table.add_row(name, *cells.values())
+    return table

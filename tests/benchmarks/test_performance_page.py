@@ -1,0 +1,50 @@
+"""The page of measured performance holds what the committed results say, and says when a target is missed."""
+
+import json
+
+from transformers_delta_llava.analysis import profile_model, shape_config
+from write_performance_page import ROOT, render, targets
+
+
+def test_the_page_is_up_to_date() -> None:
+    results = {path.stem: json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("*.json")}
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert render(page, results) == page, "run python benchmarks/write_performance_page.py"
+
+
+def test_figures_replace_what_stood_there() -> None:
+    report = {"hardware": "CPU", "options": {"device": "cpu", "dtype": "float32"}, "threads": 2}
+    report |= {"torch": "2", "transformers": "5", "rows": [{"what": "loading", "s": 0.12345, "none": None}]}
+    page = "Text.\n<!-- processing -->\nold\n<!-- end -->\nMore.\n<!-- scaling -->\nold\n<!-- end -->\n"
+    rendered = render(page, {"processing": report})
+    assert "| loading | 0.123 |  |" in rendered and "CPU, cpu, float32, 2 threads" in rendered
+    assert "old" not in rendered and "Not measured yet." in rendered
+    assert rendered.startswith("Text.\n") and "\nMore.\n" in rendered
+    assert render(rendered, {"processing": report}) == rendered
+
+
+def test_targets_are_met_or_missed() -> None:
+    def row(batch: int, s: int, ratio: float) -> dict:
+        shares = {"share of peak": 0.9, "memory ratio": 0.7, "error": 1e-6}
+        return {"batch": batch, "s": s, "released/ours": ratio, **shares}
+
+    found = targets([row(1, 1, 2.5), row(1, 2, 1.4), row(4, 2, 1.3), row(1, 6, 1.9)], [row(1, 2, 1.31)])
+    verdicts = {entry["target"]: entry[""] for entry in found}
+    missed = {name for name, verdict in verdicts.items() if verdict == "**missed**"}
+    assert len(verdicts) == 9
+    assert {name.split(":")[0] for name in missed} == {
+        "forward, batch 1, s = 2",
+        "peak memory at inference, share of released, most",
+    }
+
+
+def test_operations_in_the_text_are_those_that_are_counted() -> None:
+    """The page's section on operations is typed; its figures are not."""
+    page = " ".join((ROOT / "docs" / "performance.md").read_text().split())
+    result = profile_model(shape_config("7b"), budgets=[576, 144, 1])
+    exact = [f"{sum(budget.exact_flops.values()) / 1e12:.2f}" for budget in result.budgets]
+    paper = [f"{sum(budget.paper_flops.values()) / 1e12:.2f}" for budget in result.budgets]
+    assert f"{exact[0]} TFLOPs at 576 visual tokens, {exact[1]} at 144 and {exact[2]} at 1." in page
+    assert f"gives {paper[0]}, {paper[1]} and {paper[2]}" in page
+    ours = [f"{budget.exact_flops['projector'] / 1e12:.4f}" for budget in result.budgets]
+    assert f"({ours[0]} and {ours[1]} here)" in page
