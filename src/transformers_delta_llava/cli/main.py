@@ -10,6 +10,7 @@ from .convert import convert
 from .evaluate import evaluate
 from .export import export
 from .inspect import inspect
+from .serve import serve
 from .train import train
 
 
@@ -18,6 +19,7 @@ app.command()(convert)
 app.add_typer(evaluate, name="evaluate")
 app.command()(export)
 app.command()(inspect)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 app.command()(train)
 
 

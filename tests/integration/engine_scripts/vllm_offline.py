@@ -9,8 +9,9 @@ budget that the model does not have.
 import json
 import sys
 
-from answer import NEW_TOKENS
 from vllm import LLM, SamplingParams
+
+from answer import NEW_TOKENS
 
 
 def main() -> None:
