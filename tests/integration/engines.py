@@ -45,10 +45,15 @@ class Engine:
 
     def run(self, script: str, *arguments: object, stdin: object = None, timeout: int = 600, **environment: str):
         """Run one of `engine_scripts/` and return the JSON object that it prints."""
-        command = [str(self.python), str(SCRIPTS / script), *map(str, arguments)]
+        given = None if stdin is None else json.dumps(stdin)
+        output = self.run_python(SCRIPTS / script, *arguments, stdin=given, timeout=timeout, **environment)
+        return json.loads(next(line for line in reversed(output.splitlines()) if line.startswith("{")))
+
+    def run_python(self, *arguments: object, stdin: str | None = None, timeout: int = 600, **environment: str) -> str:
+        """Run this environment's Python and return what it prints; fail with the end of it where it fails."""
         result = subprocess.run(
-            command,
-            input=None if stdin is None else json.dumps(stdin),
+            [str(self.python), *map(str, arguments)],
+            input=stdin,
             env=self.environment(**environment),
             cwd=self.scratch,
             capture_output=True,
@@ -56,7 +61,7 @@ class Engine:
             timeout=timeout,
         )
         assert result.returncode == 0, f"{result.stdout[-4000:]}\n{result.stderr[-12000:]}"
-        return json.loads(next(line for line in reversed(result.stdout.splitlines()) if line.startswith("{")))
+        return result.stdout
 
     @contextlib.contextmanager
     def serve(self, command: list[object], port: int, timeout: int = 240, **environment: str) -> Iterator["Server"]:
