@@ -5,6 +5,7 @@ import copy
 import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 
 Request = dict

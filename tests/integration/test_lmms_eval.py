@@ -1,10 +1,11 @@
 """lmms-eval finds the model and the task that this package brings, and measures what our own evaluation measures."""
 
 import json
+import re
 
 import pytest
 
-from tests.integration.engines import Engine
+from tests.integration.engines import ROOT, Engine
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from transformers_delta_llava.evaluation import answer_questions, load_questions
 from transformers_delta_llava.evaluation.lmms import TASKS
@@ -31,3 +32,18 @@ def test_accuracy_is_that_of_our_own_evaluation(repo, tmp_path, budget):
     right = sum(answer == question.answer for answer, question in zip(own, questions))
     scores = json.loads(results.read_text())["results"]["easy_vqa"]
     assert scores["exact_match,none"] == pytest.approx(right / QUESTIONS)
+
+
+def test_the_tasks_and_metrics_that_the_documentation_names_exist(tmp_path):
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    rows = re.findall(r"^\| \w+ \| [\d, ]+ \| `(\w+)` \| (.*) \|$", page, re.MULTILINE)
+    named = {task: re.findall(r"`(\w+)`", metrics) for task, metrics in rows}
+    assert len(named) == 10
+
+    report = Engine("lmms-eval", tmp_path).run("lmms_tasks.py", *named)
+
+    assert report["model"] == "transformers_delta_llava.evaluation.lmms.model"
+    for task, metrics in named.items():
+        assert set(metrics) <= set(report["metrics"][task]), task
+    commands = re.findall(r"--tasks ([\w,]+)", page)
+    assert {task for command in commands for task in command.split(",")} <= {*named, "easy_vqa"}

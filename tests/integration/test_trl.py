@@ -65,7 +65,7 @@ def test_new_words_are_learned_and_old_ones_kept(flags, repo, rows, old_question
     losses = report["losses"]
     assert sum(losses[-5:]) < 0.3 * sum(losses[:5])
     before, after = accuracy(repo, new_questions), accuracy(tmp_path / "tuned", new_questions)
-    assert after > before + 30
+    assert before < 5 and after > 90
     assert accuracy(tmp_path / "tuned", old_questions) >= accuracy(repo, old_questions) - 3
     if flags:
         names = {name.rsplit(".", 2)[-2] for name in report["trainable"] if "lora_" in name}

@@ -16,6 +16,8 @@ from ...processing import DeltaLlavaProcessor
 
 # What a task that says nothing about its answers gets.
 MAX_NEW_TOKENS = 128
+# Settings of a task that concern generation here; others are meant for one model or another.
+SETTINGS = ("max_new_tokens", "num_beams", "temperature", "top_k", "top_p")
 
 
 class DeltaLlavaLmms(lmms):
@@ -92,8 +94,8 @@ class DeltaLlavaLmms(lmms):
         inputs = self.processor.apply_chat_template(
             conversations, add_generation_prompt=True, tokenize=True, return_dict=True, processor_kwargs=options
         ).to(self.device, self.model.dtype)
-        settings = dict(batch[0][2])
-        stops = _stop_strings(settings.pop("until", None))
+        settings = batch[0][2]
+        stops = _stop_strings(settings.get("until"))
         output = self.model.generate(**inputs, **_generation_settings(settings))
         said = self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         answers = [_cut(text, stops).strip() for text in said]
@@ -120,13 +122,13 @@ class DeltaLlavaLmms(lmms):
 
 def _generation_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """A task's settings as `generate` takes them: greedy where the temperature is 0 or not given."""
-    settings = {name: value for name, value in settings.items() if value is not None}
-    settings.setdefault("max_new_tokens", MAX_NEW_TOKENS)
-    settings["do_sample"] = settings.get("temperature", 0) > 0
-    if not settings["do_sample"]:
-        for name in ("temperature", "top_p", "top_k"):
-            settings.pop(name, None)
-    return settings
+    chosen = {"max_new_tokens": MAX_NEW_TOKENS}
+    chosen |= {name: settings[name] for name in SETTINGS if settings.get(name) is not None}
+    if chosen.get("temperature", 0) > 0:
+        return {**chosen, "do_sample": True}
+    for name in ("temperature", "top_k", "top_p"):
+        chosen.pop(name, None)
+    return {**chosen, "do_sample": False}
 
 
 def _stop_strings(until: Any) -> list[str]:
