@@ -56,7 +56,7 @@ def with_bad_url(request: Request, generator: random.Random) -> Request:
     urls = (
         "http://127.0.0.1:9/a.png",
         "http://no.such.host.invalid/a.png",
-        "file:///etc/hostname",
+        Path("/etc/hostname").as_uri(),
         "/etc/hostname",
         "",
     )
