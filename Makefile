@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest test-engines lint format bench clean
+.PHONY: help demo test test-oldest test-engines lint format bench cards clean
 
 export PYTHON
 BIN := .venv/bin
@@ -44,6 +44,9 @@ bench: .venv/.ready  ## Run every script in benchmarks/
 	@shopt -s nullglob; scripts=(benchmarks/*.py); \
 	if (( $${#scripts[@]} == 0 )); then echo "There is no benchmark yet."; fi; \
 	for script in "$${scripts[@]}"; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+cards: .venv/.ready  ## Render model_cards/ from the facts beside them
+	@$(BIN)/python tools/render_cards.py
 
 clean:  ## Delete environments, caches and outputs
 	rm -rf .venv .venv-oldest .engines .cache .coverage .mypy_cache .pytest_cache .ruff_cache build dist demo-output

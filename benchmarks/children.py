@@ -10,6 +10,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 
 def start(work: Callable[[], object]) -> tuple[int, int]:
     """Run `work` in a forked child; returns its process id, and a pipe that will hold its result as JSON."""
@@ -23,6 +25,7 @@ def start(work: Callable[[], object]) -> tuple[int, int]:
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
         os.dup2(silence, 2)
+        torch.set_num_threads(1)  # the threads of the parent are not here, and OpenMP would wait for them
         try:
             result = {"value": work()}
         except BaseException as error:

@@ -25,7 +25,6 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.children import hashes, outcome
-
 from examples.make_checkpoint import write_checkpoint
 from transformers_delta_llava.conversion import convert_checkpoint, convert_state_dict, inspect_model
 from transformers_delta_llava.conversion.shard_writer import same_bits

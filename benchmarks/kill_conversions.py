@@ -22,7 +22,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.children import hashes, outcome, start
-
 from examples.make_checkpoint import write_checkpoint
 from transformers_delta_llava.conversion import convert_checkpoint
 

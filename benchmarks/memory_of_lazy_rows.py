@@ -50,7 +50,9 @@ def write_rows(file: Path, count: int) -> None:
             turns = []
             for turn in range(5):
                 turns.append({"from": "human", "value": first if turn == 0 else f"And number {turn}?"})
-                turns.append({"from": "gpt", "value": f"Answer {turn} of row {number}. " + "It goes on a while. " * 10})
+                turns.append(
+                    {"from": "gpt", "value": f"Answer {turn} of row {number}. " + "It goes on a while. " * 10}
+                )
             row = {"id": f"row-{number}", "conversations": turns, **({"image": "image.png"} if number % 4 else {})}
             out.write(("[" if number == 0 else ",\n") + json.dumps(row))
         out.write("]")

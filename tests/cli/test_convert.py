@@ -8,7 +8,6 @@ import pytest
 
 from examples.make_checkpoint import write_checkpoint
 from transformers_delta_llava import __version__
-from transformers_delta_llava.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -16,20 +15,6 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "llava-tiny"
     write_checkpoint(folder)
     return folder
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs the command; returns its exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["delta-llava", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        return stopped.value.code, captured.out, captured.err
-
-    return run
 
 
 def test_convert(call, checkpoint, tmp_path):

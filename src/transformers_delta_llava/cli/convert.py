@@ -7,12 +7,20 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from ..conversion import convert_checkpoint
+from ..conversion import ConversionError, convert_checkpoint
+from ..conversion.hub import is_repo_id
+from ..conversion.publish import check_login
+from .push import CreatePr, DryRun, Private, Revision, push_and_tell
 
 
 def convert(
     source: Annotated[Path, typer.Argument(help="Checkpoint folder in the authors' layout.", show_default=False)],
-    output: Annotated[Path, typer.Argument(help="Folder to write the Hub repo to.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Folder to write the Hub repo to; with --push-to-hub by default ./NAME.", show_default=False
+        ),
+    ] = None,
     base_model: Annotated[
         str | None,
         typer.Option(help="Folder or Hub id of the language model that a projector or a LoRA run was trained on."),
@@ -34,8 +42,28 @@ def convert(
         bool, typer.Option("--verify", help="Read the written tensors back and compare every one with its source.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier conversion's output.")] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="Publish the result; see `delta-llava push`.")
+    ] = None,
+    private: Private = False,
+    revision: Revision = None,
+    create_pr: CreatePr = False,
+    dry_run: DryRun = False,
 ) -> None:
-    """Convert a trained checkpoint into a Hub repo, and print the repo's path."""
+    """Convert a trained checkpoint into a Hub repo, and print the repo's path.
+
+    With --push-to-hub the repo is then published, and the commit's URL printed too; --dry-run converts and sends nothing.
+    """
+    if push_to_hub is None:
+        if private or revision is not None or create_pr or dry_run:
+            raise ConversionError("--private, --revision, --create-pr and --dry-run belong to --push-to-hub.")
+        if output is None:
+            raise ConversionError("Name the folder to write the repo to, or publish it with --push-to-hub ORG/NAME.")
+    elif not is_repo_id(push_to_hub):
+        raise ConversionError(f"{push_to_hub} is not a Hub id of the form owner/name.")
+    elif not dry_run:
+        check_login()  # not after an hour of conversion
+    output = output or Path(str(push_to_hub).rpartition("/")[2])
     talk = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -57,6 +85,7 @@ def convert(
             overwrite=overwrite,
             max_shard_size=max_shard_size,
             verify=verify,
+            repo_id=push_to_hub,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             verify_progress=lambda done, total: bar.update(task, description="verifying", completed=done, total=total),
         )
@@ -72,3 +101,11 @@ def convert(
         soft_wrap=True,
     )
     typer.echo(report.output)
+    if push_to_hub is not None:
+        try:
+            push_and_tell(
+                output, push_to_hub, private=private, revision=revision, create_pr=create_pr, dry_run=dry_run
+            )
+        except ConversionError as error:
+            again = f"the converted repo is in {output}, and `delta-llava push {output} {push_to_hub}` publishes it."
+            raise ConversionError(f"{str(error).rstrip('.')}; {again}") from error

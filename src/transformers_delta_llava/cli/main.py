@@ -10,6 +10,7 @@ from .convert import convert
 from .evaluate import evaluate
 from .export import export
 from .inspect import inspect
+from .push import push
 from .serve import serve
 from .train import train
 
@@ -19,6 +20,7 @@ app.command()(convert)
 app.add_typer(evaluate, name="evaluate")
 app.command()(export)
 app.command()(inspect)
+app.command()(push)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 app.command()(train)
 
@@ -35,7 +37,7 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Delta-LLaVA models: convert checkpoints into Hugging Face repos, train new ones."""
+    """Delta-LLaVA models: convert checkpoints into Hugging Face repos, publish them, train new ones."""
 
 
 def main() -> None:

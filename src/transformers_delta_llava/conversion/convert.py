@@ -18,7 +18,7 @@ from .hub_repo import read_chat_template, write_code, write_config, write_proces
 from .json_files import read_json, write_json
 from .key_map import TOWER_TARGET, NameMap, map_names
 from .language_models import default_chat_template, language_model
-from .model_card import ModelCard
+from .model_card import Conversion, ModelCard
 from .output_folder import REPORT_FILE, atomic_folder, check_output
 from .report import ConversionReport, sha256_of
 from .settings import build_config
@@ -78,6 +78,7 @@ def convert_checkpoint(
     verify: bool = False,
     progress: Progress | None = None,
     verify_progress: Progress | None = None,
+    repo_id: str | None = None,
 ) -> ConversionReport:
     """Convert a checkpoint into a folder that loads with `trust_remote_code` where this package is not installed.
 
@@ -98,6 +99,7 @@ def convert_checkpoint(
         max_shard_size: most bytes of tensors per weight file, as a number or as `2GB`.
         verify: read the written tensors back and compare each with its source, bit by bit, before the output appears.
         progress: called with the bytes of tensors handled so far, and in all; `verify_progress` the same while verifying.
+        repo_id: Hub id that the model card's examples name. By default they name the output folder.
 
     Returns:
         What was done; the same stands in the output's `conversion.json`.
@@ -136,7 +138,9 @@ def convert_checkpoint(
         save_tokenizer(read.tokenizer, folder, read.settings.get("tokenizer_model_max_length"))
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
         warnings = _write_generation_config(read, config, folder)
-        (folder / "README.md").write_text(_model_card(read, config, output.resolve().name, cast), encoding="utf-8")
+        (folder / "README.md").write_text(
+            _model_card(read, config, repo_id or output.resolve().name, cast), encoding="utf-8"
+        )
         report = _report(read, config, plan, output, weight_files, warnings, source_hashes.result())
         write_json(report.to_dict(), folder / REPORT_FILE)
     return report
@@ -223,9 +227,11 @@ def _model_card(read: _Source, config: DeltaLlavaConfig, name: str, cast: torch.
         name=name,
         vision_tower=read.tower.name,
         base_models=read.base_models,
-        cast_to=str(cast).removeprefix("torch.") if cast is not None else None,
-        new_rows=config.text_config.vocab_size - read.rows,
-        new_tokens=read.token_ids.added,
+        conversion=Conversion(
+            cast_to=str(cast).removeprefix("torch.") if cast is not None else None,
+            new_rows=config.text_config.vocab_size - read.rows,
+            new_tokens=read.token_ids.added,
+        ),
     ).render()
 
 

@@ -1,7 +1,7 @@
 """Writes tensors into safetensors files of a limited size, one file in memory at a time."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -59,7 +59,7 @@ def write_shards(
     for file_name, shard in zip(names, shards):
         contents = {}
         for name in shard:
-            contents[name] = tensors[name].load().clone(memory_format=torch.contiguous_format)
+            contents[name] = _apart(tensors[name].load(), contents.values())
             _refuse_non_finite(name, contents[name])
             done += tensors[name].num_bytes
             if progress is not None:
@@ -95,6 +95,14 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(
         one.contiguous().reshape(-1).view(torch.uint8), other.contiguous().reshape(-1).view(torch.uint8)
     )
+
+
+def _apart(tensor: torch.Tensor, others: Iterable[torch.Tensor]) -> torch.Tensor:
+    """`tensor`, contiguous, sharing no memory with `others`. What is mapped from a file stays so: it is written uncopied."""
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    if whole and all(tensor.data_ptr() != other.data_ptr() for other in others):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _refuse_non_finite(name: str, tensor: torch.Tensor) -> None:

@@ -1,0 +1,57 @@
+"""`delta-llava push`, and the options that `delta-llava convert --push-to-hub` shares with it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..conversion import PushReport, push_folder
+
+
+Private = Annotated[bool, typer.Option("--private", help="Create the repo private.")]
+Revision = Annotated[str | None, typer.Option(help="Branch to commit to, made if it does not exist; by default main.")]
+CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the folder and list what would be uploaded, no more.")]
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="Repo folder that convert or train wrote.", show_default=False)],
+    repo_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Hub repo.", show_default=False)],
+    private: Private = False,
+    revision: Revision = None,
+    create_pr: CreatePr = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Publish a repo folder on the Hub in one commit, and print the commit's URL.
+
+    The login is that of `hf auth login` or of HF_TOKEN. After a broken connection, run it again: what arrived stays.
+    """
+    push_and_tell(folder, repo_id, private=private, revision=revision, create_pr=create_pr, dry_run=dry_run)
+
+
+def push_and_tell(
+    folder: Path, repo_id: str, *, private: bool, revision: str | None, create_pr: bool, dry_run: bool
+) -> None:
+    """Push, with sentences on stderr and the URL on stdout; after a dry run the list of files there."""
+    talk = Console(stderr=True)
+
+    def say(sentence: str) -> None:
+        talk.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+    report = push_folder(
+        folder, repo_id, private=private, revision=revision, create_pr=create_pr, dry_run=dry_run, talk=say
+    )
+    if not dry_run:
+        typer.echo(report.url)
+        return
+    for name, size in report.files.items():
+        typer.echo(f"{size:>14,} {name}")
+    say(_plan(report, private, revision, create_pr))
+
+
+def _plan(report: PushReport, private: bool, revision: str | None, create_pr: bool) -> str:
+    size = f"{len(report.files)} files, {sum(report.files.values()) / 1e6:,.1f} MB"
+    how = "a pull request against" if create_pr else "one commit to"
+    visibility = " (private, if it is new)" if private else ""
+    return f"Would upload {size}, in {how} {revision or 'main'} of {report.repo_id}{visibility}; nothing was sent."

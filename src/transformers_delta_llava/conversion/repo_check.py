@@ -1,0 +1,114 @@
+"""Whether a folder is a repo that loads, checked before it is published."""
+
+from fnmatch import fnmatch
+from pathlib import Path
+
+from PIL import Image
+from transformers.utils import logging
+
+from .. import modeling, processing
+from ..modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
+from ..processing import DeltaLlavaProcessor
+from .errors import ConversionError, listed
+
+
+# Files that run code when they are loaded; safetensors hold the weights.
+PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
+# What the trainer leaves beside the model it finished.
+TRAINERS_OWN = ("checkpoint-*", "training_args.bin")
+
+
+def repo_files(folder: Path) -> dict[str, Path]:
+    """The files to publish, by their path in the repo; hidden ones (`.git`, `.cache`) and the trainer's own stay.
+
+    Raises:
+        ConversionError: `folder` is none, or holds pickles, links, or Python files that are not this package's.
+    """
+    if not folder.is_dir():
+        raise ConversionError(f"{folder} is not a folder.")
+    paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
+    visible = {name: path for name, path in paths.items() if not _stays(name)}
+    _refuse("links, which the Hub would get as files", (name for name, path in visible.items() if path.is_symlink()))
+    files = {name.as_posix(): path for name, path in visible.items() if path.is_file()}
+    _refuse("pickles, which nobody should load", (name for name in files if Path(name).suffix in PICKLES))
+    _check_code(files)
+    return files
+
+
+def check_repo(folder: Path) -> None:
+    """Load `folder` as its users will, without reading the weights' values and without running code of the folder.
+
+    The model is built on the meta device, so a repo of any size is checked in seconds: every weight must be there, in
+    its shape, and no other; the processor must answer a chat about a picture with the model's number of placeholders.
+
+    Raises:
+        ConversionError: one sentence on what does not load.
+    """
+    try:
+        config = DeltaLlavaConfig.from_pretrained(folder)
+        _check_weights(folder)
+        found = _count_placeholders(folder, config)
+    except ConversionError:
+        raise
+    except Exception as error:  # every part of a repo raises errors of its own kind
+        reason = " ".join(str(error).split()).rstrip(".")[:300]
+        raise ConversionError(f"{folder.name} does not load, so it is not published: {reason}.") from error
+    if found != config.image_seq_length:
+        raise ConversionError(
+            f"{folder.name} is not published: its processor writes {found} placeholders for a picture, "
+            f"its model wants {config.image_seq_length}."
+        )
+
+
+def _stays(name: Path) -> bool:
+    return any(part.startswith(".") for part in name.parts) or any(fnmatch(name.parts[0], own) for own in TRAINERS_OWN)
+
+
+def _check_code(files: dict[str, Path]) -> None:
+    modules = [path for package in (modeling, processing) for path in Path(str(package.__file__)).parent.glob("*.py")]
+    ours = {path.name: path.read_bytes() for path in modules if path.name != "__init__.py"}
+    missing = ours.keys() - files.keys()
+    if missing:
+        raise ConversionError(
+            f"The folder lacks {listed(missing)}, without which it does not load; convert or save the model again."
+        )
+    _refuse("Python files that are not this package's", (n for n in files if n.endswith(".py") and n not in ours))
+    _refuse(
+        "code that is not this version's of the package (convert or save the model again)",
+        (name for name, content in ours.items() if files[name].read_bytes() != content),
+    )
+
+
+def _check_weights(folder: Path) -> None:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of missing weights is one table, ours one sentence
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        _, info = DeltaLlavaForConditionalGeneration.from_pretrained(
+            folder, device_map="meta", use_safetensors=True, output_loading_info=True
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            names = listed((name if isinstance(name, str) else name[0] for name in info[kind]), limit=5)
+            raise ConversionError(
+                f"{folder.name} is not published: its weights have {kind.replace('_', ' ')} ({names})."
+            )
+
+
+def _count_placeholders(folder: Path, config: DeltaLlavaConfig) -> int:
+    processor = DeltaLlavaProcessor.from_pretrained(folder)
+    question = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
+    ids = processor(images=Image.new("RGB", (40, 30)), text=prompt)["input_ids"]
+    return sum(token == config.image_token_id for token in ids[0])
+
+
+def _refuse(what: str, names: object) -> None:
+    found = [str(name) for name in names]  # type: ignore[attr-defined]
+    if found:
+        raise ConversionError(f"The folder holds {what}: {listed(found, limit=5)}.")

@@ -1,0 +1,306 @@
+"""A small Hub over HTTP: keeps what it is sent in memory, and fails when a test tells it to.
+
+It speaks what huggingface_hub uses to create a repo, upload (regular files, LFS in one or several parts), commit, open a
+pull request, list and download. No Xet storage: clients must be told so with HF_HUB_DISABLE_XET=1.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import socket
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from tests.hub_faults import Faults
+
+
+TOKEN = "hf_" + "t" * 34
+LFS_FROM = 10_000  # bytes; the real Hub goes by name and size
+EPOCH = "2026-01-01T00:00:00.000Z"
+Tree = dict[str, bytes]
+Answer = tuple[int, dict | list | bytes, dict[str, str]]
+
+
+@dataclass
+class Repo:
+    """Commits by id, branches and pull requests by name."""
+
+    private: bool
+    commits: dict[str, Tree] = field(default_factory=dict)
+    heads: dict[str, str] = field(default_factory=dict)
+    titles: dict[int, str] = field(default_factory=dict)
+
+    def commit(self, branch: str, tree: Tree) -> str:
+        oid = hashlib.sha1(f"{len(self.commits)}{branch}".encode()).hexdigest()
+        self.commits[oid], self.heads[branch] = tree, oid
+        return oid
+
+    def oid(self, revision: str) -> str | None:
+        return self.heads.get(revision, revision if revision in self.commits else None)
+
+
+class HubServer(ThreadingHTTPServer):
+    """Runs in threads of this process between `with` and its end; `url` is its endpoint."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, faults: Faults | None = None, stall: float = 2.0, chunk_size: int | None = None) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.faults, self.stall, self.chunk_size = faults, stall, chunk_size
+        self.repos: dict[str, Repo] = {}
+        self.objects: dict[str, bytes] = {}  # LFS, by sha256
+        self.parts: dict[str, bytes] = {}
+        self.ignored: set[str] = set()  # what a .gitignore leaves out
+        self.requests: Counter[str] = Counter()  # "PUT /lfs/..." and so on
+        self.lock = threading.RLock()
+
+    def __enter__(self) -> "HubServer":
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def files(self, repo_id: str, revision: str = "main") -> Tree:
+        """Content of every file, by path."""
+        repo = self.repos[repo_id]
+        return repo.commits[repo.heads[revision]]
+
+    def handle_error(self, *_: object) -> None:
+        """Connections that a test cut are no news."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: HubServer
+
+    def handle_one_request(self) -> None:
+        self.close_connection = True
+        self.raw_requestline = self.rfile.readline(65537)
+        if self.raw_requestline and self.parse_request():
+            self.close_connection = True
+            self._serve()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _serve(self) -> None:
+        parts = urlsplit(self.path)
+        self.url_path, self.query = unquote(parts.path), parse_qs(parts.query)
+        request = f"{self.command} {self.url_path}"
+        fault = self.server.faults.draw(request) if self.server.faults else None
+        if fault == "cut":
+            self.rfile.read(min(1000, int(self.headers.get("Content-Length") or 0)))
+            return self._hang_up()
+        body = self._body()
+        if fault == "stall":
+            threading.Event().wait(self.server.stall)
+            return self._hang_up()
+        if fault in ("500", "429"):
+            return self._send(int(fault), {"error": "a fault of the test"}, {})
+        with self.server.lock:
+            self.server.requests[request] += 1
+            answer = self._answer(body)
+        return self._hang_up() if fault == "lost" else self._send(*answer)
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        pieces = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            pieces.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(pieces)
+
+    def _hang_up(self) -> None:
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def _send(self, status: int, content: dict | list | bytes, headers: dict[str, str]) -> None:
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        size = headers.pop("Content-Length", str(len(body)))
+        for name, value in {"Content-Length": size, "Connection": "close", **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_HEAD = do_POST = do_PUT = _serve
+
+    def _answer(self, body: bytes) -> Answer:
+        if not self.url_path.startswith("/lfs/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return 401, {"error": "no token, or a wrong one"}, {}
+        for pattern, method in _ROUTES:
+            if match := re.fullmatch(pattern, f"{self.command} {self.url_path}"):
+                return method(self, body, *match.groups())
+        return 404, {"error": f"no such thing: {self.command} {self.url_path}"}, {}
+
+    def _whoami(self, body: bytes) -> Answer:
+        return 200, {"type": "user", "name": "org", "orgs": [], "auth": {}}, {}
+
+    def _create(self, body: bytes) -> Answer:
+        wanted = json.loads(body)
+        repo_id = f"{wanted['organization']}/{wanted['name']}"
+        answer = {"url": f"{self.server.url}/{repo_id}", "id": repo_id, "name": repo_id}
+        if repo_id in self.server.repos:
+            return 409, {"error": "You already created this model repo", **answer}, {}
+        private = wanted.get("private") or wanted.get("visibility") == "private"
+        self.server.repos[repo_id] = Repo(private=bool(private))
+        self.server.repos[repo_id].commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"})
+        return 200, answer, {}
+
+    def _validate_yaml(self, body: bytes) -> Answer:
+        return 200, {"errors": [], "warnings": []}, {}
+
+    def _info(self, body: bytes, repo_id: str, revision: str | None = None) -> Answer:
+        repo = self.server.repos.get(repo_id)
+        oid = repo and repo.oid(revision or "main")
+        if not repo or not oid:
+            return 404, {"error": "not found"}, {"X-Error-Code": "RevisionNotFound" if repo else "RepoNotFound"}
+        siblings = [{"rfilename": name} for name in repo.commits[oid]]
+        return 200, {"id": repo_id, "sha": oid, "private": repo.private, "siblings": siblings, "tags": []}, {}
+
+    def _branch(self, body: bytes, repo_id: str, branch: str) -> Answer:
+        repo = self.server.repos[repo_id]
+        if branch in repo.heads:
+            return 409, {"error": "exists"}, {}
+        repo.heads[branch] = repo.heads["main"]
+        return 200, {}, {}
+
+    def _preupload(self, body: bytes, repo_id: str, revision: str) -> Answer:
+        repo = self.server.repos[repo_id]
+        if revision not in repo.heads:
+            return 404, {"error": "not found"}, {"X-Error-Code": "RevisionNotFound"}
+        tree = repo.commits[repo.heads[revision]]
+        files = [
+            {
+                "path": file["path"],
+                "uploadMode": "lfs" if file["size"] >= LFS_FROM else "regular",
+                "shouldIgnore": file["path"] in self.server.ignored,
+                "oid": _oid(tree[file["path"]]) if file["path"] in tree else None,
+            }
+            for file in json.loads(body)["files"]
+        ]
+        return 200, {"files": files}, {}
+
+    def _batch(self, body: bytes, repo_id: str) -> Answer:
+        return 200, {"transfer": "basic", "objects": [self._actions(o) for o in json.loads(body)["objects"]]}, {}
+
+    def _actions(self, wanted: dict) -> dict:
+        oid, size, chunk = wanted["oid"], wanted["size"], self.server.chunk_size
+        if oid in self.server.objects:
+            return wanted
+        upload: dict = {"href": f"{self.server.url}/lfs/{oid}?X-Signature=secret"}
+        if chunk and size > chunk:
+            count = -(-size // chunk)
+            urls = {f"{i + 1:05d}": f"{self.server.url}/lfs/{oid}.{i + 1}?X-Signature=secret" for i in range(count)}
+            upload = {"href": f"{self.server.url}/lfs/{oid}/complete", "header": {"chunk_size": str(chunk), **urls}}
+        return {**wanted, "actions": {"upload": upload, "verify": {"href": f"{self.server.url}/lfs/{oid}/verify"}}}
+
+    def _put(self, body: bytes, oid: str, part: str | None) -> Answer:
+        if part:
+            self.server.parts[f"{oid}.{part}"] = body
+            return 200, b"", {"ETag": f'"{part}"'}
+        return self._keep(oid, body)
+
+    def _complete(self, body: bytes, oid: str) -> Answer:
+        numbers = [part["partNumber"] for part in json.loads(body)["parts"]]
+        return self._keep(oid, b"".join(self.server.parts[f"{oid}.{number}"] for number in numbers))
+
+    def _keep(self, oid: str, content: bytes) -> Answer:
+        if hashlib.sha256(content).hexdigest() != oid:
+            return 400, {"error": "other bytes than announced"}, {}
+        self.server.objects[oid] = content
+        return 200, b"", {}
+
+    def _verify(self, body: bytes, oid: str) -> Answer:
+        return (200, {}, {}) if oid in self.server.objects else (404, {"error": "not uploaded"}, {})
+
+    def _commit(self, body: bytes, repo_id: str, revision: str) -> Answer:
+        repo = self.server.repos[repo_id]
+        items = [json.loads(line) for line in body.splitlines()]
+        tree = dict(repo.commits[repo.heads[revision]])
+        for key, value in ((item["key"], item["value"]) for item in items):
+            if key == "file":
+                tree[value["path"]] = base64.b64decode(value["content"])
+            elif key == "lfsFile":
+                if value["oid"] not in self.server.objects:
+                    return 400, {"error": f"{value['path']} was not uploaded"}, {}
+                tree[value["path"]] = self.server.objects[value["oid"]]
+            elif key == "deletedFile":
+                del tree[value["path"]]
+        answer = {"pullRequestUrl": None}
+        if "create_pr" in self.query:
+            number = len(repo.titles) + 1
+            repo.titles[number] = items[0]["value"]["summary"]
+            answer["pullRequestUrl"] = f"{self.server.url}/{repo_id}/discussions/{number}"
+            revision = f"refs/pr/{number}"
+        oid = repo.commit(revision, tree)
+        return 200, {"commitUrl": f"{self.server.url}/{repo_id}/commit/{oid}", "commitOid": oid, **answer}, {}
+
+    def _discussions(self, body: bytes, repo_id: str) -> Answer:
+        common = {"author": {"name": "org"}, "createdAt": EPOCH, "status": "open", "isPullRequest": True}
+        common["repo"] = {"name": repo_id, "type": "model"}
+        found = [{"title": title, "num": num, **common} for num, title in self.server.repos[repo_id].titles.items()]
+        return 200, {"discussions": found, "count": len(found), "start": 0}, {}
+
+    def _tree(self, body: bytes, repo_id: str, revision: str) -> Answer:
+        repo = self.server.repos.get(repo_id)
+        oid = repo and repo.oid(revision)
+        if not repo or not oid:
+            return 404, {"error": "not found"}, {"X-Error-Code": "RevisionNotFound" if repo else "RepoNotFound"}
+        return 200, [_entry(name, content) for name, content in repo.commits[oid].items()], {}
+
+    def _resolve(self, body: bytes, repo_id: str, revision: str, name: str) -> Answer:
+        repo = self.server.repos.get(repo_id)
+        oid = repo and repo.oid(revision)
+        if not repo or not oid:
+            return 404, b"", {"X-Error-Code": "RevisionNotFound" if repo else "RepoNotFound"}
+        if name not in repo.commits[oid]:
+            return 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": oid}
+        content = repo.commits[oid][name]
+        headers = {"X-Repo-Commit": oid, "ETag": f'"{_oid(content)}"', "Content-Length": str(len(content))}
+        return 200, content, headers
+
+
+def _oid(content: bytes) -> str:
+    """sha256 of a large file, git's hash of another."""
+    if len(content) >= LFS_FROM:
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _entry(name: str, content: bytes) -> dict:
+    entry = {"type": "file", "path": name, "size": len(content), "oid": _oid(content)}
+    if len(content) >= LFS_FROM:
+        entry |= {"lfs": {"oid": _oid(content), "size": len(content), "pointerSize": 130}, "oid": "0" * 40}
+    return entry
+
+
+_ID = r"([\w.-]+/[\w.-]+)"
+_ROUTES: list[tuple[str, Callable[..., Answer]]] = [
+    (r"GET /api/whoami-v2", _Handler._whoami),
+    (r"POST /api/repos/create", _Handler._create),
+    (r"POST /api/validate-yaml", _Handler._validate_yaml),
+    (rf"GET /api/models/{_ID}", _Handler._info),
+    (rf"GET /api/models/{_ID}/revision/(.+)", _Handler._info),
+    (rf"POST /api/models/{_ID}/branch/(.+)", _Handler._branch),
+    (rf"POST /api/models/{_ID}/preupload/(.+)", _Handler._preupload),
+    (rf"POST /{_ID}\.git/info/lfs/objects/batch", _Handler._batch),
+    (r"PUT /lfs/(\w+)(?:\.(\d+))?", _Handler._put),
+    (r"POST /lfs/(\w+)/complete", _Handler._complete),
+    (r"POST /lfs/(\w+)/verify", _Handler._verify),
+    (rf"POST /api/models/{_ID}/commit/(.+)", _Handler._commit),
+    (rf"GET /api/models/{_ID}/discussions", _Handler._discussions),
+    (rf"GET /api/models/{_ID}/tree/((?:refs/pr/)?[^/]+)", _Handler._tree),
+    (rf"(?:GET|HEAD) /{_ID}/resolve/((?:refs/pr/)?[^/]+)/(.+)", _Handler._resolve),
+]
