@@ -21,12 +21,16 @@ ENVIRONMENTS = ROOT / ".engines"
 REQUESTED = os.environ.get("DELTA_LLAVA_ENGINES", "").split()
 
 
+def needs(name: str) -> pytest.MarkDecorator:
+    """Skip a test where `make test-engines` was not asked for the environment `name`."""
+    reason = f"needs an environment of its own: make test-engines ENGINES={name}"
+    return pytest.mark.skipif(name not in REQUESTED, reason=reason)
+
+
 class Engine:
-    """The environment `.engines/NAME`. Skips the test where `make test-engines` was not asked for it."""
+    """The environment `.engines/NAME`."""
 
     def __init__(self, name: str, scratch: Path):
-        if name not in REQUESTED:
-            pytest.skip(f"needs an environment of its own: make test-engines ENGINES={name}")
         self.name, self.scratch = name, scratch
         self.python = ENVIRONMENTS / name / "bin" / "python"
         assert self.python.exists(), f"make test-engines ENGINES={name} builds {self.python.parents[1]}"
@@ -43,7 +47,7 @@ class Engine:
         }
         return {**kept, **own, **more}
 
-    def run(self, script: str, *arguments: object, stdin: object = None, timeout: int = 600, **environment: str):
+    def run(self, script: str, *arguments: object, stdin: object = None, timeout: int = 1200, **environment: str):
         """Run one of `engine_scripts/` and return the JSON object that it prints."""
         given = None if stdin is None else json.dumps(stdin)
         output = self.run_python(SCRIPTS / script, *arguments, stdin=given, timeout=timeout, **environment)
@@ -64,7 +68,7 @@ class Engine:
         return result.stdout
 
     @contextlib.contextmanager
-    def serve(self, command: list[object], port: int, timeout: int = 240, **environment: str) -> Iterator["Server"]:
+    def serve(self, command: list[object], port: int, timeout: int = 600, **environment: str) -> Iterator["Server"]:
         """Start `python COMMAND` of this environment, wait until /health answers, and end all its processes after."""
         log = self.scratch / f"{self.name}-{port}.log"
         with log.open("w") as output:

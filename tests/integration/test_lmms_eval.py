@@ -5,10 +5,13 @@ import re
 
 import pytest
 
-from tests.integration.engines import ROOT, Engine
+from tests.integration.engines import ROOT, Engine, needs
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from transformers_delta_llava.evaluation import answer_questions, load_questions
 from transformers_delta_llava.evaluation.lmms import TASKS
+
+
+pytestmark = needs("lmms-eval")
 
 
 QUESTIONS = 200

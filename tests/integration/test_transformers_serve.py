@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 
 from tests.integration.engine_scripts.answer import NEW_TOKENS, answer
-from tests.integration.engines import Engine, free_port
+from tests.integration.engines import Engine, free_port, needs
 from tests.integration.malformed import malformed_requests
 from tests.integration.requests import messages
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
+
+
+pytestmark = needs("serve")
 
 
 # What the server is started with; the repo's own default is 16.

@@ -4,14 +4,16 @@ import json
 
 import pytest
 
-from tests.integration.engines import Engine
+from tests.integration.engines import Engine, needs
 
 
 # The ends of the span, and the releases between them at which file formats or attention changed.
 VERSIONS = ("5.10.4", "5.17.0", "5.19.0", "5.23.0")
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    "version", [pytest.param(version, marks=needs(f"transformers-{version}")) for version in VERSIONS]
+)
 def test_every_version_answers_alike(version, repo, cases, expected, questions, tmp_path):
     engine = Engine(f"transformers-{version}", tmp_path)
     before = {path.name: path.read_bytes() for path in repo.iterdir()}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.integration.engines import Engine
+from tests.integration.engines import Engine, needs
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from transformers_delta_llava.evaluation import (
     Question,
@@ -13,6 +13,9 @@ from transformers_delta_llava.evaluation import (
     load_questions,
     score_answers,
 )
+
+
+pytestmark = needs("trl")
 
 
 # Wordings that easy-VQA does not have, for two of its questions.
