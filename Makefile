@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest lint format bench cards clean
+.PHONY: help demo test test-oldest test-engines lint format bench cards clean
 
 export PYTHON
 BIN := .venv/bin
@@ -11,6 +11,7 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 WORKERS ?= auto
 TESTS ?= tests
+ENGINES ?= $(patsubst tests/integration/environments/%.txt,%,$(wildcard tests/integration/environments/*.txt))
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +27,9 @@ endif
 
 test-oldest: .venv-oldest/.ready  ## Run the tests on the oldest transformers release supported
 	@$(PYTEST) .venv-oldest/bin/python -m pytest -n $(WORKERS) $(TESTS)
+
+test-engines: .venv/.ready $(ENGINES:%=.engines/%/.ready)  ## Run the tests of the engines, each in its environment (ENGINES="vllm serve" for some)
+	@DELTA_LLAVA_ENGINES="$(ENGINES)" $(PYTEST) $(BIN)/python -m pytest -v -rs tests/integration
 
 lint: .venv/.ready  ## Check style, formatting and types
 	@$(BIN)/ruff check .
@@ -45,12 +49,17 @@ cards: .venv/.ready  ## Render model_cards/ from the facts beside them
 	@$(BIN)/python tools/render_cards.py
 
 clean:  ## Delete environments, caches and outputs
-	rm -rf .venv .venv-oldest .cache .coverage .mypy_cache .pytest_cache .ruff_cache build dist demo-output
+	rm -rf .venv .venv-oldest .engines .cache .coverage .mypy_cache .pytest_cache .ruff_cache build dist demo-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.ready: constraints.txt
 .venv-oldest/.ready: constraints-oldest.txt
-.venv/.ready .venv-oldest/.ready: pyproject.toml tools/make-venv
+.venv/.ready .venv-oldest/.ready: pyproject.toml tools/make-venv tools/venv-functions.sh
 	@echo "Setting up $(@D) (a few minutes the first time) ..."
 	@tools/make-venv $(@D) $(filter constraints%,$^)
+	@touch $@
+
+.engines/%/.ready: tests/integration/environments/%.txt tools/make-engine tools/venv-functions.sh
+	@echo "Setting up $(@D) (a few minutes the first time) ..."
+	@tools/make-engine $* $(@D)
 	@touch $@

@@ -24,7 +24,8 @@ LAYERS = {
     "conversion": {"modeling", "processing"},
     "evaluation": {"modeling", "processing"},
     "training": {"conversion", "modeling", "processing"},  # prepares tokenizers as conversion does
-    "cli": {"analysis", "conversion", "evaluation", "modeling", "processing", "training"},
+    "serving": {"modeling", "processing"},
+    "cli": {"analysis", "conversion", "evaluation", "modeling", "processing", "serving", "training"},
 }
 # Files that are copied into Hub repos, where only what transformers brings along is sure to be installed.
 HUB_FILES = sorted([*PACKAGE.glob("modeling/[!_]*.py"), *PACKAGE.glob("processing/[!_]*.py")])
@@ -35,6 +36,7 @@ PUBLIC_MODULES = (
     "transformers_delta_llava.conversion",
     "transformers_delta_llava.evaluation",
     "transformers_delta_llava.processing",
+    "transformers_delta_llava.serving",
     "transformers_delta_llava.training",
 )
 

@@ -21,11 +21,6 @@ if TYPE_CHECKING:
 evaluate = typer.Typer(no_args_is_help=True, help="Measure a model on a benchmark.")
 
 
-@evaluate.callback()
-def _group() -> None:
-    """Keeps the benchmark's name a word of the command while there is only one."""
-
-
 @evaluate.command("easy-vqa")
 def easy_vqa(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a Delta-LLaVA.", show_default=False)],
@@ -96,6 +91,20 @@ def easy_vqa(
         report = {"benchmark": "easy-vqa", "split": "test", "questions": len(questions), "model": Path(model).name}
         report |= {"dtype": dtype, "results": results, "question_alone": _numbers(blind)}
         output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+@evaluate.command("add-to-card")
+def add_to_card(
+    repo: Annotated[Path, typer.Argument(help="Folder of a Delta-LLaVA with a README.md.", show_default=False)],
+    results: Annotated[list[Path], typer.Argument(help="*_results.json files of lmms-eval.", show_default=False)],
+) -> None:
+    """Put what lmms-eval measured into the model card, for the Hub to show."""
+    from ..evaluation.lmms.results import add_results, read_results
+
+    found = [result for path in results for result in read_results(path)]
+    add_results(repo / "README.md", found)
+    for result in found:
+        print(f"{result.dataset_name}: {result.metric_name} = {result.metric_value}")
 
 
 def _choices(

@@ -14,6 +14,7 @@ from .export import export
 from .inspect import inspect
 from .profile import profile
 from .push import push
+from .serve import serve
 from .train import train
 
 
@@ -26,6 +27,7 @@ app.command()(export)
 app.command()(inspect)
 app.command()(profile)
 app.command()(push)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 app.command()(train)
 
 

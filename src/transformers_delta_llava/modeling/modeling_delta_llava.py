@@ -73,8 +73,6 @@ class DeltaLlavaPreTrainedModel(DeltaMixin, PreTrainedModel):
 class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
     """The vision tower, the projector and the language model without its head."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # repos hold the whole model
-
     def __init__(self, config: DeltaLlavaConfig):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)

@@ -571,8 +571,8 @@ def to_map(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def to_tokens(feature_map: torch.Tensor) -> torch.Tensor:
-    """(B, C, g, g) map to (B, g * g, C) tokens in row-major order."""
-    return feature_map.flatten(2).transpose(1, 2)
+    """(B, C, g, g) map to (B, g * g, C) tokens in row-major order, contiguous: vLLM's linear maps on CPU want that."""
+    return feature_map.flatten(2).transpose(1, 2).contiguous()
 
 
 def to_windows(tokens: torch.Tensor, size: int) -> torch.Tensor:

@@ -5,7 +5,6 @@ import sys
 import time
 
 import torch
-
 from accelerate import Accelerator
 
 

@@ -1,0 +1,52 @@
+"""One trained repo for all engines, what it is asked, and what transformers answers in this environment."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.integration.engine_scripts.answer import answer
+from tests.integration.engines import ROOT
+from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
+from transformers_delta_llava.conversion import convert_checkpoint
+from transformers_delta_llava.evaluation import Question, draw_test_questions
+
+
+CHECKPOINT = ROOT / "examples" / "easy-vqa"
+
+
+@pytest.fixture(scope="session")
+def repo(tmp_path_factory) -> Path:
+    """The shipped easy-VQA checkpoint, converted: 16 visual tokens by default; 64, 4 and 1 besides."""
+    folder = tmp_path_factory.mktemp("repo") / "easy-vqa"
+    convert_checkpoint(CHECKPOINT, folder, vision_tower=str(CHECKPOINT / "vision-tower"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def questions() -> list[Question]:
+    """Some of easy-VQA's test questions, always the same."""
+    return draw_test_questions(8)
+
+
+@pytest.fixture(scope="session")
+def cases(questions) -> list[dict]:
+    """One picture at every budget, two pictures, with a budget each, and text alone."""
+
+    def ask(text: str, *pictures: str) -> list[dict]:
+        return [*({"type": "image", "url": picture} for picture in pictures), {"type": "text", "text": text}]
+
+    first, second = questions[:2]
+    single = [ask(question.text, question.image) for question in questions]
+    double = ask("is there a red shape?", first.image, second.image)
+    budgets = [None, 16, 4, 1, 64, None, 4, 1]
+    found = [{"content": content, "num_visual_tokens": budget} for content, budget in zip(single, budgets)]
+    found += [{"content": double, "num_visual_tokens": budget} for budget in (None, 4, [16, 1])]
+    return [*found, {"content": ask("what shape is in the image?"), "num_visual_tokens": None}]
+
+
+@pytest.fixture(scope="session")
+def expected(repo, cases) -> list[dict]:
+    """What the package's own classes answer here, one case at a time."""
+    model = DeltaLlavaForConditionalGeneration.from_pretrained(repo).eval()
+    processor = DeltaLlavaProcessor.from_pretrained(repo)
+    return [answer(model, processor, case) for case in cases]

@@ -1,0 +1,115 @@
+"""vLLM's Transformers modelling backend, off line and as a server, where the package is not installed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.integration.engine_scripts.answer import NEW_TOKENS, answer
+from tests.integration.engines import Engine, free_port, needs
+from tests.integration.malformed import malformed_requests
+from tests.integration.requests import messages
+from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
+
+
+pytestmark = needs("vllm")
+
+
+# What the server is started with; the repo's own default is 16.
+ENGINE_BUDGET = 4
+# vLLM fetches pictures itself, and answers 500 where a host cannot be reached; it does not count placeholders in texts.
+OWN_WAYS = {"url": (500, 501), "marker in text": (200,)}
+# One engine at a time in little memory; nothing is reported to anybody.
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory) -> Engine:
+    return Engine("vllm", tmp_path_factory.mktemp("vllm"))
+
+
+def test_offline_answers_are_those_of_transformers(vllm, repo, cases, expected):
+    requests = [{"messages": messages(case), "num_visual_tokens": case["num_visual_tokens"]} for case in cases]
+    bad = {**requests[0], "num_visual_tokens": 7}
+
+    report = vllm.run("vllm_offline.py", repo, stdin=[*requests, bad], **ENVIRONMENT)
+
+    assert report["alone"] == expected
+    usual = [answer for case, answer in zip(cases, expected) if case["num_visual_tokens"] is None]
+    assert report["together"] == usual
+    assert "num_visual_tokens=7" in report["refused"] and "64, 16, 4, 1" in report["refused"]
+    assert report["after"] == expected[0]
+
+
+@pytest.fixture(scope="module")
+def server(vllm, repo):
+    port = free_port()
+    command = ["-m", "vllm.entrypoints.openai.api_server", "--model", repo, "--served-model-name", "delta-llava"]
+    command += ["--host", "127.0.0.1", "--port", port, "--model-impl", "transformers", "--trust-remote-code"]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", 512, "--max-num-seqs", 16]
+    command += ["--limit-mm-per-prompt", '{"image": 2}', "--trust-request-mm-kwargs"]
+    command += ["--mm-processor-kwargs", json.dumps({"num_visual_tokens": ENGINE_BUDGET})]
+    with vllm.serve(command, port, **ENVIRONMENT) as running:
+        yield running
+
+
+def request(case: dict, **more) -> dict:
+    """The case for vLLM's server, which takes its own arguments in `extra_body`."""
+    own = {"min_tokens": NEW_TOKENS, "return_token_ids": True, **more.pop("extra_body", {})}
+    if case["num_visual_tokens"] is not None:
+        own["mm_processor_kwargs"] = {"num_visual_tokens": case["num_visual_tokens"]}
+    return {"messages": messages(case), "max_tokens": NEW_TOKENS, "extra_body": own, **more}
+
+
+def chat(vllm, server, requests: list[dict], *flags: str) -> list[dict]:
+    return vllm.run("chat.py", server.url, "delta-llava", *flags, stdin=requests)["answers"]
+
+
+def at_engine_budget(case: dict) -> dict:
+    """What a request without a budget means to a server that was started with one."""
+    has_picture = any(item["type"] == "image" for item in case["content"])
+    return {**case, "num_visual_tokens": ENGINE_BUDGET if has_picture else None}
+
+
+@pytest.fixture(scope="module")
+def expected_of_server(repo, cases) -> list[dict]:
+    model = DeltaLlavaForConditionalGeneration.from_pretrained(repo).eval()
+    processor = DeltaLlavaProcessor.from_pretrained(repo)
+    asked = [at_engine_budget(case) if case["num_visual_tokens"] is None else case for case in cases]
+    return [{name: answer(model, processor, case)[name] for name in ("text", "tokens")} for case in asked]
+
+
+def test_server_answers_are_those_of_transformers(vllm, server, cases, expected_of_server):
+    assert chat(vllm, server, [request(case) for case in cases]) == expected_of_server
+
+
+def test_eight_requests_at_once_with_mixed_budgets(vllm, server, cases, expected_of_server):
+    assert chat(vllm, server, [request(case) for case in cases[-8:]], "--together") == expected_of_server[-8:]
+
+
+def test_streaming(vllm, server, cases, expected_of_server):
+    (said,) = chat(vllm, server, [request(cases[0], stream=True)])
+    assert said["text"] == expected_of_server[0]["text"]
+    assert said["pieces"] > 1
+
+
+def test_bad_budgets_are_refused_and_the_engine_lives_on(vllm, server, cases, expected_of_server):
+    budgets = [7, 0, -1, "16", 16.5, True, [16, 4], []]
+    bad = [request({**cases[0], "num_visual_tokens": budget}) for budget in budgets]
+    *refused, good = chat(vllm, server, [*bad, request(cases[0])])
+    for budget, answer_to_it in zip(budgets, refused, strict=True):
+        assert answer_to_it.get("status") == 400, (budget, answer_to_it)
+        assert "num_visual_tokens" in answer_to_it["error"]
+    assert good == expected_of_server[0]
+
+
+def test_200_malformed_requests(vllm, server, questions, cases, expected_of_server):
+    good = {"model": "delta-llava", "messages": messages(cases[0]), "max_tokens": 4}
+    answered = []
+    for fault, body in malformed_requests(good, Path(questions[0].image).read_bytes(), 200):
+        status, text = server.post("/v1/chat/completions", body)
+        if not 400 <= status < 500 and status not in OWN_WAYS.get(fault, ()):
+            answered.append(f"{fault}: {status} {text[:100]} to ...{body[-100:]!r}")
+    assert not answered, "\n".join(answered)
+    assert server.is_alive
+    assert chat(vllm, server, [request(cases[0])]) == expected_of_server[:1]
