@@ -11,6 +11,7 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 WORKERS ?= auto
 TESTS ?= tests
+BENCH ?= projector end_to_end training_step processing scaling deltas
 ENGINES ?= $(patsubst tests/integration/environments/%.txt,%,$(wildcard tests/integration/environments/*.txt))
 
 help:  ## List the targets
@@ -40,10 +41,9 @@ format: .venv/.ready  ## Format the code and fix what can be fixed
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: .venv/.ready  ## Run every script in benchmarks/
-	@shopt -s nullglob; scripts=(benchmarks/*.py); \
-	if (( $${#scripts[@]} == 0 )); then echo "There is no benchmark yet."; fi; \
-	for script in "$${scripts[@]}"; do echo "== $$script"; $(BIN)/python "$$script"; done
+bench: .venv/.ready  ## Measure speed side by side (BENCH="projector deltas" for some), and render docs/performance.md; over an hour
+	@for name in $(BENCH); do echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py; done
+	@$(BIN)/python benchmarks/write_performance_page.py
 
 cards: .venv/.ready  ## Render model_cards/ from the facts beside them
 	@$(BIN)/python tools/render_cards.py

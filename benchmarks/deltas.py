@@ -1,6 +1,6 @@
 """Deltas at the size of the released projector (7B): swapping, merging, storing and training them, beside the whole.
 
-    python benchmarks/deltas.py [--swaps 100] [--steps 5] [--images 4] [--threads N] [--output deltas.json]
+    python benchmarks/deltas.py [--swaps 100] [--steps 5] [--images 4] [--threads N] [--output FILE]
 
 Prints a table, with what was asked for beside what was found, and writes JSON. On the CPU, in float32, on random numbers:
 nothing measured here depends on their values. Full and delta-only training take turns, step by step, on one projector.
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="of training, of either kind")
     parser.add_argument("--images", type=int, default=4, help="per step of training")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, help="JSON to write")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "deltas.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -39,16 +39,15 @@ def main() -> None:
         results = measure_sets(model, Path(folder), arguments.swaps)
     results |= measure_merge(model) | measure_training(model, arguments.steps, arguments.images)
     show(results)
-    if arguments.output is not None:
-        settings = {key: value for key, value in vars(arguments).items() if key != "output"}
-        versions = {
-            "transformers_delta_llava": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-        versions["transformers"] = transformers.__version__
-        report = {"benchmark": "deltas", "settings": settings, "versions": versions, "results": results}
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    settings = {key: value for key, value in vars(arguments).items() if key != "output"}
+    versions = {
+        "transformers_delta_llava": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    versions["transformers"] = transformers.__version__
+    report = {"benchmark": "deltas", "settings": settings, "versions": versions, "results": results}
+    arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def released_size() -> DeltaLlavaModel:
