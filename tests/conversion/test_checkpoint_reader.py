@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from examples.make_checkpoint import write_weights
 from transformers_delta_llava.conversion import ConversionError
-from transformers_delta_llava.conversion.checkpoint_reader import read_checkpoint
+from transformers_delta_llava.conversion.checkpoint_reader import read_checkpoint, verify_archives
 
 
 TENSORS = {
@@ -197,3 +197,39 @@ def test_what_training_frameworks_leave(tmp_path, name, wrapper):
     assert read_checkpoint(tmp_path).tensors.keys() == TENSORS.keys()
     torch.save({f"module.{key}": tensor for key, tensor in TENSORS.items()}, tmp_path / name)
     assert read_checkpoint(tmp_path).tensors.keys() == TENSORS.keys()
+
+
+def test_a_bit_that_flipped_in_a_bin_file_is_found(tmp_path):
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"w": torch.zeros(1000)}, file)
+    verify_archives([file])
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    file.write_bytes(damaged)
+    assert read_checkpoint(tmp_path).tensors["w"].load().any(), "PyTorch does not see it"
+    with pytest.raises(ConversionError, match=r"^pytorch_model\.bin is damaged: Bad CRC-32 for file '.*'\.$"):
+        verify_archives([file])
+
+
+def test_an_archive_whose_parts_are_elsewhere_is_refused(tmp_path):
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"w": torch.zeros(1000)}, file)
+    damaged = bytearray(file.read_bytes())
+    damaged[damaged.index(b"PK\x03\x04", 10) + 1] ^= 1  # the head of the second part
+    file.write_bytes(damaged)
+    with pytest.raises(ConversionError, match="is damaged: Bad magic number"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_dtype_that_no_repo_has_is_refused(tmp_path):
+    torch.save({"w": torch.zeros(4).to(torch.float8_e4m3fn)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConversionError, match=r"unsupported types: w \(torch.float8_e4m3fn\)"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_very_long_file_name_is_one_short_sentence(tmp_path):
+    index = {"weight_map": {"w": "x" * 5000}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConversionError, match="outside its own folder") as caught:
+        read_checkpoint(tmp_path)
+    assert len(str(caught.value)) < 400

@@ -115,6 +115,20 @@ def test_shards(pristine, tmp_path):
     assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
 
 
+def test_verify_reads_the_checksums_of_the_source(source, tmp_path):
+    tensors = {name: tensor.load().clone() for name, tensor in read_checkpoint(source).tensors.items()}
+    for path in (*source.glob("*.bin"), *source.glob("*.safetensors"), *source.glob("*.index.json")):
+        path.unlink()
+    file = source / "pytorch_model.bin"
+    torch.save(tensors, file)
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(ConversionError, match="pytorch_model.bin is damaged: Bad CRC-32"):
+        convert_checkpoint(source, tmp_path / "out", verify=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_files_of_a_repo(repo):
     code = {"configuration_delta_llava.py", "projector_delta_llava.py", "modeling_delta_llava.py"}
     code |= {"auto_budget_delta_llava.py", "pictures_delta_llava.py", "processing_delta_llava.py"}

@@ -85,6 +85,14 @@ def test_a_prompt_has_no_known_limit(folder, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").model_max_length > 10**9
 
 
+@pytest.mark.parametrize("length", [[1], {"a": 1}, "2048", True])
+def test_a_limit_that_is_no_number(folder, length):
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": length}))
+    with pytest.raises(ConversionError, match="model_max_length=.*; it must be a number"):
+        load_tokenizer(str(folder), TEXT, None)
+
+
 def test_code_in_the_folder_is_not_run(folder):
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings |= {"auto_map": {"AutoTokenizer": [None, "evil.Tokenizer"]}, "chat_template": "{{ evil }}"}

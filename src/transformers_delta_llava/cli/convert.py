@@ -39,7 +39,7 @@ def convert(
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Most bytes per weight file.")] = "2GB",
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read the written tensors back and compare every one with its source.")
+        bool, typer.Option("--verify", help="Check the sums in .bin files, and every written tensor.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier conversion's output.")] = False,
     push_to_hub: Annotated[

@@ -2,7 +2,9 @@
 
 import pickle
 import re
-from collections.abc import Callable
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +39,7 @@ _SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_DTYPES = set(_SAFETENSORS_DTYPES.values())
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConversionError(f"{index.name} has no weight_map.")
     names = weight_map.values()
-    strange = {str(name) for name in names if not isinstance(name, str) or Path(name).name != name}
+    strange = {str(name) for name in names if not isinstance(name, str) or Path(name).name != name or len(name) > 255}
     if strange:
         raise ConversionError(f"{index.name} names files outside its own folder: {listed(strange)}.")
     missing = {name for name in names if not (index.parent / name).is_file()}
@@ -194,6 +197,7 @@ def _safetensors_entry(handle: safe_open, name: str, file: Path) -> LazyTensor:
 
 def _open_pickle(file: Path) -> dict[str, LazyTensor]:
     try:
+        _check_archive(file)
         # `weights_only` builds tensors and containers, and refuses everything else before running it;
         # `mmap` leaves the values on disk.
         contents = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -201,7 +205,7 @@ def _open_pickle(file: Path) -> dict[str, LazyTensor]:
         raise ConversionError(
             f"{file.name} was refused without running it: its pickle holds more than plain tensors."
         ) from error
-    except OSError:
+    except (ConversionError, OSError):
         raise
     except Exception as error:  # damaged bytes raise all kinds of errors
         reason = str(error).strip().split("\n")[0].rstrip(".")
@@ -214,10 +218,38 @@ def _open_pickle(file: Path) -> dict[str, LazyTensor]:
     strange = [str(name) for name, value in contents.items() if not (isinstance(name, str) and _is_plain(value))]
     if strange:
         raise ConversionError(f"{file.name} holds entries that are not plain tensors: {listed(strange)}.")
+    types = {f"{name} ({value.dtype})" for name, value in contents.items() if value.dtype not in _DTYPES}
+    if types:
+        raise ConversionError(f"{file.name} has tensors of unsupported types: {listed(types)}.")
     return {
         name: LazyTensor(tuple(value.shape), value.dtype, partial(_detached, value))
         for name, value in contents.items()
     }
+
+
+def _check_archive(file: Path, values: bool = False) -> None:
+    """Refuse a `.bin` file, which is a zip archive, whose parts are not where it says; with `values`, by checksum, too."""
+    if not zipfile.is_zipfile(file):
+        return  # older PyTorch wrote bare pickles
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for entry in archive.infolist():
+                with archive.open(entry) as stream:
+                    while values and stream.read(1 << 20):
+                        pass
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, RuntimeError) as error:
+        raise ConversionError(f"{file.name} is damaged: {' '.join(str(error).split()).rstrip('.')}.") from error
+
+
+def verify_archives(files: Iterable[Path]) -> None:
+    """Read all of the `.bin` files among `files` and compare it with the checksums in them; PyTorch does not.
+
+    Raises:
+        ConversionError: naming the first file that is damaged.
+    """
+    for file in files:
+        if file.suffix != ".safetensors":
+            _check_archive(file, values=True)
 
 
 def _is_plain(value: object) -> bool:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..modeling import DeltaLlavaConfig
-from .checkpoint_reader import Checkpoint
+from .checkpoint_reader import Checkpoint, verify_archives
 from .config_map import Vocabulary, convert_config, grown_vocabulary, unused_keys
 from .errors import ConversionError
 from .generation import fit_generation_config, read_generation_config
@@ -97,7 +97,8 @@ def convert_checkpoint(
         chat_template: name of a prompt format, or a Jinja file. By default what fits the language model.
         overwrite: replace an output that an earlier conversion wrote.
         max_shard_size: most bytes of tensors per weight file, as a number or as `2GB`.
-        verify: read the written tensors back and compare each with its source, bit by bit, before the output appears.
+        verify: compare `.bin` files with the checksums in them, then read the written tensors back and compare each with
+            its source, bit by bit, before the output appears.
         progress: called with the bytes of tensors handled so far, and in all; `verify_progress` the same while verifying.
         repo_id: Hub id that the model card's examples name. By default they name the output folder.
 
@@ -131,6 +132,8 @@ def convert_checkpoint(
         source_hashes = pool.submit(sha256_of, read.files)
         weight_files = write_shards(plan.tensors, folder, shard_size, progress)
         if verify:
+            parts = (read.checkpoint, read.tower.checkpoint, read.base.checkpoint if read.base else None)
+            verify_archives(file for part in parts if part for file in part.files)
             verify_shards(plan.tensors, folder, verify_progress or progress)
         write_code(folder)
         write_config(config, folder)

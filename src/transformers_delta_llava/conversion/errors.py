@@ -8,7 +8,7 @@ class ConversionError(ValueError):
 
 
 def listed(names: Iterable[str], limit: int = 20) -> str:
-    """`names` sorted and joined for an error message; past `limit` only their number is given."""
-    ordered = sorted(names)
+    """`names` sorted and joined for an error message; past `limit` only their number is given, and long ones are cut."""
+    ordered = [name if len(name) <= 200 else f"{name[:200]}..." for name in sorted(names)]
     rest = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
     return ", ".join(ordered[:limit]) + rest

@@ -103,6 +103,9 @@ def _write_settings(folder: Path, sentencepiece_class: str | None) -> None:
     settings = read_json(path) if path.is_file() else {}
     for name in _DROPPED_SETTINGS:
         settings.pop(name, None)
+    length = settings.get("model_max_length")
+    if length is not None and type(length) not in (int, float):
+        raise ConversionError(f"tokenizer_config.json has model_max_length={length!r}; it must be a number.")
     if sentencepiece_class:
         settings = {"tokenizer_class": sentencepiece_class, "add_bos_token": True, **settings}
     written_by_v5 = "backend" in settings  # its tokenizers do not mention `legacy`, and are what they are
