@@ -27,7 +27,7 @@ from transformers_delta_llava.conversion import convert_checkpoint
 
 
 def run(kills: int, seed: int, folder: Path) -> dict:
-    """Kill and rerun; returns counts, and a list of failures."""
+    """Kill so many, and rerun each; returns counts, and a list of failures."""
     source, output = folder / "source", folder / "out"
     write_checkpoint(source, shards=2, form="bin")
 
@@ -43,7 +43,8 @@ def run(kills: int, seed: int, folder: Path) -> dict:
     former = hashes(earlier)
     chance, failures = random.Random(seed), []
     counts = {"kills": 0, "finished before the kill": 0, "absent": 0, "earlier": 0, "new": 0, "between renames": 0}
-    for number in range(kills):
+    while counts["kills"] < kills:
+        number = counts["kills"] + counts["finished before the kill"]
         replacing = number % 2 == 1
         _clear(folder, output)
         if replacing:
