@@ -20,6 +20,7 @@ from transformers_delta_llava.analysis import (
     budget_pictures,
     budgets,
     compare_budgets,
+    drawing,
     load_picture,
     load_repo,
     write_comparison,
@@ -186,26 +187,26 @@ def test_the_picture_holds_every_answer(processor: Any, photo: Any, tmp_path: Pa
 
 
 def test_lines_fit_and_lose_nothing() -> None:
-    draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), budget_pictures._font(17)
+    draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), drawing.font(17)
     text = "a few words and Donaudampfschifffahrtsgesellschaftskapitän " * 3
-    lines = budget_pictures._wrap(draw, text, font, 120)
+    lines = drawing.wrap(draw, text, font, 120)
     assert max(draw.textlength(line, font) for line in lines) <= 120
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
-    assert budget_pictures._wrap(draw, "", font, 120) == [""]
-    assert budget_pictures._wrap(draw, "WW", font, 1) == ["W", "W"]  # never nothing, however narrow
+    assert drawing.wrap(draw, "", font, 120) == [""]
+    assert drawing.wrap(draw, "WW", font, 1) == ["W", "W"]  # never nothing, however narrow
 
 
 def test_without_a_font_of_the_system_pillows_own_serves(
     processor: Any, photo: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    truetype = budget_pictures.ImageFont.truetype
+    truetype = drawing.ImageFont.truetype
 
     def without_files(font: Any, *rest: Any, **options: Any) -> Any:
         if isinstance(font, str):
             raise OSError("cannot open resource")
         return truetype(font, *rest, **options)
 
-    monkeypatch.setattr(budget_pictures.ImageFont, "truetype", without_files)
+    monkeypatch.setattr(drawing.ImageFont, "truetype", without_files)
     write_comparison(comparison(), photo, processor, "model", tmp_path / "page.PNG")
     assert Image.open(tmp_path / "page.PNG").width == budget_pictures.WIDTH
 

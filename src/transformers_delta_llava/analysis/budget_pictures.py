@@ -1,44 +1,27 @@
 """Answers and times at every budget as a web page or as a picture."""
 
 import base64
-import bisect
 import io
-import math
 from importlib.resources import files
 from math import isqrt
 from pathlib import Path
 
-import numpy as np
 from jinja2 import Environment
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ..processing import DeltaLlavaProcessor
-from ..processing.pictures_delta_llava import levels_of
 from .budgets import BudgetComparison, BudgetRun
+from .drawing import FAINT_INK, INK, LINE, PAPER, check_output, font, tower_view, wrap
 
 
 SUFFIXES = (".html", ".png")
 MOSAIC = (
     "Each mosaic has one tile per visual token, in the mean colour of what it covers; it is not what the model sees."
 )
-# Paper, ink, faint ink, lines; the parts of a time bar; the mark of what auto picks.
-PAPER, INK, FAINT_INK, LINE = "#ffffff", "#1b1f24", "#6a7380", "#e3e6ea"
+# The parts of a time bar; the mark of what auto picks.
 BARS = {"vision tower": "#9db7d5", "rest until the first token": "#3f76b5", "rest of the answer": "#e0a458"}
 PICKED = "#2f7d4f"
 WIDTH, MARGIN, TILE, BAR = 1200, 36, 96, 300
-
-
-def check_output(path: Path) -> None:
-    """
-    Refuse a file that `write_comparison` could not write.
-
-    Raises:
-        ValueError: it is neither .html nor .png, or its folder does not exist.
-    """
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{path}: name a file that ends in {' or '.join(SUFFIXES)}.")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: the folder {path.parent} does not exist.")
 
 
 def write_comparison(
@@ -57,19 +40,12 @@ def write_comparison(
     Raises:
         ValueError: the file is neither .html nor .png, or its folder does not exist.
     """
-    check_output(path)
-    view = _view(image, processor)
+    check_output(path, SUFFIXES)
+    view = tower_view(image, processor)
     if path.suffix.lower() == ".html":
         path.write_text(_page(comparison, view, model), encoding="utf-8")
     else:
         _draw(comparison, view, model).save(path)
-
-
-def _view(image: Image.Image, processor: DeltaLlavaProcessor) -> Image.Image:
-    """The square that the model sees, as a picture."""
-    pixels = processor(images=image, return_tensors="np")["pixel_values"][0]
-    levels = levels_of(pixels, lambda name: getattr(processor.image_processor, name, None))
-    return Image.fromarray(levels.transpose(1, 2, 0).clip(0, 255).astype(np.uint8))
 
 
 def mosaic(view: Image.Image, visual_tokens: int, side: int) -> Image.Image:
@@ -108,13 +84,13 @@ def _page(comparison: BudgetComparison, view: Image.Image, model: str) -> str:
 def _draw(comparison: BudgetComparison, view: Image.Image, model: str) -> Image.Image:
     """The same as a picture: measured on a scrap first, as its height follows from the answers."""
     scrap = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    body, small, large = _font(17), _font(13), _font(24)
+    body, small, large = font(17), font(13), font(24)
     text_left = MARGIN + TILE + 24 + 110 + BAR + 24
-    answers = [_wrap(scrap, run.answer or "(nothing)", body, WIDTH - MARGIN - text_left) for run in comparison.runs]
+    answers = [wrap(scrap, run.answer or "(nothing)", body, WIDTH - MARGIN - text_left) for run in comparison.runs]
     heights = [max(TILE, 24 * len(lines)) + 24 for lines in answers]
-    head = _wrap(scrap, comparison.prompt, large, WIDTH - 3 * MARGIN - 2 * TILE)
+    head = wrap(scrap, comparison.prompt, large, WIDTH - 3 * MARGIN - 2 * TILE)
     top = MARGIN + max(2 * TILE, 34 * len(head) + 60) + 28
-    notes = [line for text in _notes(comparison) for line in _wrap(scrap, text, small, WIDTH - 2 * MARGIN)]
+    notes = [line for text in _notes(comparison) for line in wrap(scrap, text, small, WIDTH - 2 * MARGIN)]
     page = Image.new("RGB", (WIDTH, top + sum(heights) + 20 * len(notes) + 60 + MARGIN), PAPER)
     draw = ImageDraw.Draw(page)
 
@@ -165,37 +141,3 @@ def _notes(comparison: BudgetComparison) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in comparison.versions.items())
     where = f"{comparison.device}, {comparison.dtype}, {_count(comparison.threads, 'thread')}, {versions}."
     return [f"{comparison.times} {where}", f"{MOSAIC} Auto may lose {comparison.auto_max_loss:g}."]
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """A font of many scripts where there is one, or Pillow's own."""
-    try:
-        return ImageFont.truetype("DejaVuSans.ttf", size)
-    except OSError:
-        return ImageFont.load_default(size)
-
-
-def _wrap(
-    draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
-) -> list[str]:
-    """Lines of `text` of at most `width` pixels: broken at blanks, or anywhere in a word that is longer."""
-    lines = []
-    for paragraph in text.splitlines() or [""]:
-        line = ""
-        for word in paragraph.split():
-            longer = f"{line} {word}" if line else word
-            if draw.textlength(longer, font) <= width:
-                line = longer
-                continue
-            if line:
-                lines.append(line)
-            while len(word) > 1 and draw.textlength(word, font) > width:
-                lengths = range(1, min(len(word), 500))
-                fits = (
-                    bisect.bisect_right(lengths, width, key=lambda n: math.ceil(draw.textlength(word[:n], font))) or 1
-                )
-                lines.append(word[:fits])
-                word = word[fits:]
-            line = word
-        lines.append(line)
-    return lines

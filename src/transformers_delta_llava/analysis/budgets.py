@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..modeling import DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
+from .asking import count_visual_tokens, encode_question
 
 
 TIMES = (
@@ -102,9 +103,9 @@ def compare_budgets(
     (losses,) = processor.image_losses(image)
     inputs: dict[int, Any] = {}
     for budget in budgets or processor.visual_token_budgets:
-        encoded = _encode(processor, image, prompt, budget, auto_max_loss)
-        inputs.setdefault(_spent(processor, encoded), encoded.to(model.device, model.dtype))
-    picked = _spent(processor, _encode(processor, image, prompt, "auto", auto_max_loss))
+        encoded = encode_question(processor, image, prompt, budget, auto_max_loss)
+        inputs.setdefault(count_visual_tokens(processor, encoded), encoded.to(model.device, model.dtype))
+    picked = count_visual_tokens(processor, encode_question(processor, image, prompt, "auto", auto_max_loss))
 
     timed: dict[int, list[_Watch]] = {budget: [] for budget in inputs}
     for repeat in range(1 + repeats):
@@ -144,25 +145,6 @@ def compare_budgets(
         torch.get_num_threads(),
         {"torch": torch.__version__, "transformers": transformers.__version__},
     )
-
-
-def _encode(
-    processor: DeltaLlavaProcessor, image: Image.Image, prompt: str, budget: int | str, auto_max_loss: float | None
-) -> Any:
-    content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
-    options = {"num_visual_tokens": budget, "auto_max_loss": auto_max_loss, "return_tensors": "pt"}
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        processor_kwargs=options,
-    )
-
-
-def _spent(processor: DeltaLlavaProcessor, inputs: Any) -> int:
-    """Visual tokens of the one image in `inputs`."""
-    return int((inputs["input_ids"] == processor.image_token_id).sum())
 
 
 class _Watch(BaseStreamer):

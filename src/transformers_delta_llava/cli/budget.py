@@ -39,10 +39,11 @@ def budget(
     from transformers.utils.logging import disable_progress_bar  # these take seconds to import
 
     from ..analysis import compare_budgets, load_picture, load_repo, write_comparison
-    from ..analysis.budget_pictures import check_output
+    from ..analysis.budget_pictures import SUFFIXES
+    from ..analysis.drawing import check_output
 
     if output is not None:
-        check_output(output)
+        check_output(output, SUFFIXES)
     disable_progress_bar()
     picture = load_picture(image)
     loaded, processor = load_repo(model, device, dtype)
