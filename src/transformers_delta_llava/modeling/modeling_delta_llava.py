@@ -101,12 +101,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         levels = [self._patch_features(states, level) for level in self.config.vision_feature_levels]
         features = self._patch_features(states, self.config.vision_feature_layer)
         budgets = self.budget_per_image(len(pixel_values), num_visual_tokens)
-        outputs.pooler_output = self._project(features, levels, budgets)
-        # Gemma multiplies its embeddings by a constant. When Delta-LLaVA was released it did so to all that entered
-        # the model, visual tokens too; now the embedding layer does it, and only to text.
-        embed_scale = getattr(self.get_input_embeddings(), "embed_scale", None)
-        if embed_scale is not None:
-            outputs.pooler_output = [tokens * embed_scale.to(tokens) for tokens in outputs.pooler_output]
+        outputs.pooler_output = self._embed_images(features, levels, budgets)
         return outputs
 
     def _run_vision_tower(
@@ -176,6 +171,18 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
                 "give one per image."
             )
         return list(num_visual_tokens)
+
+    def _embed_images(
+        self, features: torch.Tensor, levels: list[torch.Tensor], budgets: list[int]
+    ) -> list[torch.Tensor]:
+        """What the projector makes of patch features, as it enters the language model: see `_project`."""
+        visual_tokens = self._project(features, levels, budgets)
+        # Gemma multiplies its embeddings by a constant. When Delta-LLaVA was released it did so to all that entered
+        # the model, visual tokens too; now the embedding layer does it, and only to text.
+        embed_scale = getattr(self.get_input_embeddings(), "embed_scale", None)
+        if embed_scale is not None:
+            visual_tokens = [tokens * embed_scale.to(tokens) for tokens in visual_tokens]
+        return visual_tokens
 
     def _project(self, features: torch.Tensor, levels: list[torch.Tensor], budgets: list[int]) -> list[torch.Tensor]:
         """One (budget, hidden_size) tensor per image; images of one budget go through the projector together."""
