@@ -6,6 +6,8 @@ from .delta_models import apply_deltas, merge_deltas
 from .delta_report import DeltaReport
 from .delta_repos import extract_deltas, truncate_deltas
 from .delta_stats import DeltaRow, delta_stats, write_plot
+from .explain import Explanation, explain
+from .explain_pictures import draw_explanations, draw_heat
 from .flops import PAPER_NOTE, PARTS, SHAPES, BudgetProfile, ModelProfile, paper_flops, profile_model, shape_config
 from .loading import load_picture, load_repo
 from .plot import bar_plot, line_plot
@@ -20,11 +22,15 @@ __all__ = [
     "BudgetRun",
     "DeltaReport",
     "DeltaRow",
+    "Explanation",
     "ModelProfile",
     "apply_deltas",
     "bar_plot",
     "compare_budgets",
     "delta_stats",
+    "draw_explanations",
+    "draw_heat",
+    "explain",
     "extract_deltas",
     "line_plot",
     "load_picture",

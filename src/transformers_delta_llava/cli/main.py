@@ -10,6 +10,7 @@ from .budget import budget
 from .convert import convert
 from .delta import delta
 from .evaluate import evaluate
+from .explain import explain
 from .export import export
 from .inspect import inspect
 from .profile import profile
@@ -23,6 +24,7 @@ app.command()(budget)
 app.command()(convert)
 app.add_typer(delta, name="delta")
 app.add_typer(evaluate, name="evaluate")
+app.command()(explain)
 app.command()(export)
 app.command()(inspect)
 app.command()(profile)

@@ -1,0 +1,213 @@
+"""Where in the picture an answer comes from: gradients times activations at what the projector makes, or reads."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
+from math import isqrt
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ..modeling import DeltaLlavaForConditionalGeneration
+from ..processing import DeltaLlavaProcessor
+from .asking import count_visual_tokens, encode_question
+
+
+PLACES = ("visual_tokens", "patches")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """
+    Which parts of a picture speak for one token of the answer.
+
+    `heat` is (grid, grid), float32 on the CPU, from 0 to 1, over the square that the vision tower sees, row by row from its
+    upper left corner; all zeros where nothing speaks for the token. `grid` is the root of `num_visual_tokens`, or
+    `config.grid_size` for patches. Its largest value is 1, so heats of different answers do not compare. `answer` is
+    whole, `token` is the text of what was explained.
+    """
+
+    heat: torch.Tensor
+    answer: str
+    token: str
+    num_visual_tokens: int
+
+
+def explain(
+    model: DeltaLlavaForConditionalGeneration,
+    processor: DeltaLlavaProcessor,
+    picture: Image.Image,
+    prompt: str,
+    num_visual_tokens: int | str | None = None,
+    token: int | str = 0,
+    on: str = "visual_tokens",
+    max_new_tokens: int = 64,
+) -> Explanation:
+    """
+    Answer `prompt` about `picture` greedily, and find where one token of the answer comes from.
+
+    The heat of a position is the sum over its channels of activation times gradient, below zero cut off (HiResCAM,
+    arXiv:2011.08891; Grad-CAM, arXiv:1610.02391, averages the gradients over the positions first). The gradient is that
+    of the token's logit, with the answer before it as it was given, after the prompt. The activations are, `on`:
+
+    - `"visual_tokens"`: what the projector gives to the language model. With 1 visual token that is a single cell.
+    - `"patches"`: all that the projector reads of the vision tower, the hidden states `vision_feature_layer` and
+      `vision_feature_levels` side by side, so the heat of a patch is the sum over these states.
+
+    The model is left as it was: no gradient is stored, and the mode of its modules is kept.
+
+    Args:
+        model: on any device, in any dtype, frozen or not.
+        processor: its own.
+        picture: any picture.
+        prompt: what to ask.
+        num_visual_tokens: a budget, or `"auto"`; the processor's default when `None`.
+        token: position in the answer, from 0, or text: the first token, or word from its first token on, that reads so.
+        on: `"visual_tokens"` or `"patches"`.
+        max_new_tokens: length of the longest answer.
+
+    Raises:
+        ValueError: an empty prompt, an empty answer, a token that the answer does not have, another `on`, a length below
+            1, a budget that the processor does not have, a picture that cannot be used, or gradients that are not
+            finite in the model's dtype.
+    """
+    check_question(prompt, on, max_new_tokens)
+    with _evaluating(model), torch.inference_mode(False):
+        inputs = encode_question(processor, picture, prompt, num_visual_tokens).to(model.device, model.dtype)
+        ids = _answer(model, inputs, max_new_tokens)
+        place = find_token(processor, ids, token)
+        heat = heat_map(*token_gradients(model, inputs, ids[: place + 1], on))
+    return Explanation(
+        heat=heat,
+        answer=processor.decode(ids, skip_special_tokens=True).strip(),
+        token=_text(processor, ids[place : place + 1]),
+        num_visual_tokens=count_visual_tokens(processor, inputs),
+    )
+
+
+def check_question(prompt: str, on: str, max_new_tokens: int) -> None:
+    """
+    Refuse what can be known to be wrong before a model is loaded.
+
+    Raises:
+        ValueError: see `explain`.
+    """
+    if on not in PLACES:
+        raise ValueError(f"on={on!r}: use {' or '.join(map(repr, PLACES))}.")
+    if not prompt.strip():
+        raise ValueError("The prompt is empty: ask something about the picture.")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: use at least 1.")
+
+
+def default_budgets(processor: DeltaLlavaProcessor) -> list[int]:
+    """The model's own number of visual tokens and the next two below it, as far as the processor has them."""
+    own = processor.image_seq_length
+    budgets = sorted(processor.visual_token_budgets, reverse=True)
+    return [budget for budget in budgets if budget <= own][:3] or budgets[-1:]
+
+
+def token_gradients(
+    model: DeltaLlavaForConditionalGeneration, inputs: Any, said: Sequence[int], on: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Activations, (positions, channels), and the gradient there of the logit of the last token of `said`.
+
+    One pass forward and back, from the activations on; what comes before them is run without gradients. The features of
+    the image are handed over instead of being hooked, so that nothing in the model changes, not even for the moment.
+    """
+    base, config = model.model, model.config
+    *before, target = said
+    budget = int((inputs["input_ids"] == config.image_token_id).sum())
+    with torch.no_grad():
+        if on == "visual_tokens":
+            (activations,) = base.get_image_features(inputs["pixel_values"], budget, return_dict=True).pooler_output
+        else:
+            _, states = base._run_vision_tower(inputs["pixel_values"])
+            read = [config.vision_feature_layer, *config.vision_feature_levels]
+            activations = torch.cat([base._patch_features(states, level) for level in read], dim=-1)[0]
+    with torch.enable_grad():
+        activations = activations.detach().requires_grad_()
+        visual_tokens = activations
+        if on == "patches":
+            features, *levels = activations[None].chunk(len(read), dim=-1)
+            (visual_tokens,) = base._embed_images(features, levels, [budget])
+        input_ids = torch.cat([inputs["input_ids"], inputs["input_ids"].new_tensor([before])], dim=1)
+        encoded = {"image": BaseModelOutputWithPooling(pooler_output=[visual_tokens])}
+        outputs = model(input_ids=input_ids, mm_encoder_outputs=encoded, logits_to_keep=1, use_cache=False)
+        # `grad` stores nothing in the parameters, whether they want gradients or not.
+        (gradients,) = torch.autograd.grad(outputs.logits[0, -1, target], activations)
+    return activations.detach(), gradients
+
+
+def heat_map(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    """
+    (g, g) float32 on the CPU, 0 to 1, from activations and gradients (g * g, channels): positive parts of the products.
+
+    Raises:
+        ValueError: the products are not finite.
+    """
+    heat = (activations.cpu().double() * gradients.cpu().double()).sum(-1).clamp(min=0)
+    if not heat.isfinite().all():
+        raise ValueError(f"The gradients are not finite in {gradients.dtype}: use bfloat16 or float32.")
+    highest = heat.max()
+    if highest > 0:
+        heat = heat / highest
+    return heat.unflatten(0, (isqrt(len(heat)), -1)).float()
+
+
+def find_token(processor: DeltaLlavaProcessor, ids: Sequence[int], token: int | str) -> int:
+    """
+    Position among the `ids` of an answer: `token` itself, or where its text starts.
+
+    Raises:
+        ValueError: the answer is empty, or has no such token.
+    """
+    if not ids:
+        raise ValueError("The answer is empty: there is no token to explain.")
+    if isinstance(token, int) and 0 <= token < len(ids):
+        return token
+    if isinstance(token, str):
+        wanted = token.strip()
+        for start in range(len(ids)):
+            said = _text(processor, ids[start : start + 1])
+            for stop in range(start + 2, len(ids) + 1):  # a word may be in several pieces
+                if not said or len(said) >= len(wanted):
+                    break
+                said = _text(processor, ids[start:stop])
+            if said and said == wanted:
+                return start
+    pieces = ", ".join(f"{place} {_text(processor, [index])!r}" for place, index in enumerate(ids[:20]))
+    more = f" and {len(ids) - 20} more" if len(ids) > 20 else ""
+    raise ValueError(f"token={token!r}: the answer does not have it; its tokens are {pieces}{more}.")
+
+
+def _text(processor: DeltaLlavaProcessor, ids: Sequence[int]) -> str:
+    return str(processor.decode(list(ids))).strip()
+
+
+@torch.no_grad()
+def _answer(model: DeltaLlavaForConditionalGeneration, inputs: Any, max_new_tokens: int) -> list[int]:
+    """Ids of the greedy answer, up to the token that ends it."""
+    output = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=False
+    )
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    return list(takewhile(lambda index: index not in ends, output[0, inputs["input_ids"].shape[1] :].tolist()))
+
+
+@contextmanager
+def _evaluating(model: DeltaLlavaForConditionalGeneration) -> Iterator[None]:
+    """All modules in evaluation mode, and afterwards each in its own again."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
