@@ -65,7 +65,7 @@ def explain(
         picture: any picture.
         prompt: what to ask.
         num_visual_tokens: a budget, or `"auto"`; the processor's default when `None`.
-        token: position in the answer, from 0, or text: the first token, or word from its first token on, that reads so.
+        token: position in the answer, from 0, or a text: the first token where it starts; a word may have several tokens.
         on: `"visual_tokens"` or `"patches"`.
         max_new_tokens: length of the longest answer.
 
