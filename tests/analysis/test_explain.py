@@ -211,7 +211,7 @@ def test_an_answer_stops_where_it_ends_and_an_empty_one_is_refused(processor: An
     assert stopped.answer == first.answer[: len(stopped.answer)] != first.answer
     assert torch.equal(stopped.heat, first.heat)
     model.generation_config.eos_token_id = ids[0]
-    with pytest.raises(ValueError, match="The answer is empty: there is no token to explain."):
+    with pytest.raises(ValueError, match="The answer with 36 visual tokens is empty: there is no token to explain."):
         explain(model, processor, noise, "what?", max_new_tokens=4)
 
 
@@ -220,15 +220,24 @@ def test_a_token_is_found_by_place_and_by_text(trained: Any) -> None:
     ids = processor.tokenizer.encode("yes blue yes xylophone", add_special_tokens=False)
     pieces = [processor.decode([index]).strip() for index in ids]
     assert pieces == ["y", "es", "blue", "yes", "", "x", "y", "lo", "p", "h", "o", "n", "e"]
-    assert find_token(processor, ids, 3) == 3
-    assert [find_token(processor, ids, text) for text in ("yes", "y", "es", " blue ", "xylophone")] == [0, 0, 1, 2, 5]
-    assert find_token(processor, ids, "yes blue") == 0
-    assert find_token(processor, ids[2:], "yes") == 1
+    assert find_token(processor, ids, 3, 16) == 3
+    assert [find_token(processor, ids, text, 16) for text in ("yes", "y", "es", " blue ", "xylophone")] == [
+        0,
+        0,
+        1,
+        2,
+        5,
+    ]
+    assert find_token(processor, ids, "yes blue", 16) == 0
+    assert find_token(processor, ids[2:], "yes", 16) == 1
     for token in (len(ids), -1, "xyloph0ne", "xylophones", "yesblue", "lu", "", " "):
-        with pytest.raises(ValueError, match="the answer does not have it; its tokens are 0 'y', 1 'es', 2 'blue', 3"):
-            find_token(processor, ids, token)
+        with pytest.raises(
+            ValueError,
+            match="the answer with 16 visual tokens does not have it; its tokens are 0 'y', 1 'es', 2 'blue', 3",
+        ):
+            find_token(processor, ids, token, 16)
     with pytest.raises(ValueError, match=r"19 'y' and 4 more\.$"):
-        find_token(processor, ids[:1] * 24, 24)
+        find_token(processor, ids[:1] * 24, 24, 16)
 
 
 @pytest.mark.parametrize(
@@ -239,8 +248,8 @@ def test_a_token_is_found_by_place_and_by_text(trained: Any) -> None:
         ({"on": "pixels"}, "on='pixels': use 'visual_tokens' or 'patches'"),
         ({"max_new_tokens": 0}, "max_new_tokens=0: use at least 1"),
         ({"num_visual_tokens": 5}, "`num_visual_tokens=5` is not a budget"),
-        ({"token": 2, "max_new_tokens": 2}, "token=2: the answer does not have it"),
-        ({"token": "cat", "max_new_tokens": 2}, "token='cat': the answer does not have it"),
+        ({"token": 2, "max_new_tokens": 2}, "token=2: the answer with 36 visual tokens does not have it"),
+        ({"token": "cat", "max_new_tokens": 2}, "token='cat': the answer with 36 visual tokens does not have it"),
         ({"picture": Image.new("RGB", (0, 4))}, "Image 0 cannot be used: it is empty"),
     ],
 )

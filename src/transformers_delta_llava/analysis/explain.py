@@ -77,14 +77,15 @@ def explain(
     check_question(prompt, on, max_new_tokens)
     with _evaluating(model), torch.inference_mode(False):
         inputs = encode_question(processor, picture, prompt, num_visual_tokens).to(model.device, model.dtype)
-        ids = _answer(model, inputs, max_new_tokens)
-        place = find_token(processor, ids, token)
+        ids = answer_ids(model, inputs, max_new_tokens)
+        budget = count_visual_tokens(processor, inputs)
+        place = find_token(processor, ids, token, budget)
         heat = heat_map(*token_gradients(model, inputs, ids[: place + 1], on))
     return Explanation(
         heat=heat,
         answer=processor.decode(ids, skip_special_tokens=True).strip(),
         token=_text(processor, ids[place : place + 1]),
-        num_visual_tokens=count_visual_tokens(processor, inputs),
+        num_visual_tokens=budget,
     )
 
 
@@ -159,15 +160,15 @@ def heat_map(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor
     return heat.unflatten(0, (isqrt(len(heat)), -1)).float()
 
 
-def find_token(processor: DeltaLlavaProcessor, ids: Sequence[int], token: int | str) -> int:
+def find_token(processor: DeltaLlavaProcessor, ids: Sequence[int], token: int | str, budget: int) -> int:
     """
-    Position among the `ids` of an answer: `token` itself, or where its text starts.
+    Position among the `ids` of the answer at a `budget`: `token` itself, or where its text starts.
 
     Raises:
         ValueError: the answer is empty, or has no such token.
     """
     if not ids:
-        raise ValueError("The answer is empty: there is no token to explain.")
+        raise ValueError(f"The answer with {budget} visual tokens is empty: there is no token to explain.")
     if isinstance(token, int) and 0 <= token < len(ids):
         return token
     if isinstance(token, str):
@@ -182,7 +183,9 @@ def find_token(processor: DeltaLlavaProcessor, ids: Sequence[int], token: int | 
                 return start
     pieces = ", ".join(f"{place} {_text(processor, [index])!r}" for place, index in enumerate(ids[:20]))
     more = f" and {len(ids) - 20} more" if len(ids) > 20 else ""
-    raise ValueError(f"token={token!r}: the answer does not have it; its tokens are {pieces}{more}.")
+    raise ValueError(
+        f"token={token!r}: the answer with {budget} visual tokens does not have it; its tokens are {pieces}{more}."
+    )
 
 
 def _text(processor: DeltaLlavaProcessor, ids: Sequence[int]) -> str:
@@ -190,8 +193,8 @@ def _text(processor: DeltaLlavaProcessor, ids: Sequence[int]) -> str:
 
 
 @torch.no_grad()
-def _answer(model: DeltaLlavaForConditionalGeneration, inputs: Any, max_new_tokens: int) -> list[int]:
-    """Ids of the greedy answer, up to the token that ends it."""
+def answer_ids(model: DeltaLlavaForConditionalGeneration, inputs: Any, max_new_tokens: int) -> list[int]:
+    """Ids of the greedy answer to the inputs of one question, up to the token that ends it."""
     output = model.generate(
         **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=False
     )
