@@ -230,6 +230,8 @@ def test_a_token_is_found_by_place_and_by_text(trained: Any) -> None:
     ]
     assert find_token(processor, ids, "yes blue", 16) == 0
     assert find_token(processor, ids[2:], "yes", 16) == 1
+    accents = processor.tokenizer.encode("blue é 🦒", add_special_tokens=False)  # characters of two and of four bytes
+    assert [find_token(processor, accents, text, 16) for text in ("é", "🦒")] == [len(accents) - 7, len(accents) - 4]
     for token in (len(ids), -1, "xyloph0ne", "xylophones", "yesblue", "lu", "", " "):
         with pytest.raises(
             ValueError,

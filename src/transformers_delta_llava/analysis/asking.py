@@ -63,8 +63,8 @@ def find_token(processor: DeltaLlavaProcessor, ids: Sequence[int], token: int | 
         for start in range(len(ids)):
             said = token_text(processor, ids[start : start + 1])
             for stop in range(start + 2, len(ids) + 1):  # a word may be in several pieces
-                if not said or len(said) >= len(wanted):
-                    break
+                if not said or said == wanted or len(said.rstrip("\ufffd")) > len(wanted):
+                    break  # a character of which a piece holds a part reads as U+FFFD
                 said = token_text(processor, ids[start:stop])
             if said and said == wanted:
                 return start
