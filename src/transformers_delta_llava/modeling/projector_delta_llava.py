@@ -344,9 +344,17 @@ class WindowAttention(nn.Module):
             init.zeros_(self.in_proj_bias)
 
     def forward(
-        self, query: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
+        self, query: torch.Tensor | None, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
     ) -> torch.Tensor:
-        """Queries (B, V, C), and per memory level keys and values (B, N, C), to (B, V, C)."""
+        """Queries (B, V, C), and per memory level keys and values (B, N, C), to (B, V, C).
+
+        Where each window holds one patch its weight is 1, whatever query and key are: leave these out, and give the one
+        level of values (B, V, C). (A method of its own would pass by the hooks that fetch offloaded weights.)
+        """
+        if query is None:
+            assert self.out_proj is not None
+            wv, bv = self.in_proj_weight.chunk(3)[2], self.in_proj_bias.chunk(3)[2]
+            return self.out_proj(F.linear(values[0], wv, bv))
         scale_factor = math.isqrt(keys[0].shape[1] // query.shape[1])
         window = self.window_size
         key, value = (
@@ -374,12 +382,6 @@ class WindowAttention(nn.Module):
         attended = attended.transpose(0, 1) @ wv.unflatten(0, heads).transpose(1, 2)
         attended = attended.transpose(0, 1).flatten(1) + bv
         return self.out_proj(attended.unflatten(0, (-1, num_windows)))
-
-    def attend_to_one(self, values: torch.Tensor) -> torch.Tensor:
-        """What `forward` gives where each window holds one patch: its weight is 1, whatever query and key are."""
-        assert self.out_proj is not None
-        wv, bv = self.in_proj_weight.chunk(3)[2], self.in_proj_bias.chunk(3)[2]
-        return self.out_proj(F.linear(values, wv, bv))
 
 
 class PositionEmbedding2D(nn.Module):
@@ -499,7 +501,7 @@ class DeltaLlavaProjector(nn.Module):
         if value.shape[1] == grid_size**2 and not torch.is_grad_enabled():
             # One patch per window, so nothing reaches the output but values. Training needs the zero gradients of the
             # rest, because DDP waits for every parameter.
-            return self.feed_forward(self.window_attention.attend_to_one(value))
+            return self.feed_forward(self.window_attention(None, [], [value]))
         key, query = self.k_proj(levels), resize(features, grid_size)
         if self.block is not None:
             query = self.block(query)
