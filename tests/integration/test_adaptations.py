@@ -1,7 +1,6 @@
 """The model where it does not fit or must be fast: offloaded, compiled, quantised. By the code of docs/engines.md, without the package."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -86,14 +85,15 @@ def test_compiled(engine, repo, cases, expected, questions):
     ]  # the default, another budget, two pictures with a budget each, text alone: a compilation takes seconds
     cases, expected = [cases[index] for index in chosen], [expected[index] for index in chosen]
     given = {"code": filled(block.text, {"REPO": str(repo), "photo.jpg": questions[0].image}), "cases": cases}
-    report = engine.run("compiled.py", repo, stdin=given)
+    report = engine.run("compiled.py", repo, stdin=given, TORCHINDUCTOR_COMPILE_THREADS="1")
     assert report["package_importable"] is False
+    assert report["page_difference"] < 1e-3
+    assert report["page_output"] == report["plain_output"]
     assert report["forward_breaks"] == report["generation_breaks"] == {}
     assert max(report["differences"]) < 1e-3
     tokens = [answer["tokens"] for answer in expected]
     assert report["tokens"] == [*tokens, tokens[0]]
-    # Twelve tokens cost one graph; other lengths of the cache cost another, for all lengths; nothing is compiled twice.
-    assert report["graphs"][0] == 1 and report["graphs"][-1] <= 2
+    assert set(report["graphs"]) == {1}  # one for all tokens of all cases
 
 
 @pytest.mark.parametrize("method", ["torchao", "bitsandbytes"])

@@ -6,6 +6,7 @@ import pytest
 
 from tests.integration.engines import Engine, needs
 from tests.pages import filled, read_blocks
+from tests.test_bad_input import MESSAGES
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from transformers_delta_llava.evaluation import (
     Question,
@@ -101,3 +102,11 @@ def test_code_of_the_page(repo, rows, tmp_path):
     ]
     assert steps == 2
     assert any("lora_" in name for name in trainable) and any(".delta_u" in name for name in trainable)
+
+
+def test_rows_that_make_no_sense_are_refused(repo, rows, tmp_path):
+    report = Engine("trl", tmp_path).run("bad_rows.py", repo, rows[0]["images"][0])
+    assert len(report["said"]) == 7 and report["after"] == "answered"
+    assert all(text.startswith("ValueError: ") for text in report["said"].values()), report
+    for fault in ("unknown budget", "no picture", "unreachable", "roles out of order"):
+        assert MESSAGES[fault] in report["said"][fault]

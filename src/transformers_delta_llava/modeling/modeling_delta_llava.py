@@ -65,11 +65,13 @@ class DeltaLlavaPreTrainedModel(DeltaMixin, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keep_in_fp32_modules: set[str] | list[str] | None = None
 
     def post_init(self) -> None:
         super().post_init()
         if getattr(self.config, "quantization_config", None) is not None:
-            self._keep_in_fp32_modules = {*self._keep_in_fp32_modules, *KEPT_IN_FULL}  # every quantiser reads it
+            # Every quantiser reads it.
+            self._keep_in_fp32_modules = set(self._keep_in_fp32_modules or ()) | KEPT_IN_FULL
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         # It also means float32 in a float16 model. Here what is kept from quantisers has the dtype of the model.

@@ -2,7 +2,7 @@
 
     python bad_input.py REPO PICTURE
 
-By the name of the fault and of who was asked: the class of the error and its message.
+By the name of the fault and of who was asked: the kind of the error and its message.
 """
 
 import json
@@ -32,11 +32,12 @@ def faults(picture: str) -> dict[str, dict]:
 
 
 def refusal(function, *arguments, **options) -> str:
-    """The error that a call ends with."""
+    """The error that a call ends with; engines have kinds of ValueError of their own."""
     try:
         function(*arguments, **options)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        kind = ValueError if isinstance(error, ValueError) else type(error)
+        return f"{kind.__name__}: {error}"
     return "answered"
 
 

@@ -2,8 +2,9 @@
 
     python compiled.py REPO < {"code": ..., "cases": [...]}
 
-The code, from the documentation, gives `model`, `processor`, `compiled` (the model, compiled) and `static` (options of `generate`). A
-case is {"content": content of a user message, "num_visual_tokens": null, an integer or one per image}.
+The code, from the documentation, compiles with the default backend: it gives `model`, `processor`, `inputs`, the `logits` of a compiled
+forward pass, and the `output` of compiled generation. Cases are then traced by the same rules but not translated to C++, which
+would take seconds for each. A case is {"content": content of a user message, "num_visual_tokens": null, an integer or one per image}.
 """
 
 import copy
@@ -43,11 +44,15 @@ def main() -> None:
     given = json.load(sys.stdin)
     names: dict = {}
     exec(compile(given["code"], "documentation", "exec"), names)
-    model, processor, compiled, static = (names[name] for name in ("model", "processor", "compiled", "static"))
+    model, processor, inputs = (names[name] for name in ("model", "processor", "inputs"))
     report: dict = {"package_importable": importlib.util.find_spec("transformers_delta_llava") is not None}
+    report["page_difference"] = (names["logits"] - model(**inputs).logits).abs().max().item()
+    plain = model.generate(**inputs, max_new_tokens=64)
+    report["page_output"], report["plain_output"] = names["output"].tolist(), plain.tolist()
 
     torch.compiler.reset()
     counters.clear()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     report["differences"] = []
     for case in given["cases"]:
         inputs = dict(encode(processor, case))
@@ -59,6 +64,8 @@ def main() -> None:
 
     torch.compiler.reset()
     counters.clear()
+    config = CompileConfig(fullgraph=True, backend="eager", mode="default")
+    static = {"cache_implementation": "static", "compile_config": config}
     report["tokens"], report["graphs"] = [], []
     for case in given["cases"] + given["cases"][:1]:
         inputs = encode(processor, case)
