@@ -103,7 +103,7 @@ def test_200_malformed_requests(engine, server, repo, questions, cases, expected
 
 def test_a_budget_that_the_model_does_not_have_is_refused_at_once(engine, repo):
     command = [engine.python, "-m", "transformers_delta_llava", "serve", repo, "--num-visual-tokens", "7"]
-    result = subprocess.run(command, env=engine.environment(), capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=engine.environment(), capture_output=True, text=True, timeout=300)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("delta-llava: num_visual_tokens=7:")
 
