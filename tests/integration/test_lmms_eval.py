@@ -6,24 +6,29 @@ import re
 import pytest
 
 from tests.integration.engines import ROOT, Engine, needs
-from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
+from tests.page_commands import check_pip
+from tests.pages import commands_of, read_blocks
+from tests.test_bad_input import MESSAGES
+from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from transformers_delta_llava.evaluation import answer_questions, load_questions
-from transformers_delta_llava.evaluation.lmms import TASKS
 
 
 pytestmark = needs("lmms-eval")
 
 
-QUESTIONS = 200
+QUESTIONS = 200  # the limit in the documentation
+PAGE = ROOT / "docs" / "evaluation.md"
 
 
 @pytest.mark.parametrize("budget", [None, 1])
 def test_accuracy_is_that_of_our_own_evaluation(repo, tmp_path, budget):
     engine = Engine("lmms-eval", tmp_path)
     model = f"pretrained={repo},dtype=float32,device=cpu" + (f",num_visual_tokens={budget}" if budget else "")
-    command = ["--model", "delta_llava", "--model_args", model, "--tasks", "easy_vqa", "--include_path", TASKS]
-    command += ["--batch_size", 32, "--limit", QUESTIONS, "--output_path", tmp_path / "out", "--log_samples"]
-    engine.run_python("-m", "lmms_eval", *command)
+    _, command = read_blocks("evaluation.md", "lmms-eval")
+    ((_, *words),) = commands_of(command.text)
+    words = [model if word == "pretrained=REPO" else word for word in words]
+    assert model in words and str(QUESTIONS) in words
+    engine.run_python(*words, "--output_path", tmp_path / "out", "--log_samples")
 
     (results,) = (tmp_path / "out").rglob("*_results.json")
     (samples,) = (tmp_path / "out").rglob("*_samples_easy_vqa.jsonl")
@@ -38,7 +43,7 @@ def test_accuracy_is_that_of_our_own_evaluation(repo, tmp_path, budget):
 
 
 def test_the_tasks_and_metrics_that_the_documentation_names_exist(tmp_path):
-    page = (ROOT / "docs" / "evaluation.md").read_text()
+    page = PAGE.read_text()
     rows = re.findall(r"^\| \w+ \| [\d, ]+ \| `(\w+)` \| (.*) \|$", page, re.MULTILINE)
     named = {task: re.findall(r"`(\w+)`", metrics) for task, metrics in rows}
     assert len(named) == 10
@@ -48,5 +53,32 @@ def test_the_tasks_and_metrics_that_the_documentation_names_exist(tmp_path):
     assert report["model"] == "transformers_delta_llava.evaluation.lmms.model"
     for task, metrics in named.items():
         assert set(metrics) <= set(report["metrics"][task]), task
-    commands = re.findall(r"--tasks ([\w,]+)", page)
-    assert {task for command in commands for task in command.split(",")} <= {*named, "easy_vqa"}
+
+
+def test_the_commands_of_the_documentation(tmp_path):
+    """Those that fetch data are not run: their options, budgets and tasks are held against what there is."""
+    blocks = read_blocks("evaluation.md", "lmms-eval") + read_blocks("evaluation.md", "The paper's tables")
+    commands = [command for block in blocks for command in commands_of(block.text)]
+    check_pip(commands.pop(0), pytest.MonkeyPatch())
+    engine = Engine("lmms-eval", tmp_path)
+    known = set(re.findall(r"--[\w-]+", engine.run_python("-m", "lmms_eval", "--help")))
+    takes = engine.run("lmms_tasks.py", "easy_vqa")["arguments"]
+    tasks = set(re.findall(r"^\| \w+ \| [\d, ]+ \| `(\w+)`", PAGE.read_text(), re.MULTILINE)) | {"easy_vqa"}
+    assert len(commands) == 2 + 1 + 4 + 7
+    for command in commands:
+        assert command[:3] == ["python", "-m", "lmms_eval"]
+        assert {word for word in command if word.startswith("--")} <= known
+        options = dict(zip(command[3::2], command[4::2]))
+        assert options["--model"] == "delta_llava" and set(options["--tasks"].split(",")) <= tasks
+        given = dict(pair.split("=") for pair in options["--model_args"].split(","))
+        assert given.pop("pretrained") == "REPO" and set(given) <= set(takes)
+        assert int(given.get("num_visual_tokens", 144)) in DeltaLlavaConfig().visual_token_budgets
+
+
+def test_bad_input_is_refused(repo, tmp_path):
+    report = Engine("lmms-eval", tmp_path).run("lmms_bad_input.py", repo, load_questions("test")[0].image)
+    assert len(report["said"]) == 5 and report["after"] == "answered"
+    assert all(text.startswith("ValueError: ") for text in report["said"].values()), report
+    for fault in ("no picture", "unreachable", "roles out of order"):
+        assert report["said"][fault].startswith(f"ValueError: {MESSAGES[fault]}")
+    assert "num_visual_tokens=7" in report["said"]["unknown budget"]

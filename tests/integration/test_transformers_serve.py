@@ -5,18 +5,21 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from transformers import pipeline
 
-from tests.integration.engine_scripts.answer import NEW_TOKENS, answer
+from tests.integration.engine_scripts.answer import NEW_TOKENS, answer, ask_pipeline
 from tests.integration.engines import Engine, free_port, needs
 from tests.integration.malformed import malformed_requests
-from tests.integration.requests import messages
+from tests.integration.requests import data_url, messages
+from tests.pages import commands_of, filled, read_blocks
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 
 
 pytestmark = needs("serve")
 
 
-# What the server is started with; the repo's own default is 16.
+SERVER, CLIENT = read_blocks("engines.md", "transformers serve")
+# What the page starts the server with; the repo's own default is 16.
 SERVER_BUDGET = 4
 # `transformers serve` limits neither pictures nor text, passes over content and settings of kinds that it does not know, and
 # decodes films before the model is asked.
@@ -31,8 +34,9 @@ def engine(tmp_path_factory) -> Engine:
 @pytest.fixture(scope="module")
 def server(engine, repo):
     port = free_port()
-    command = ["-m", "transformers_delta_llava", "serve", repo, "--num-visual-tokens", SERVER_BUDGET]
-    command += ["--host", "127.0.0.1", "--port", port, "--device", "cpu", "--dtype", "float32"]
+    install, words = commands_of(filled(SERVER.text, {"REPO": str(repo), "8000": str(port)}))
+    assert install[0] == "pip" and words[:2] == ["delta-llava", "serve"] and str(SERVER_BUDGET) in words
+    command = ["-m", "transformers_delta_llava", *words[1:], "--device", "cpu", "--dtype", "float32"]
     with engine.serve(command, port) as running:
         yield running
 
@@ -99,6 +103,22 @@ def test_200_malformed_requests(engine, server, repo, questions, cases, expected
 
 def test_a_budget_that_the_model_does_not_have_is_refused_at_once(engine, repo):
     command = [engine.python, "-m", "transformers_delta_llava", "serve", repo, "--num-visual-tokens", "7"]
-    result = subprocess.run(command, env=engine.environment(), capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=engine.environment(), capture_output=True, text=True, timeout=300)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("delta-llava: num_visual_tokens=7:")
+
+
+def test_client_code_of_the_page(engine, server, repo, questions):
+    text = {"type": "text", "text": "What is in this picture?"}
+    content = [{"type": "image_url", "image_url": {"url": data_url(questions[0].image)}}, text]
+    before = f"from openai import OpenAI\nmessages = {[{'role': 'user', 'content': content}]!r}\n"
+    before += f'client = OpenAI(base_url="{server.url}/v1", api_key="none")'
+    code = filled(CLIENT.text, {"REPO": str(repo)}).replace("print(", "pieces.append(").replace(', end=""', "")
+    report = engine.run("run_code.py", stdin={"code": [before, "pieces = []", code], "show": ["''.join(pieces)"]})
+    pipe = pipeline(
+        "image-text-to-text",
+        model=DeltaLlavaForConditionalGeneration.from_pretrained(repo).eval(),
+        processor=DeltaLlavaProcessor.from_pretrained(repo),
+    )
+    content = [{"type": "image", "url": questions[0].image}, text]
+    assert report["shown"][0].strip() == ask_pipeline(pipe, {"content": content, "num_visual_tokens": 16})

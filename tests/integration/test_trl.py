@@ -5,6 +5,8 @@ import json
 import pytest
 
 from tests.integration.engines import Engine, needs
+from tests.pages import filled, read_blocks
+from tests.test_bad_input import MESSAGES
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from transformers_delta_llava.evaluation import (
     Question,
@@ -75,3 +77,36 @@ def test_new_words_are_learned_and_old_ones_kept(flags, repo, rows, old_question
         assert names == {"default"} and any(".delta_u" in name for name in report["trainable"])
         assert not any("vision_tower" in name for name in report["trainable"])
         assert report["difference"] < 1e-3
+
+
+def test_code_of_the_page(repo, rows, tmp_path):
+    (block,) = read_blocks("engines.md", "TRL and PEFT")
+    before = "import functools, trl\nfrom datasets import Dataset, Image, List\n"
+    before += 'small = {"use_cpu": True, "bf16": False, "max_steps": 2, "report_to": "none", "save_strategy": "no"}\n'
+    before += "trl.SFTConfig = functools.partial(trl.SFTConfig, **small)\n"
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": row["question"]},
+                {"role": "assistant", "content": row["answer"]},
+            ],
+            "images": row["images"],
+        }
+        for row in [*rows[:30], *rows[-2:]]
+    ]
+    before += f'rows = Dataset.from_list({chats!r}).cast_column("images", List(Image()))'
+    code = filled(block.text, {"REPO": str(repo)})
+    show = ["trainer.state.global_step", "sorted({n for n, p in trainer.model.named_parameters() if p.requires_grad})"]
+    steps, trainable = Engine("trl", tmp_path).run("run_code.py", stdin={"code": [before, code], "show": show})[
+        "shown"
+    ]
+    assert steps == 2
+    assert any("lora_" in name for name in trainable) and any(".delta_u" in name for name in trainable)
+
+
+def test_rows_that_make_no_sense_are_refused(repo, rows, tmp_path):
+    report = Engine("trl", tmp_path).run("bad_rows.py", repo, rows[0]["images"][0])
+    assert len(report["said"]) == 7 and report["after"] == "answered"
+    assert all(text.startswith("ValueError: ") for text in report["said"].values()), report
+    for fault in ("unknown budget", "no picture", "unreachable", "roles out of order"):
+        assert MESSAGES[fault] in report["said"][fault]

@@ -4,19 +4,24 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import pipeline
 
-from tests.integration.engine_scripts.answer import NEW_TOKENS, answer
+from tests.integration.engine_scripts.answer import NEW_TOKENS, answer, ask_pipeline
 from tests.integration.engines import Engine, free_port, needs
 from tests.integration.malformed import malformed_requests
-from tests.integration.requests import messages
+from tests.integration.requests import data_url, messages
+from tests.pages import commands_of, filled, read_blocks
+from tests.test_bad_input import MESSAGES
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 
 
 pytestmark = needs("vllm")
 
 
-# What the server is started with; the repo's own default is 16.
+OFFLINE, SERVER, CLIENT = read_blocks("engines.md", "vLLM")
+# What the page starts the server with; the repo's own default is 16.
 ENGINE_BUDGET = 4
+URL_ON_PAGE = "https://example.org/photo.jpg"
 # vLLM fetches pictures itself, and answers 500 where a host cannot be reached; it does not count placeholders in texts.
 OWN_WAYS = {"url": (500, 501), "marker in text": (200,)}
 # One engine at a time in little memory; nothing is reported to anybody.
@@ -37,18 +42,35 @@ def test_offline_answers_are_those_of_transformers(vllm, repo, cases, expected):
     assert report["alone"] == expected
     usual = [answer for case, answer in zip(cases, expected) if case["num_visual_tokens"] is None]
     assert report["together"] == usual
-    assert "num_visual_tokens=7" in report["refused"] and "64, 16, 4, 1" in report["refused"]
+    assert all(said.startswith("ValueError: ") for said in report["refused"].values()), report["refused"]
+    assert MESSAGES["unknown budget"] in report["refused"]["unknown budget"]
     assert report["after"] == expected[0]
 
 
 @pytest.fixture(scope="module")
 def server(vllm, repo):
     port = free_port()
-    command = ["-m", "vllm.entrypoints.openai.api_server", "--model", repo, "--served-model-name", "delta-llava"]
-    command += ["--host", "127.0.0.1", "--port", port, "--model-impl", "transformers", "--trust-remote-code"]
-    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", 512, "--max-num-seqs", 16]
-    command += ["--limit-mm-per-prompt", '{"image": 2}', "--trust-request-mm-kwargs"]
-    command += ["--mm-processor-kwargs", json.dumps({"num_visual_tokens": ENGINE_BUDGET})]
+    (words,) = commands_of(filled(SERVER.text, {"REPO": str(repo)}))
+    assert words[:2] == ["vllm", "serve"] and json.dumps({"num_visual_tokens": ENGINE_BUDGET}) in words
+    command = [
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        *words[2:],
+        "--host",
+        "127.0.0.1",
+        "--port",
+        port,
+    ]
+    command += [
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-model-len",
+        512,
+        "--max-num-seqs",
+        16,
+    ]  # small, on a CPU
     with vllm.serve(command, port, **ENVIRONMENT) as running:
         yield running
 
@@ -113,3 +135,33 @@ def test_200_malformed_requests(vllm, server, questions, cases, expected_of_serv
     assert not answered, "\n".join(answered)
     assert server.is_alive
     assert chat(vllm, server, [request(cases[0])]) == expected_of_server[:1]
+
+
+@pytest.fixture(scope="module")
+def page_answers(repo, questions) -> dict[int, str]:
+    """What transformers says to the question of the page about one of the pictures, by budget."""
+    model = DeltaLlavaForConditionalGeneration.from_pretrained(repo).eval()
+    processor = DeltaLlavaProcessor.from_pretrained(repo)
+    content = [{"type": "image", "url": questions[0].image}, {"type": "text", "text": "What is in this picture?"}]
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    case = {"content": content}
+    return {budget: ask_pipeline(pipe, {**case, "num_visual_tokens": budget}, 64) for budget in (ENGINE_BUDGET, 16)}
+
+
+def test_offline_code_of_the_page(vllm, repo, questions, page_answers):
+    small = "import functools, vllm\n"
+    small += 'options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 16}\n'
+    small += "vllm.LLM = functools.partial(vllm.LLM, **options)"
+    code = filled(OFFLINE.text, {"REPO": str(repo), URL_ON_PAGE: data_url(questions[0].image)})
+    keep = "answers = [llm.chat(messages, greedy)[0].outputs[0].text, said.outputs[0].text]"
+    report = vllm.run("run_code.py", stdin={"code": [small, code, keep], "show": ["answers"]}, **ENVIRONMENT)
+    assert [text.strip() for text in report["shown"][0]] == list(page_answers.values())
+
+
+def test_client_code_of_the_page(vllm, server, questions, page_answers):
+    content = [{"type": "image_url", "image_url": {"url": data_url(questions[0].image)}}]
+    content.append({"type": "text", "text": "What is in this picture?"})
+    before = f"messages = {[{'role': 'user', 'content': content}]!r}"
+    code = filled(CLIENT.text, {"http://localhost:8000": server.url})
+    report = vllm.run("run_code.py", stdin={"code": [before, code], "show": ["answer.choices[0].message.content"]})
+    assert report["shown"][0].strip() == page_answers[16]

@@ -1,6 +1,7 @@
 """Pictures of every size and kind become the pixel values that the authors' code computes."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -307,3 +308,12 @@ def test_floats_do_not_go_with_do_rescale_false(processor: Any) -> None:
     for kwargs in ({"do_rescale": False}, {"images_kwargs": {"do_rescale": False}}):
         with pytest.raises(ValueError, match="Image 0 cannot be used: .*do_rescale=False"):
             processor(images=np.full((4, 4, 3), 0.5), **kwargs)
+
+
+def test_a_url_that_keeps_silent_is_given_up(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures_delta_llava, "URL_TIMEOUT", 0.2)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,  # takes the connection and says nothing
+        pytest.raises(ValueError, match="^Image 0 cannot be used: .*timed out"),
+    ):
+        processor(images=f"http://127.0.0.1:{silent.getsockname()[1]}/a.png", text="<image>")

@@ -19,6 +19,12 @@ from .deltas_delta_llava import DeltaMixin
 from .projector_delta_llava import DeltaLlavaProjector, DeltaProjection, PositionEmbedding2D, WindowAttention
 
 
+# What quantisers leave alone: every visual token passes through the tower and the projector, and they are small beside the
+# language model. Listed as both models, with and without a head, name their parts.
+KEPT_IN_FULL = frozenset(
+    f"{prefix}{part}" for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector")
+) | {"lm_head"}
+
 # How many visual tokens each image gets: one number for all, one per image, or None for the config's default.
 VisualTokens: TypeAlias = int | list[int] | torch.Tensor | None
 
@@ -59,6 +65,17 @@ class DeltaLlavaPreTrainedModel(DeltaMixin, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keep_in_fp32_modules: set[str] | list[str] | None = None
+
+    def post_init(self) -> None:
+        super().post_init()
+        if getattr(self.config, "quantization_config", None) is not None:
+            # Every quantiser reads it.
+            self._keep_in_fp32_modules = set(self._keep_in_fp32_modules or ()) | KEPT_IN_FULL
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        # It also means float32 in a float16 model. Here what is kept from quantisers has the dtype of the model.
+        return {name: kept for name, kept in super()._get_dtype_plan(dtype).items() if name not in KEPT_IN_FULL}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

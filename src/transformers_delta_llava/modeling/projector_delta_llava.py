@@ -347,6 +347,7 @@ class WindowAttention(nn.Module):
         """Queries (B, V, C), and keys and values of each window (B, windows, tokens, C), to (B, V, C).
 
         Where a window holds one patch, that has all the weight, whatever query and key are: they may be `None`.
+        (A method of its own for that case would pass by the hooks that fetch offloaded weights.)
         """
         if query is None or key is None:
             return self._project_values(value.flatten(1, 2))

@@ -13,6 +13,8 @@ from transformers.image_utils import load_image
 
 # Rows of a padded picture are resized in strips of about this many pixels, whatever the shape of the picture.
 STRIP_PIXELS = 2**22
+# Seconds that a URL may keep silent; by default it may for ever, and a server waits with it.
+URL_TIMEOUT = 30.0
 
 
 def to_rgb(image: Any, index: int, layout: Any = None, rescaled: bool = False) -> Image.Image:
@@ -20,7 +22,7 @@ def to_rgb(image: Any, index: int, layout: Any = None, rescaled: bool = False) -
     try:
         if isinstance(image, (str, os.PathLike)):
             # A file is opened here, as `load_image` (which fetches URLs and base64) clips 16-bit pictures.
-            image = Image.open(image) if os.path.isfile(image) else load_image(image)
+            image = Image.open(image) if os.path.isfile(image) else load_image(image, timeout=URL_TIMEOUT)
         if isinstance(image, (np.ndarray, torch.Tensor)):
             image = _from_array(image, layout, rescaled)
         if not isinstance(image, Image.Image):

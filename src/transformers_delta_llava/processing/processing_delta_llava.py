@@ -286,7 +286,22 @@ class DeltaLlavaProcessor(ProcessorMixin):
     def apply_chat_template(
         self, conversation: Any, chat_template: str | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As in transformers. Where that leaves expanded images out of the assistant mask, the mask is made here."""
+        """As in transformers. Where that leaves expanded images out of the assistant mask, the mask is made here.
+
+        Raises:
+            ValueError: as a call, and for a conversation that the template refuses.
+        """
+        try:
+            return self._apply_chat_template(conversation, chat_template, *args, **kwargs)
+        except Exception as error:
+            # By name: Jinja2 is imported by transformers, and not here.
+            if any(kind.__name__ == "TemplateError" for kind in type(error).__mro__):
+                raise ValueError(f"The chat template refuses the conversation: {error}") from error
+            raise
+
+    def _apply_chat_template(
+        self, conversation: Any, chat_template: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         wanted = all(kwargs.get(name) for name in ("return_assistant_tokens_mask", "tokenize", "return_dict"))
         if not wanted or hasattr(ProcessorMixin, "_adjust_assistant_masks_indices"):
             return super().apply_chat_template(conversation, chat_template, *args, **kwargs)

@@ -38,14 +38,14 @@ def answer(model, processor, case: dict) -> dict:
     return {"prompt": prompt, "tokens": tokens, "text": processor.decode(tokens, skip_special_tokens=True)}
 
 
-def ask_pipeline(pipe, case: dict) -> str:
+def ask_pipeline(pipe, case: dict, new_tokens: int = NEW_TOKENS) -> str:
     """The pipeline's text for one case, stopping where the model does."""
     budget = case["num_visual_tokens"]
     output = pipe(
         text=[{"role": "user", "content": copy.deepcopy(case["content"])}],
         return_full_text=False,
         processor_kwargs={} if budget is None else {"num_visual_tokens": budget},
-        generate_kwargs={"do_sample": False, "max_new_tokens": NEW_TOKENS},
+        generate_kwargs={"do_sample": False, "max_new_tokens": new_tokens},
     )
     return output[0]["generated_text"].strip()
 

@@ -3,12 +3,14 @@
     python vllm_offline.py REPO < requests.json
 
 The input is a list of {"messages": ..., "num_visual_tokens": null, an integer or one per image}, and the last one of them has a
-budget that the model does not have.
+budget that the model does not have. Faults of other kinds are made here of the first.
 """
 
 import json
 import sys
 
+from bad_input import refusal
+from PIL import Image
 from vllm import LLM, SamplingParams
 
 from answer import NEW_TOKENS
@@ -43,10 +45,27 @@ def main() -> None:
     report: dict = {"alone": [ask([request])[0] for request in requests]}
     usual = [request for request in requests if request["num_visual_tokens"] is None]
     report["together"] = ask(usual)
-    try:
-        ask([bad])
-    except ValueError as error:
-        report["refused"] = str(error)
+    (content,) = (message["content"] for message in requests[0]["messages"])
+    chats = {
+        "roles out of order": [{"role": "assistant", "content": "hi"}, *requests[0]["messages"]],
+        "too many pictures": [{"role": "user", "content": content[:1] * 3}],
+        "no picture": [
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]}
+        ],
+    }
+    report["refused"] = {"unknown budget": refusal(ask, [bad])}
+    for name, messages in chats.items():
+        report["refused"][name] = refusal(ask, [{"messages": messages, "num_visual_tokens": None}])
+    picture = {"image": Image.new("RGB", (32, 32))}
+    prompts = {
+        "picture without a place": {"prompt": "USER: what is it? ASSISTANT:", "multi_modal_data": picture},
+        "pictures without a place": {
+            "prompt": "USER: <image> ASSISTANT:",
+            "multi_modal_data": {"image": [picture["image"]] * 2},
+        },
+    }
+    for name, prompt in prompts.items():
+        report["refused"][name] = refusal(llm.generate, prompt, sampling, use_tqdm=False)
     report["after"] = ask(requests[:1])[0]
     print(json.dumps(report))
 

@@ -1,0 +1,44 @@
+"""Input that makes no sense is a ValueError that says why, from the processor and through the pipeline, before the model is asked."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from transformers import pipeline
+
+from tests.integration.engine_scripts.bad_input import refusals
+from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
+from transformers_delta_llava.conversion import convert_checkpoint
+
+
+CHECKPOINT = Path(__file__).parents[1] / "examples" / "easy-vqa"
+COUNTS = "The number of <image> tokens in the prompts should be the same as the number of images: the text holds"
+MESSAGES = {
+    "unknown budget": "`num_visual_tokens=7` is not a budget of this model; it has 64, 16, 4, 1.",
+    "no picture": "Image 0 cannot be used: cannot identify image file",
+    "unreachable": "Image 0 cannot be used: ",
+    "roles out of order": "The chat template refuses the conversation: Roles must alternate user, assistant",
+    "unknown role": "The chat template refuses the conversation: Unknown role: wizard",
+    "picture without a place": f"{COUNTS} 0, but 1 images came with it.",
+    "place without a picture": f"{COUNTS} 1, but 0 images came with it.",
+    "too many pictures": f"{COUNTS} 1, but 3 images came with it.",
+}
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """What was said to every fault."""
+    folder = tmp_path_factory.mktemp("bad")
+    convert_checkpoint(CHECKPOINT, folder / "repo", vision_tower=str(CHECKPOINT / "vision-tower"))
+    Image.new("RGB", (20, 30)).save(folder / "picture.png")
+    model = DeltaLlavaForConditionalGeneration.from_pretrained(folder / "repo").eval()
+    processor = DeltaLlavaProcessor.from_pretrained(folder / "repo")
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    return refusals(processor, pipe, str(folder / "picture.png"))
+
+
+@pytest.mark.parametrize("fault", MESSAGES)
+def test_the_error_says_what_is_wrong(fault: str, refused: dict[str, dict[str, str]]) -> None:
+    assert set(refused) == set(MESSAGES)
+    for asked, said in refused[fault].items():
+        assert said.startswith(f"ValueError: {MESSAGES[fault]}"), asked
