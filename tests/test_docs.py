@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from examples.make_checkpoint import write_checkpoint
 from tests.pages import run_page
@@ -47,3 +48,15 @@ def test_deltas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert (tmp_path / "deltas.svg").is_file()
     trained = [name for name, p in names["model"].named_parameters() if p.requires_grad]
     assert trained and all(".delta_" in name for name in trained)
+
+
+def test_explain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "runs").mkdir()
+    run_page("explain.md", monkeypatch)
+    printed = capsys.readouterr().out
+    assert printed.count("│ blue") == 2 * 3 and '"answer": "yes"' in printed
+    shown, made = Image.open(ROOT / "docs" / "explain.png"), Image.open("runs/explain.png")
+    assert made.size == shown.size  # pixels depend on the fonts of the machine
+    assert Image.open("runs/heat.png").size == (336, 336) and (tmp_path / "runs" / "tokens.png").is_file()

@@ -1,5 +1,6 @@
 """One forward pass of the `paper` layout, what flowed through it, and the same chain by the equations."""
 
+import math
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ class Flow:
             self.output = self.module(self.z, self.levels, scale_factor)
         for hook in hooks:
             hook.remove()
+        query, *windows = seen["memory"]
+        seen["memory"] = (query, *([on_the_grid(x) for x in w.chunk(len(self.levels), dim=2)] for w in windows))
         self.seen = seen
 
     @property
@@ -60,6 +63,17 @@ class Flow:
         if self.shares_all:
             return paper.project(paper.below(self.p, "qkv_proj"), x, "qkv".index(role), *level)
         return paper.project(paper.below(self.p, f"{role}_proj"), x, *level)
+
+
+def on_the_grid(windows: Tensor) -> Tensor:
+    """(B, windows, patches of one, C) to (B, patches, C), patch by patch."""
+    side, size = math.isqrt(windows.shape[1]), math.isqrt(windows.shape[2])
+    grid = [
+        windows[:, row // size * side + column // size, row % size * size + column % size]
+        for row in range(side * size)
+        for column in range(side * size)
+    ]
+    return torch.stack(grid, dim=1)
 
 
 def whole(flow: Flow, use_emhsa: bool = True, use_block: bool = True) -> Tensor:

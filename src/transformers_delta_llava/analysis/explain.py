@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
 from math import isqrt
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..modeling import DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
-from .asking import count_visual_tokens, encode_question
+from .asking import answer_ids, count_visual_tokens, encode_question, find_token, token_text
 
 
 PLACES = ("visual_tokens", "patches")
@@ -65,7 +64,7 @@ def explain(
         picture: any picture.
         prompt: what to ask.
         num_visual_tokens: a budget, or `"auto"`; the processor's default when `None`.
-        token: position in the answer, from 0, or text: the first token, or word from its first token on, that reads so.
+        token: position in the answer, from 0, or a text: the first token where it starts; a word may have several tokens.
         on: `"visual_tokens"` or `"patches"`.
         max_new_tokens: length of the longest answer.
 
@@ -77,14 +76,15 @@ def explain(
     check_question(prompt, on, max_new_tokens)
     with _evaluating(model), torch.inference_mode(False):
         inputs = encode_question(processor, picture, prompt, num_visual_tokens).to(model.device, model.dtype)
-        ids = _answer(model, inputs, max_new_tokens)
-        place = find_token(processor, ids, token)
+        ids = answer_ids(model, inputs, max_new_tokens)
+        budget = count_visual_tokens(processor, inputs)
+        place = find_token(processor, ids, token, budget)
         heat = heat_map(*token_gradients(model, inputs, ids[: place + 1], on))
     return Explanation(
         heat=heat,
         answer=processor.decode(ids, skip_special_tokens=True).strip(),
-        token=_text(processor, ids[place : place + 1]),
-        num_visual_tokens=count_visual_tokens(processor, inputs),
+        token=token_text(processor, ids[place : place + 1]),
+        num_visual_tokens=budget,
     )
 
 
@@ -157,47 +157,6 @@ def heat_map(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor
     if highest > 0:
         heat = heat / highest
     return heat.unflatten(0, (isqrt(len(heat)), -1)).float()
-
-
-def find_token(processor: DeltaLlavaProcessor, ids: Sequence[int], token: int | str) -> int:
-    """
-    Position among the `ids` of an answer: `token` itself, or where its text starts.
-
-    Raises:
-        ValueError: the answer is empty, or has no such token.
-    """
-    if not ids:
-        raise ValueError("The answer is empty: there is no token to explain.")
-    if isinstance(token, int) and 0 <= token < len(ids):
-        return token
-    if isinstance(token, str):
-        wanted = token.strip()
-        for start in range(len(ids)):
-            said = _text(processor, ids[start : start + 1])
-            for stop in range(start + 2, len(ids) + 1):  # a word may be in several pieces
-                if not said or len(said) >= len(wanted):
-                    break
-                said = _text(processor, ids[start:stop])
-            if said and said == wanted:
-                return start
-    pieces = ", ".join(f"{place} {_text(processor, [index])!r}" for place, index in enumerate(ids[:20]))
-    more = f" and {len(ids) - 20} more" if len(ids) > 20 else ""
-    raise ValueError(f"token={token!r}: the answer does not have it; its tokens are {pieces}{more}.")
-
-
-def _text(processor: DeltaLlavaProcessor, ids: Sequence[int]) -> str:
-    return str(processor.decode(list(ids))).strip()
-
-
-@torch.no_grad()
-def _answer(model: DeltaLlavaForConditionalGeneration, inputs: Any, max_new_tokens: int) -> list[int]:
-    """Ids of the greedy answer, up to the token that ends it."""
-    output = model.generate(
-        **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=False
-    )
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
-    return list(takewhile(lambda index: index not in ends, output[0, inputs["input_ids"].shape[1] :].tolist()))
 
 
 @contextmanager

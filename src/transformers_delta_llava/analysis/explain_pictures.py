@@ -13,10 +13,10 @@ from .explain import Explanation
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 # Colours of the heat from 0 to 1, from dark to bright and through hues that the colour-blind can tell apart.
-HEAT = np.array([(13, 8, 135), (126, 3, 168), (204, 71, 120), (248, 149, 64), (240, 249, 33)], float)
+HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], float)
 # Share of the picture that shows through where there is no heat, and where there is most.
-THROUGH = (0.65, 0.25)
-PANEL, GAP, MARGIN, PANELS_PER_ROW = 336, 20, 28, 4
+THROUGH = (0.6, 0.2)
+PANEL, GAP, MARGIN, PANELS_PER_ROW = 336, 20, 28, 5
 NOTES = {
     "visual_tokens": "Heat at the visual tokens, one cell each",
     "patches": "Heat at the patches that the vision tower sees",
@@ -96,5 +96,5 @@ def draw_explanations(
 def _fit(picture: Image.Image) -> Image.Image:
     """As large as a panel holds."""
     scale = PANEL / max(picture.size)
-    size = tuple(max(1, min(PANEL, round(length * scale))) for length in picture.size)
-    return picture.resize(size, Image.Resampling.LANCZOS)
+    width, height = (max(1, round(length * scale)) for length in picture.size)
+    return picture.resize((width, height), Image.Resampling.LANCZOS)

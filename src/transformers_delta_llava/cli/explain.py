@@ -42,6 +42,7 @@ def explain(
     from transformers.utils.logging import disable_progress_bar  # these take seconds to import
 
     from .. import analysis
+    from ..analysis.asking import encode_question
     from ..analysis.drawing import check_output, write_picture
     from ..analysis.explain import check_question, default_budgets
     from ..analysis.explain_pictures import SUFFIXES
@@ -51,7 +52,9 @@ def explain(
     disable_progress_bar()
     picture = analysis.load_picture(image)
     loaded, processor = analysis.load_repo(model, device, dtype)
-    wanted = [int(word) if word.isdecimal() else word for word in num_visual_tokens or []]
+    wanted = [int(word) if word.isdecimal() else word for word in dict.fromkeys(num_visual_tokens or [])]
+    for budget in wanted:
+        encode_question(processor, picture, prompt, budget)  # refuses what it is not, before anything runs
     place = int(token) if token.isdecimal() else token
     talk = Console(stderr=True)
     found = [

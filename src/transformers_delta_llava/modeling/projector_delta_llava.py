@@ -343,43 +343,46 @@ class WindowAttention(nn.Module):
             init.xavier_uniform_(self.in_proj_weight)
             init.zeros_(self.in_proj_bias)
 
-    def forward(
-        self, query: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
-    ) -> torch.Tensor:
-        """Queries (B, V, C), and per memory level keys and values (B, N, C), to (B, V, C)."""
-        scale_factor = math.isqrt(keys[0].shape[1] // query.shape[1])
-        window = self.window_size
-        key, value = (
-            joined([to_windows(level, window * scale_factor).flatten(0, 1) for level in levels])
-            for levels in (keys, values)
-        )
+    def forward(self, query: torch.Tensor | None, key: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
+        """Queries (B, V, C), and keys and values of each window (B, windows, tokens, C), to (B, V, C).
+
+        Where a window holds one patch, that has all the weight, whatever query and key are: they may be `None`.
+        """
+        if query is None or key is None:
+            return self._project_values(value.flatten(1, 2))
         if self.out_proj is not None:
             return self._attend_projected(query, key, value)
+        query = to_windows(query, self.window_size)
+        batch = query.shape[:2]
         # (B, windows, tokens, C) to (B * windows, heads, tokens, C / heads)
-        query = to_windows(query, window).flatten(0, 1)
-        query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
+        query, key, value = (
+            tokens.flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for tokens in (query, key, value)
+        )
         attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        return from_windows(attended.unflatten(0, (keys[0].shape[0], -1)))
+        return from_windows(attended.unflatten(0, batch))
 
     def _attend_projected(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """One query per window: (B, V, C), and keys and values (B * V, tokens, C), to (B, V, C)."""
+        """One query per window: (B, V, C), and keys and values (B, V, tokens, C), to (B, V, C)."""
         assert self.out_proj is not None
-        heads, num_windows = (self.num_heads, -1), query.shape[1]
+        heads = (self.num_heads, -1)
         (wq, wk, wv), (bq, _, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        windows = query.shape[:2]
         query = F.linear(query, wq, bq).flatten(0, 1).unflatten(-1, heads)
-        scale = query.shape[-1] ** -0.5
+        query = query * query.shape[-1] ** -0.5
         # (heads, windows, d) @ (heads, d, C); then the heads stand where a sequence of queries stands.
-        query = (query.transpose(0, 1) @ wk.unflatten(0, heads)).transpose(0, 1)
-        attended = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None], scale=scale)[:, 0]
-        attended = attended.transpose(0, 1) @ wv.unflatten(0, heads).transpose(1, 2)
+        wide_query = (query.transpose(0, 1) @ wk.unflatten(0, heads)).transpose(0, 1)
+        scores = wide_query @ key.flatten(0, 1).transpose(1, 2)
+        del wide_query  # as large as what comes next: with scores this small no fused kernel would save memory
+        attended = (scores.softmax(dim=-1) @ value.flatten(0, 1)).transpose(0, 1) @ wv.unflatten(0, heads).transpose(
+            1, 2
+        )
         attended = attended.transpose(0, 1).flatten(1) + bv
-        return self.out_proj(attended.unflatten(0, (-1, num_windows)))
+        return self.out_proj(attended.unflatten(0, windows))
 
-    def attend_to_one(self, values: torch.Tensor) -> torch.Tensor:
-        """What `forward` gives where each window holds one patch: its weight is 1, whatever query and key are."""
+    def _project_values(self, value: torch.Tensor) -> torch.Tensor:
         assert self.out_proj is not None
         wv, bv = self.in_proj_weight.chunk(3)[2], self.in_proj_bias.chunk(3)[2]
-        return self.out_proj(F.linear(values, wv, bv))
+        return self.out_proj(F.linear(value, wv, bv))
 
 
 class PositionEmbedding2D(nn.Module):
@@ -495,16 +498,17 @@ class DeltaLlavaProjector(nn.Module):
             levels = [torch.cat(list(levels), dim=-1)]
         else:
             levels = [level.contiguous() for level in levels]
-        value = self.v_proj(levels)
-        if value.shape[1] == grid_size**2 and not torch.is_grad_enabled():
+        scale_factor = math.isqrt(features.shape[1]) // grid_size
+        value = to_windows(self.v_proj(levels), scale_factor)
+        if scale_factor == 1 and not torch.is_grad_enabled():
             # One patch per window, so nothing reaches the output but values. Training needs the zero gradients of the
             # rest, because DDP waits for every parameter.
-            return self.feed_forward(self.window_attention.attend_to_one(value))
-        key, query = self.k_proj(levels), resize(features, grid_size)
+            return self.feed_forward(self.window_attention(None, None, value))
+        key, query = to_windows(self.k_proj(levels), scale_factor), resize(features, grid_size)
         if self.block is not None:
             query = self.block(query)
         query = self.q_proj(query + self.position(grid_size, query.dtype))
-        return self.feed_forward(self.window_attention(query, [key], [value]))
+        return self.feed_forward(self.window_attention(query, key, value))
 
     def _paper(self, features: torch.Tensor, levels: Sequence[torch.Tensor], grid_size: int) -> torch.Tensor:
         query = resize(features, grid_size)
@@ -513,9 +517,12 @@ class DeltaLlavaProjector(nn.Module):
         query = self._role("q", query)  # (4)
         if self.block is not None:
             query = self.block(query)  # (6)
-        keys = [self._role("k", level, index) for index, level in enumerate(levels)]  # (7), (8)
-        values = [self._role("v", level, index) for index, level in enumerate(levels)]
-        attended = self.window_attention(query, keys, values)  # (9), (10)
+        size = self.config.projector_window_size * (math.isqrt(features.shape[1]) // grid_size)
+        key, value = (  # (7), (8)
+            joined([to_windows(self._role(role, level, index), size) for index, level in enumerate(levels)])
+            for role in "kv"
+        )
+        attended = self.window_attention(query, key, value)  # (9), (10)
         refined = attended + self.feed_forward(self.feed_forward_norm(attended))  # (11)
         return self.out_proj(refined)
 
@@ -582,8 +589,8 @@ def to_windows(tokens: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def joined(levels: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Tokens of all levels, (B, tokens, C) each, one after the other; a single level as it is, which `cat` would copy."""
-    return levels[0] if len(levels) == 1 else torch.cat(list(levels), dim=1)
+    """Tokens of all levels, (..., tokens, C) each, one after the other; a single level as it is, which `cat` would copy."""
+    return levels[0] if len(levels) == 1 else torch.cat(list(levels), dim=-2)
 
 
 def from_windows(windows: torch.Tensor) -> torch.Tensor:
