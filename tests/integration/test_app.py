@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -135,13 +136,20 @@ def test_bad_questions_are_answered_with_a_sentence(engine, server, photo, no_ph
     assert said["text"] == "circle" and said["heat"] is None
 
 
-def test_files_of_the_server_are_not_read(engine, server, photo):
-    data = [{"path": str(photo), "meta": {"_type": "gradio.FileData"}}, "what shape is in the image?", 16, False, ""]
-    status, text = server.post("/gradio_api/call/ask", json.dumps({"data": data}).encode())
-    event = json.loads(text)["event_id"] if status == 200 else None
-    if event is not None:
-        text = server.get(f"/gradio_api/call/ask/{event}")
-    assert "circle" not in text and "error" in text.lower()
+def test_files_that_nobody_uploaded_are_not_read(engine, server, photo):
+    def answer_about(path: str) -> str:
+        picture = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        data = [picture, "what shape is in the image?", 16, False, ""]
+        status, text = server.post("/gradio_api/call/ask", json.dumps({"data": data}).encode())
+        return server.get(f"/gradio_api/call/ask/{json.loads(text)['event_id']}") if status == 200 else text
+
+    form = b'--part\r\nContent-Disposition: form-data; name="files"; filename="circle.png"\r\n\r\n%b\r\n--part--\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=part"}
+    upload = urllib.request.Request(f"{server.url}/gradio_api/upload", form % photo.read_bytes(), headers)
+    with urllib.request.urlopen(upload, timeout=60) as response:
+        (uploaded,) = json.load(response)
+    assert "circle" in answer_about(uploaded)
+    assert "circle" not in answer_about(str(photo))
 
 
 def visit(engine, server, photo, no_photo, question: str) -> dict:
