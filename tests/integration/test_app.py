@@ -26,7 +26,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
 # Where a new screenshot for the documentation is to go.
 SCREENSHOT = os.environ.get("DELTA_LLAVA_SCREENSHOT")
-TALK = 100
+TALK = 200
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def no_photo(tmp_path_factory) -> Path:
 
 def ask(engine, server, *requests: list, together: bool = False) -> list[dict]:
     flags = ["--together"] if together else []
-    given = json.dumps([[*request, False, ""] if len(request) == 3 else request for request in requests], default=str)
+    given = json.dumps([[*request, "none", ""] if len(request) == 3 else request for request in requests], default=str)
     arguments = ["page_client.py", server.url, engine.scratch / "downloads", *flags]
     return engine.run(*arguments, stdin=json.loads(given))["answers"]
 
@@ -109,8 +109,11 @@ def test_streaming(engine, talker, questions):
 
 
 def test_the_heat_is_where_the_shape_is(engine, server, photo):
-    (said,) = ask(engine, server, [photo, "what color is the shape?", 64, True, "red"])
-    assert said["text"] == "red" and said["source"] == "Where “red” comes from"
+    wanted = [(16, "patches", "red"), (16, "visual tokens", ""), (1, "visual tokens", "")]
+    answers = ask(engine, server, *([photo, "what color is the shape?", *more] for more in wanted))
+    for places, said in zip((8, 4, 8), answers, strict=True):
+        assert (said["text"], said["source"]) == ("red", f"Where “red” comes from, in {places} x {places} places")
+    said = answers[0]
     heat = Image.open(said["heat"])
     assert heat.format == "PNG"
     # The warmest place: the picture itself has no yellow.
@@ -132,14 +135,14 @@ def test_bad_questions_are_answered_with_a_sentence(engine, server, photo, no_ph
     for words, said in zip(bad, refused, strict=True):
         assert words in said.get("error", said), said
     assert good["text"] == "circle"
-    (said,) = ask(engine, server, [photo, question, 16, True, "square"])
+    (said,) = ask(engine, server, [photo, question, 16, "patches", "square"])
     assert said["text"] == "circle" and said["heat"] is None
 
 
 def test_files_that_nobody_uploaded_are_not_read(engine, server, photo):
     def answer_about(path: str) -> str:
         picture = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        data = [picture, "what shape is in the image?", 16, False, ""]
+        data = [picture, "what shape is in the image?", 16, "none", ""]
         status, text = server.post("/gradio_api/call/ask", json.dumps({"data": data}).encode())
         return server.get(f"/gradio_api/call/ask/{json.loads(text)['event_id']}") if status == 200 else text
 
@@ -170,7 +173,7 @@ def test_in_a_browser(engine, server, photo, no_photo):
     for said in seen["answers"]:
         assert said["text"] == "red"
         assert said["spent"].startswith(f"{said['tokens']} visual token")
-        assert said["source"] == "Where “red” comes from"
+        assert said["source"] == "Where “red” comes from, in 8 x 8 places"
     assert len({said["map"] for said in seen["answers"]}) == 3
     assert seen["elsewhere"] == [] and seen["errors"] == []
     if SCREENSHOT:
@@ -181,9 +184,9 @@ def test_the_answer_grows_in_a_browser(engine, talker, photo, no_photo):
     seen = visit(engine, talker, photo, no_photo, "what color is the shape?")
     assert [said["tokens"] for said in seen["answers"]] == [64, 4, 64]
     first = seen["answers"][0]
-    texts = [text for text in first["seen"] if text]
-    assert len(texts) > 3, "the answer came in one piece"
-    assert all(first["text"].startswith(text.strip()) for text in texts if text)
+    partial = {text.strip() for text in first["seen"]} - {"", first["text"]}
+    assert partial, "the answer came in one piece"
+    assert all(first["text"].startswith(text) for text in partial)
 
 
 def test_a_space(engine, repo, tmp_path, photo):
@@ -194,7 +197,7 @@ def test_a_space(engine, repo, tmp_path, photo):
     port = free_port()
     settings = {"DELTA_LLAVA_MODEL": str(repo), "GRADIO_SERVER_PORT": str(port)}
     with engine.serve([folder / "app.py"], port, health="/config", **settings) as space:
-        (said,) = ask(engine, space, [photo, "what shape is in the image?", 4, True, ""])
+        (said,) = ask(engine, space, [photo, "what shape is in the image?", 4, "visual tokens", ""])
     assert said["text"] == "circle"
     assert Image.open(said["heat"]).width > 0
 

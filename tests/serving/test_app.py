@@ -5,12 +5,14 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.tiny import tiny_config, tiny_processor
 from transformers_delta_llava import serving
+from transformers_delta_llava.analysis import Explanation
 from transformers_delta_llava.serving import app
-from transformers_delta_llava.serving.page_input import choose_budgets, location, read_upload, sentence
+from transformers_delta_llava.serving.page_input import caption, choose_budgets, location, read_upload, sentence
 
 
 def run(monkeypatch, *arguments: str) -> int:
@@ -46,6 +48,12 @@ def test_a_repo_that_is_none_is_named(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(("error", "words"), [(ValueError("one\n two"), "one two"), (KeyError(), "KeyError")])
 def test_what_the_page_says_of_an_error(error, words):
     assert sentence(error) == words
+
+
+def test_what_a_heat_map_shows():
+    heat = torch.eye(4)
+    assert caption(Explanation(heat, "a red one", "red", 16)) == "Where “red” comes from, in 4 x 4 places"
+    assert caption(Explanation(0 * heat, "a red one", "red", 16)) == "Nothing in the picture speaks for “red”"
 
 
 def test_the_page_does_not_run_what_a_visitor_typed():

@@ -103,9 +103,12 @@ def test_visitors_do_not_mix(conversation):
     assert {budget: parts[-1].text for budget, parts in said.items()} == expected
 
 
-@pytest.mark.parametrize(("budget", "side"), [(None, 6), (4, 2), (1, 12)])
-def test_heat_lies_on_the_visual_tokens_or_on_the_patches_of_a_single_one(conversation, budget, side):
-    explanation = conversation.explain(PICTURE, QUESTION, budget)
+@pytest.mark.parametrize(
+    ("budget", "on", "side"),
+    [(None, "patches", 12), (None, "visual_tokens", 6), (4, "visual_tokens", 2), (1, "visual_tokens", 12)],
+)
+def test_heat_lies_where_it_is_asked_for_and_never_on_a_single_token(conversation, budget, on, side):
+    explanation = conversation.explain(PICTURE, QUESTION, budget, on=on)
     assert explanation.heat.shape == (side, side)
     assert explanation.num_visual_tokens == (budget or 36)
     assert generated(conversation, budget).startswith(explanation.token)
@@ -114,7 +117,7 @@ def test_heat_lies_on_the_visual_tokens_or_on_the_patches_of_a_single_one(conver
 def test_heat_of_a_word(conversation):
     word = generated(conversation, None).split()[3]
     assert conversation.explain(PICTURE, QUESTION, word=f" {word} ").token == word
-    with pytest.raises(ValueError, match="the answer does not have it"):
+    with pytest.raises(ValueError, match="does not have it"):
         conversation.explain(PICTURE, QUESTION, word="nowhere")
 
 

@@ -9,7 +9,7 @@ from ..conversion.hub import public_name
 from ..modeling import DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
 from .conversation import Conversation
-from .page_input import choose_budgets, location, read_upload, sentence
+from .page_input import HEAT, NO_HEAT, caption, choose_budgets, location, read_upload, sentence
 
 
 ABOUT = (
@@ -50,7 +50,7 @@ def build_app(
     conversation = Conversation(model, processor, max_new_tokens)
 
     def ask(
-        picture: str | None, question: str, num_visual_tokens: int | None, heat: bool, word: str
+        picture: str | None, question: str, num_visual_tokens: int | None, heat: str, word: str
     ) -> Iterator[tuple[str, str, Any, str]]:
         """Answer and what it took, several times while they grow, then these with the heat map and what it shows."""
         try:
@@ -59,13 +59,12 @@ def build_app(
                 yield said.text, str(said), None, ""
         except Exception as error:
             raise gradio.Error(sentence(error), print_exception=False) from error
-        if not heat:
+        if heat == NO_HEAT:
             return
         try:
-            explanation = conversation.explain(shown, question, num_visual_tokens, word or "")
-            source = "comes from" if explanation.heat.any() else "comes from: nothing in the picture speaks for it"
+            explanation = conversation.explain(shown, question, num_visual_tokens, word or "", HEAT[heat])
             drawn = draw_heat(shown, explanation, processor)
-            yield said.text, str(said), drawn, f"Where “{explanation.token}” {source}"
+            yield said.text, str(said), drawn, caption(explanation)
         except Exception as error:  # the answer stands all the same
             gradio.Warning(f"There is no heat map. {sentence(error)}")
 
@@ -106,8 +105,10 @@ def build_app(
                         elem_id="tokens",
                     )
                 with gradio.Row():
-                    heat = gradio.Checkbox(True, label="Draw a heat map", elem_id="heat")
-                    word = gradio.Textbox(label="of this word of the answer", placeholder="its first", elem_id="word")
+                    heat = gradio.Radio([*HEAT, NO_HEAT], value="patches", label="Heat map", scale=2, elem_id="heat")
+                    word = gradio.Textbox(
+                        label="Word of the answer", placeholder="its first", min_width=110, elem_id="word"
+                    )
                 button = gradio.Button("Ask", variant="primary", elem_id="ask")
             with gradio.Column():
                 answer = gradio.Textbox(label="Answer", interactive=False, lines=3, elem_id="answer")

@@ -106,11 +106,16 @@ class Conversation:
         yield stream.said(text.strip())
 
     def explain(
-        self, picture: Image.Image, question: str, num_visual_tokens: int | None = None, word: str = ""
+        self,
+        picture: Image.Image,
+        question: str,
+        num_visual_tokens: int | None = None,
+        word: str = "",
+        on: str = "patches",
     ) -> Explanation:
         """
-        Where `word` of the answer comes from, by default its first token: on the visual tokens, or on the tower's patches
-        where a single visual token would show nothing.
+        Where `word` of the answer comes from, by default its first token: on the tower's `"patches"` or on the
+        `"visual_tokens"`, of which a single one would show nothing, so the patches are taken then.
 
         Raises:
             ValueError: as `ask` does, or an answer that does not have the word.
@@ -124,7 +129,7 @@ class Conversation:
                 question.strip(),
                 num_visual_tokens=num_visual_tokens,
                 token=word.strip() or 0,
-                on="patches" if spent == 1 else "visual_tokens",
+                on="patches" if spent == 1 else on,
                 max_new_tokens=self.max_new_tokens if word.strip() else 1,  # what follows the token does not matter
             )
 

@@ -6,8 +6,13 @@ from typing import Any
 
 from PIL import Image
 
-from ..analysis import load_picture
+from ..analysis import Explanation, load_picture
 from ..processing import DeltaLlavaProcessor
+
+
+# Where a visitor may have the heat drawn, in words of the page and of `explain`. docs/explain.md tells why patches come first.
+HEAT = {"patches": "patches", "visual tokens": "visual_tokens"}
+NO_HEAT = "none"
 
 
 def choose_budgets(processor: DeltaLlavaProcessor, num_visual_tokens: int | None) -> tuple[list[int], int]:
@@ -40,6 +45,14 @@ def read_upload(place: str | None) -> Image.Image:
         return load_picture(place)
     except ValueError as error:
         raise ValueError("This file is not a picture that can be read.") from error
+
+
+def caption(explanation: Explanation) -> str:
+    """What a heat map shows."""
+    if not explanation.heat.any():
+        return f"Nothing in the picture speaks for “{explanation.token}”"
+    cells = explanation.heat.shape[0]
+    return f"Where “{explanation.token}” comes from, in {cells} x {cells} places"
 
 
 def sentence(error: Exception) -> str:
