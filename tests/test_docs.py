@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoModelForCausalLM
+from typer.main import get_command
 
 from examples.make_checkpoint import DEMO, write_checkpoint
 from tests.evaluation.test_lmms_results import REPORT
@@ -17,6 +18,7 @@ from tests.page_commands import check_script, run_delta_llava
 from tests.pages import DOCS, ROOT, indented_code, path_of, read_blocks, run_page
 from tests.tiny import tiny_config
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
+from transformers_delta_llava.cli.main import app
 from transformers_delta_llava.conversion import convert_checkpoint
 from transformers_delta_llava.training import load_recipe
 from transformers_delta_llava.training.rows import to_messages
@@ -82,6 +84,18 @@ def test_explain(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     shown, made = Image.open(ROOT / "docs" / "explain.png"), Image.open("runs/explain.png")
     assert made.size == shown.size  # pixels depend on the fonts of the machine
     assert Image.open("runs/heat.png").size == (336, 336) and (folder / "runs" / "tokens.png").is_file()
+
+
+def test_app(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def parse_or_run(command: list[str], patch: pytest.MonkeyPatch) -> None:
+        """The page is served until somebody stops it: tests/integration/test_app.py does that, here its options are read."""
+        if command[1] != "app":
+            return run_delta_llava(command, patch)
+        known = get_command(app).commands["app"].make_context("app", command[2:]).params  # type: ignore[attr-defined]
+        assert (known["model"], known["num_visual_tokens"], known["port"]) == ("./easy-vqa", 16, 7860)
+
+    run_page("app.md", monkeypatch, handlers={"delta-llava": parse_or_run})
+    assert (folder / "space" / "app.py").is_file()
 
 
 def test_readme(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ LAYERS = {
     "conversion": {"modeling", "processing"},
     "evaluation": {"modeling", "processing"},
     "training": {"conversion", "modeling", "processing"},  # prepares tokenizers as conversion does
-    "serving": {"modeling", "processing"},
+    "serving": {"analysis", "conversion", "modeling", "processing"},  # shows analyses on a page, writes folders
     "cli": {"analysis", "conversion", "evaluation", "modeling", "processing", "serving", "training"},
 }
 # Files that are copied into Hub repos, where only what transformers brings along is sure to be installed.

@@ -64,8 +64,10 @@ def test_an_output_that_exists_needs_overwrite(tmp_path):
 
 
 def test_only_a_conversions_output_is_replaced(tmp_path):
-    with pytest.raises(ConversionError, match="not written by a conversion"):
+    with pytest.raises(ConversionError, match="not written by this command"):
         check_output(tmp_path, [], overwrite=True)
+    (tmp_path / "other.json").touch()
+    check_output(tmp_path, [], overwrite=True, marker="other.json")
 
 
 def test_a_dangling_link_is_in_the_way(tmp_path):
@@ -88,7 +90,7 @@ def test_a_loop_of_links_is_refused(tmp_path):
     (tmp_path / "b").symlink_to(tmp_path / "a")
     with pytest.raises(ConversionError, match="a loop of symbolic links|exists"):
         check_output(tmp_path / "a", [tmp_path], overwrite=False)
-    with pytest.raises(ConversionError, match="not written by a conversion|a loop of symbolic links"):
+    with pytest.raises(ConversionError, match="not written by this command|a loop of symbolic links"):
         check_output(tmp_path / "a", [], overwrite=True)
 
 

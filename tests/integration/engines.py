@@ -68,8 +68,10 @@ class Engine:
         return result.stdout
 
     @contextlib.contextmanager
-    def serve(self, command: list[object], port: int, timeout: int = 600, **environment: str) -> Iterator["Server"]:
-        """Start `python COMMAND` of this environment, wait until /health answers, and end all its processes after."""
+    def serve(
+        self, command: list[object], port: int, timeout: int = 600, health: str = "/health", **environment: str
+    ) -> Iterator["Server"]:
+        """Start `python COMMAND` of this environment, wait until `health` answers, and end all its processes after."""
         log = self.scratch / f"{self.name}-{port}.log"
         with log.open("w") as output:
             process = subprocess.Popen(
@@ -80,7 +82,7 @@ class Engine:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # so that its workers can be ended with it
             )
-        server = Server(f"http://127.0.0.1:{port}", process, log)
+        server = Server(f"http://127.0.0.1:{port}", process, log, health)
         try:
             server.wait(timeout)
             yield server
@@ -89,10 +91,10 @@ class Engine:
 
 
 class Server:
-    """A running server: its address, its process and its log."""
+    """A running server: its address, its process, its log, and what answers when it is well."""
 
-    def __init__(self, url: str, process: subprocess.Popen, log: Path):
-        self.url, self.process, self.log = url, process, log
+    def __init__(self, url: str, process: subprocess.Popen, log: Path, health: str):
+        self.url, self.process, self.log, self.health = url, process, log, health
 
     @property
     def is_alive(self) -> bool:
@@ -100,7 +102,7 @@ class Server:
         if self.process.poll() is not None:
             return False
         try:
-            return urllib.request.urlopen(f"{self.url}/health", timeout=10).status == 200
+            return urllib.request.urlopen(self.url + self.health, timeout=10).status == 200
         except OSError:
             return False
 
@@ -119,6 +121,11 @@ class Server:
                 os.killpg(self.process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(patience)
+
+    def get(self, path: str, timeout: int = 60) -> str:
+        """Text of the answer to a GET."""
+        with urllib.request.urlopen(self.url + path, timeout=timeout) as response:
+            return response.read().decode()
 
     def post(self, path: str, body: bytes, timeout: int = 60) -> tuple[int, str]:
         """Status and text of the answer to a POST of `body`, whatever it is."""

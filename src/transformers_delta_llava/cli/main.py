@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .app import show_app
 from .budget import budget
 from .convert import convert
 from .delta import delta
@@ -16,10 +17,12 @@ from .inspect import inspect
 from .profile import profile
 from .push import push
 from .serve import serve
+from .space import space
 from .train import train
 
 
 app = typer.Typer(name="delta-llava", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command("app")(show_app)
 app.command()(budget)
 app.command()(convert)
 app.add_typer(delta, name="delta")
@@ -30,6 +33,7 @@ app.command()(inspect)
 app.command()(profile)
 app.command()(push)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
+app.command()(space)
 app.command()(train)
 
 

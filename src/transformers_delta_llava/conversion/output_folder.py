@@ -13,8 +13,10 @@ from .errors import ConversionError
 REPORT_FILE = "conversion.json"
 
 
-def check_output(output: Path, inputs: Iterable[Path], overwrite: bool) -> None:
+def check_output(output: Path, inputs: Iterable[Path], overwrite: bool, marker: str = REPORT_FILE) -> None:
     """Refuse an output that exists or that touches one of the `inputs` (local folders that will be read).
+
+    With `overwrite` one that exists may be replaced if it holds the file `marker`, as what is written here does.
 
     Raises:
         ConversionError: saying which, and what would do.
@@ -30,9 +32,9 @@ def check_output(output: Path, inputs: Iterable[Path], overwrite: bool) -> None:
         return
     if not overwrite:
         raise ConversionError(f"The output {output} exists; pass --overwrite (overwrite=True) to replace it.")
-    if not (output / REPORT_FILE).is_file():
+    if not (output / marker).is_file():
         raise ConversionError(
-            f"The output {output} was not written by a conversion (no {REPORT_FILE} in it), so it is not replaced; "
+            f"The output {output} was not written by this command (no {marker} in it), so it is not replaced; "
             "remove it yourself or choose another output."
         )
 

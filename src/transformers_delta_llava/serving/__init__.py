@@ -1,6 +1,8 @@
-"""Serving: `transformers serve` with what it lacks for Delta-LLaVA."""
+"""Serving: `transformers serve` with what it lacks for Delta-LLaVA, and a page to ask a model by hand."""
 
+from .app import build_app, launch_app
+from .space import write_space
 from .transformers_serve import serve
 
 
-__all__ = ["serve"]
+__all__ = ["build_app", "launch_app", "serve", "write_space"]
