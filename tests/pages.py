@@ -147,7 +147,7 @@ def commands_of(text: str, names: Collection[str] = RECORDED) -> list[list[str]]
         ["bash", "-c", f"exec 3>&1 1>&2\n{stubs}\n{text}"],
         capture_output=True,
         env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT / "src")},
-        timeout=60,
+        timeout=300,
     )
     assert result.returncode == 0, f"{text}\n{result.stderr.decode()}"
     words = result.stdout.decode().split("\0")[:-1]

@@ -61,7 +61,7 @@ def test_the_commands_of_the_documentation(tmp_path):
     commands = [command for block in blocks for command in commands_of(block.text)]
     check_pip(commands.pop(0), pytest.MonkeyPatch())
     engine = Engine("lmms-eval", tmp_path)
-    known = set(re.findall(r"--[\w-]+", engine.run_python("-m", "lmms_eval", "--help")))
+    known = set(re.findall(r"--[\w-]+", engine.run_python("-m", "lmms_eval", "eval", "--help")))
     takes = engine.run("lmms_tasks.py", "easy_vqa")["arguments"]
     tasks = set(re.findall(r"^\| \w+ \| [\d, ]+ \| `(\w+)`", PAGE.read_text(), re.MULTILINE)) | {"easy_vqa"}
     assert len(commands) == 2 + 1 + 4 + 7

@@ -27,7 +27,9 @@ def main() -> None:
             for turn in chat
         ]
         arguments = ("context", lambda doc: messages, {"max_new_tokens": 2}, 0, "task", "test")
-        return model.generate_until([Instance("generate_until", arguments, 0, {})])
+        return model.generate_until(
+            [Instance("generate_until", arguments, 0, {"task": "task", "doc_id": 0, "repeats": 1})]
+        )
 
     chats = {name: fault["chat"] for name, fault in faults(picture).items() if "chat" in fault}
     good = chats.pop("unknown budget")
