@@ -42,7 +42,12 @@ def test_offline_answers_are_those_of_transformers(vllm, repo, cases, expected):
     assert report["alone"] == expected
     usual = [answer for case, answer in zip(cases, expected) if case["num_visual_tokens"] is None]
     assert report["together"] == usual
-    assert all(said.startswith("ValueError: ") for said in report["refused"].values()), report["refused"]
+    known = (
+        "ValueError: ",
+        "VLLMValidationError: ",
+        "AssertionError: Failed to apply prompt replacement",
+    )  # two of vLLM's own
+    assert all(said.startswith(known) for said in report["refused"].values()), report["refused"]
     assert MESSAGES["unknown budget"] in report["refused"]["unknown budget"]
     assert report["after"] == expected[0]
 
