@@ -78,8 +78,9 @@ def main() -> None:
 
 def make_optimizer(model: Any, name: str) -> torch.optim.Optimizer:
     """Over what may be trained; parameters without a gradient are skipped."""
-    trained = [*model.model.multi_modal_projector.parameters(), *model.model.language_model.parameters()]
-    return getattr(torch.optim, name)([*trained, *model.lm_head.parameters()], lr=1e-6)
+    parts = model.model.multi_modal_projector, model.model.language_model, model.lm_head
+    trained = dict.fromkeys(parameter for part in parts for parameter in part.parameters())  # a tied head once
+    return getattr(torch.optim, name)(list(trained), lr=1e-6)
 
 
 def step(model: Any, inputs: dict[str, Any], stage: int, optimizer: torch.optim.Optimizer) -> None:
