@@ -8,20 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.serving.test_serve import run
 from tests.tiny import tiny_config, tiny_processor
 from transformers_delta_llava import serving
 from transformers_delta_llava.analysis import Explanation
 from transformers_delta_llava.serving import app
 from transformers_delta_llava.serving.page_input import caption, choose_budgets, location, read_upload, sentence
-
-
-def run(monkeypatch, *arguments: str) -> int:
-    from transformers_delta_llava.cli.main import main
-
-    monkeypatch.setattr(sys, "argv", ["delta-llava", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    return int(caught.value.code or 0)
 
 
 def test_options(monkeypatch):

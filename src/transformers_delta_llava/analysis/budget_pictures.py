@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from ..processing import DeltaLlavaProcessor
 from .budgets import BudgetComparison, BudgetRun
-from .drawing import FAINT_INK, INK, LINE, PAPER, check_output, font, tower_view, wrap
+from .drawing import FAINT_INK, INK, LINE, PAPER, check_output, font, tower_view, wrap, write_picture
 
 
 SUFFIXES = (".html", ".png")
@@ -45,7 +45,7 @@ def write_comparison(
     if path.suffix.lower() == ".html":
         path.write_text(_page(comparison, view, model), encoding="utf-8")
     else:
-        _draw(comparison, view, model).save(path)
+        write_picture(_draw(comparison, view, model), path)
 
 
 def mosaic(view: Image.Image, visual_tokens: int, side: int) -> Image.Image:

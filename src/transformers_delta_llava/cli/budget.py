@@ -10,6 +10,8 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from .arguments import number_or_word
+
 
 if TYPE_CHECKING:
     from ..analysis import BudgetComparison
@@ -47,7 +49,7 @@ def budget(
     disable_progress_bar()
     picture = load_picture(image)
     loaded, processor = load_repo(model, device, dtype)
-    wanted = [int(word) if word.isdecimal() else word for word in num_visual_tokens or []]
+    wanted = [number_or_word(word) for word in num_visual_tokens or []]
     talk = Console(stderr=True)
     with Progress(console=talk, transient=True, disable=not talk.is_terminal) as bar:
         task = bar.add_task("asking", total=(1 + repeats) * len(wanted or processor.visual_token_budgets))

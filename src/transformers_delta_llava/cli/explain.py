@@ -10,6 +10,8 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from .arguments import number_or_word
+
 
 if TYPE_CHECKING:
     from ..analysis import Explanation
@@ -52,13 +54,12 @@ def explain(
     disable_progress_bar()
     picture = analysis.load_picture(image)
     loaded, processor = analysis.load_repo(model, device, dtype)
-    wanted = [int(word) if word.isdecimal() else word for word in dict.fromkeys(num_visual_tokens or [])]
+    wanted = [number_or_word(word) for word in dict.fromkeys(num_visual_tokens or [])]
     for budget in wanted:
         encode_question(processor, picture, prompt, budget)  # refuses what it is not, before anything runs
-    place = int(token) if token.isdecimal() else token
     talk = Console(stderr=True)
     found = [
-        analysis.explain(loaded, processor, picture, prompt, budget, place, on, max_new_tokens)
+        analysis.explain(loaded, processor, picture, prompt, budget, number_or_word(token), on, max_new_tokens)
         for budget in track(
             wanted or default_budgets(processor),
             "explaining",

@@ -374,9 +374,8 @@ class WindowAttention(nn.Module):
         wide_query = (query.transpose(0, 1) @ wk.unflatten(0, heads)).transpose(0, 1)
         scores = wide_query @ key.flatten(0, 1).transpose(1, 2)
         del wide_query  # as large as what comes next: with scores this small no fused kernel would save memory
-        attended = (scores.softmax(dim=-1) @ value.flatten(0, 1)).transpose(0, 1) @ wv.unflatten(0, heads).transpose(
-            1, 2
-        )
+        attended = scores.softmax(dim=-1) @ value.flatten(0, 1)
+        attended = attended.transpose(0, 1) @ wv.unflatten(0, heads).transpose(1, 2)
         attended = attended.transpose(0, 1).flatten(1) + bv
         return self.out_proj(attended.unflatten(0, windows))
 
@@ -490,16 +489,17 @@ class DeltaLlavaProjector(nn.Module):
         scale_factor = self.config.scale_factor if scale_factor is None else scale_factor
         grid_size = self._query_grid(features.shape[1], len(levels), scale_factor)
         if self.config.projector_layout == "released":
-            return self._released(features, levels, grid_size)
-        return self._paper(features, levels, grid_size)
+            return self._released(features, levels, grid_size, scale_factor)
+        return self._paper(features, levels, grid_size, scale_factor)
 
-    def _released(self, features: torch.Tensor, levels: Sequence[torch.Tensor], grid_size: int) -> torch.Tensor:
+    def _released(
+        self, features: torch.Tensor, levels: Sequence[torch.Tensor], grid_size: int, scale_factor: int
+    ) -> torch.Tensor:
         if torch.is_grad_enabled():
             # The base's gradient comes in one piece then, which saves more than this copy costs.
             levels = [torch.cat(list(levels), dim=-1)]
         else:
             levels = [level.contiguous() for level in levels]
-        scale_factor = math.isqrt(features.shape[1]) // grid_size
         value = to_windows(self.v_proj(levels), scale_factor)
         if scale_factor == 1 and not torch.is_grad_enabled():
             # One patch per window, so nothing reaches the output but values. Training needs the zero gradients of the
@@ -511,14 +511,16 @@ class DeltaLlavaProjector(nn.Module):
         query = self.q_proj(query + self.position(grid_size, query.dtype))
         return self.feed_forward(self.window_attention(query, key, value))
 
-    def _paper(self, features: torch.Tensor, levels: Sequence[torch.Tensor], grid_size: int) -> torch.Tensor:
+    def _paper(
+        self, features: torch.Tensor, levels: Sequence[torch.Tensor], grid_size: int, scale_factor: int
+    ) -> torch.Tensor:
         query = resize(features, grid_size)
         query = self.refine(query)
         query = query + self.position(grid_size, query.dtype)  # (3)
         query = self._role("q", query)  # (4)
         if self.block is not None:
             query = self.block(query)  # (6)
-        size = self.config.projector_window_size * (math.isqrt(features.shape[1]) // grid_size)
+        size = self.config.projector_window_size * scale_factor
         key, value = (  # (7), (8)
             joined([to_windows(self._role(role, level, index), size) for index, level in enumerate(levels)])
             for role in "kv"
