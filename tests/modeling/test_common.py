@@ -7,13 +7,23 @@ import copy
 import os
 import random
 import unittest
+import warnings
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, SiglipVisionConfig, ViTConfig
+from transformers import (
+    CLIPVisionConfig,
+    DynamicCache,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+    ViTConfig,
+)
 
 from tests import transformers_tests
 from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaModel
+from transformers_delta_llava.modeling.modeling_delta_llava import CACHE_NAME
 
 
 try:
@@ -161,6 +171,22 @@ class CommonTests(common.ModelTesterMixin, transformers_tests.GenerationTesterMi
             features_all = getattr(model, method_name)(**{**inputs, "output_hidden_states": True})
         torch.testing.assert_close(features.pooler_output, features_all.pooler_output)
         assert features.hidden_states is None
+
+    def test_bc_cache_name_forward(self) -> None:
+        # The mixin's version wants a warning for the older name. Our forwards take both names on every version, silently.
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        for model_class in self.all_model_classes:
+            model = model_class(copy.deepcopy(config)).eval()
+            caches = {name: DynamicCache(config=config.get_text_config()) for name in ("cache", "past_key_values")}
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("error")
+                outputs = {name: model(**inputs, **{name: cache}) for name, cache in caches.items()}
+            for name, cache in caches.items():
+                assert outputs[name][CACHE_NAME] is cache
+                assert cache.get_seq_length() == inputs["input_ids"].shape[1]
+            torch.testing.assert_close(outputs["cache"][0], outputs["past_key_values"][0])
+            with pytest.raises(ValueError, match="both cache and past_key_values"):
+                model(**inputs, **caches)
 
     def test_used_parameters_have_gradients(self) -> None:
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()

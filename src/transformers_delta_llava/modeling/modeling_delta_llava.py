@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 import torch
@@ -10,7 +10,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+    ModelOutput,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
@@ -29,26 +34,52 @@ KEPT_IN_FULL = frozenset(
 VisualTokens: TypeAlias = int | list[int] | torch.Tensor | None
 
 
+# transformers 5.24 renamed `past_key_values` to `cache`, as an argument and as a field of outputs.
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+
+
 @dataclass
 class DeltaLlavaModelOutputWithPast(BaseModelOutputWithPast):
     """Output of [`DeltaLlavaModel`].
 
-    `image_hidden_states` (all visual tokens of the batch, hidden_size): what the projector gave to the language model.
+    The fields of transformers' own class, `cache` or `past_key_values` as the installed version names it, and:
+
+    image_hidden_states: (visual tokens of the whole batch, hidden_size), what entered the language model.
+    image_outputs: what `get_image_features` returned.
     """
 
     image_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple:
+        return _nested_tuple(self)
 
 
 @dataclass
-class DeltaLlavaCausalLMOutputWithPast(ModelOutput):
-    """Output of [`DeltaLlavaForConditionalGeneration`], with `image_hidden_states` as in the base model's."""
+class DeltaLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """Output of [`DeltaLlavaForConditionalGeneration`], with the two fields of the base model's."""
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple:
+        return _nested_tuple(self)
+
+
+def _nested_tuple(output: ModelOutput) -> tuple:
+    """The values of an output as a tuple, an output among them as a tuple too."""
+    return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in output.values())
+
+
+def _pick_cache(cache: Cache | None, past_key_values: Cache | None) -> dict[str, Cache | None]:
+    """The cache under the name that the installed transformers gives it.
+
+    Raises:
+        ValueError: if it was given under both names.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("You cannot specify both cache and past_key_values: they are two names of one argument.")
+    return {CACHE_NAME: past_key_values if cache is None else cache}
 
 
 class DeltaLlavaPreTrainedModel(DeltaMixin, PreTrainedModel):
@@ -59,7 +90,7 @@ class DeltaLlavaPreTrainedModel(DeltaMixin, PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -233,13 +264,15 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         num_visual_tokens: VisualTokens = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DeltaLlavaModelOutputWithPast:
         """
         Args:
             input_ids: (batch, sequence), with `config.image_token_id` wherever a visual token goes.
             pixel_values: (images of the whole batch, 3, height, width), row by row in the order of their placeholders.
-            attention_mask, position_ids, past_key_values, inputs_embeds: as in every decoder of transformers.
+            attention_mask, position_ids, inputs_embeds: as in every decoder of transformers.
+            cache, past_key_values: two names of one argument; which one transformers uses depends on its version.
             num_visual_tokens: budget of all images, or one per image; the config's default when `None`.
             mm_token_type_ids: accepted because processors emit it; not used.
             mm_encoder_outputs: `{"image": output of get_image_features}`, instead of `pixel_values`. Prompts that show
@@ -247,7 +280,8 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
 
         Raises:
             ValueError: on both or neither of `input_ids` and `inputs_embeds`, on `pixel_values` together with
-                `mm_encoder_outputs`, or if placeholders and visual tokens differ in number.
+                `mm_encoder_outputs`, on `cache` together with `past_key_values`, or if placeholders and visual tokens
+                differ in number.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
@@ -276,16 +310,17 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **_pick_cache(cache, past_key_values),
             **kwargs,
         )
         return DeltaLlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features,
+            image_outputs=image_outputs,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
 
@@ -377,6 +412,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         num_visual_tokens: VisualTokens = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DeltaLlavaCausalLMOutputWithPast:
         """
@@ -391,10 +427,10 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             num_visual_tokens=num_visual_tokens,
             mm_encoder_outputs=mm_encoder_outputs,
+            **_pick_cache(cache, past_key_values),
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -410,10 +446,11 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         return DeltaLlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
     def prepare_inputs_for_generation(
