@@ -35,7 +35,7 @@ def main() -> None:
     prepare(arguments)
     ours, llava = build_pair(arguments.shape, arguments.device, getattr(torch, arguments.dtype))
     budgets = arguments.budgets or [b for b in ours.config.visual_token_budgets if b != 9]
-    most = ours.config.num_visual_tokens(1)
+    most = ours.config.num_visual_tokens_for(1)
     models = {LLAVA: (llava, most), **{f"{budget} tokens": (ours, budget) for budget in budgets}}
     first, whole = {}, {}
     for name, (model, budget) in models.items():
@@ -83,7 +83,7 @@ def answer(model: Any, inputs: dict[str, Any], new_tokens: int, cache: str) -> t
 
 def promises(config: DeltaLlavaConfig, budgets: list[int], text_tokens: int) -> dict[str, float]:
     """Operations up to the first token as a share of LLaVA's, which runs the whole tower and keeps every patch."""
-    most = config.num_visual_tokens(1)
+    most = config.num_visual_tokens_for(1)
     profiles = profile_model(config, text_tokens, 1, budgets=[most, *budgets]).budgets
     shared = paper_flops(config, most, text_tokens, 1)  # of a whole CLIP and of LLaVA's MLP it is the exact count
     llava = shared["tower"] + shared["projector"] + profiles[0].exact_flops["prefill"]

@@ -40,7 +40,7 @@ def main() -> None:
     prepare(arguments)
     ours, llava = build_pair(arguments.shape, arguments.device, getattr(torch, arguments.dtype))
     budgets = arguments.budgets or [b for b in ours.config.visual_token_budgets if b != 9]
-    models = {LLAVA: (llava, ours.config.num_visual_tokens(1)), **{budget: (ours, budget) for budget in budgets}}
+    models = {LLAVA: (llava, ours.config.num_visual_tokens_for(1)), **{budget: (ours, budget) for budget in budgets}}
     rows, lines = [], {}
     for stage in (1, 2):
         steps = {}

@@ -164,7 +164,7 @@ def test_evaluation(easy_vqa: Path, folder: Path, monkeypatch: pytest.MonkeyPatc
 def test_performance(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = DeltaLlavaForConditionalGeneration(tiny_config()).eval()
     text = torch.arange(5, 12)
-    ids = torch.cat([torch.full((model.config.image_seq_length,), model.config.image_token_id), text])[None]
+    ids = torch.cat([torch.full((model.config.num_visual_tokens,), model.config.image_token_id), text])[None]
     names = {
         "model": model,
         "prompts": ["one", "two"],

@@ -82,6 +82,6 @@ def tiny_processor(config: DeltaLlavaConfig) -> DeltaLlavaProcessor:
         image_processor,
         fast,
         chat_template=load_chat_template("vicuna_v1"),
-        num_visual_tokens=config.image_seq_length,
+        num_visual_tokens=config.num_visual_tokens,
         visual_token_budgets=config.visual_token_budgets,
     )

@@ -25,7 +25,7 @@ def test_a_released_config():
     assert config.text_config.rope_parameters["rope_theta"] == 5000.0
     assert config.text_config.num_key_value_heads == 2
     assert config.vision_config.image_size == 32
-    assert config.image_seq_length == 4
+    assert config.num_visual_tokens == 4
     # The image token comes after the 320 tokens of the language model, and the table is filled up.
     assert (config.image_token_id, config.text_config.vocab_size) == (320, 384)
     assert not hasattr(config.text_config, "mm_vision_tower")

@@ -75,7 +75,7 @@ def shipped(run: Path, data: Path, tmp_path_factory) -> Path:
 def test_the_recipe_offers_the_budgets_that_it_promises(run: Path):
     model = DeltaLlavaForConditionalGeneration.from_pretrained(run)
     assert model.config.visual_token_budgets == (64, 16, 4, 1)
-    assert (model.config.image_seq_length, model.config.image_token_id) == (16, 432)
+    assert (model.config.num_visual_tokens, model.config.image_token_id) == (16, 432)
 
 
 def test_visual_tokens_start_as_loud_as_text(run: Path):

@@ -116,7 +116,7 @@ def assert_meets_oracle(config: DeltaLlavaConfig, scale_factor: int, batch: int 
     inputs = drawn_inputs(config, batch)
     with torch.no_grad():
         output = module(inputs[0], inputs[1:], scale_factor)
-    assert output.shape == (batch, config.num_visual_tokens(scale_factor), config.text_config.hidden_size)
+    assert output.shape == (batch, config.num_visual_tokens_for(scale_factor), config.text_config.hidden_size)
     assert goldens.difference(output, oracle_output(config, weights, inputs, scale_factor)) <= FLOAT64_TOLERANCE
 
 

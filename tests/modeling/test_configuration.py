@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig
 
 from tests.tiny import TEXT, VISION, tiny_config
-from transformers_delta_llava import DeltaLlavaConfig
+from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaModel
 
 
 PAPER = {"projector_layout": "paper"}
@@ -30,7 +30,7 @@ def test_defaults_are_the_published_model():
     assert (config.vision_config.model_type, config.text_config.model_type) == ("clip_vision_model", "llama")
     assert config.grid_size == 24
     assert config.vision_feature_levels == [12, 16, 22, 23]
-    assert config.image_seq_length == 144
+    assert config.num_visual_tokens == 144
 
 
 @pytest.mark.parametrize(
@@ -38,8 +38,8 @@ def test_defaults_are_the_published_model():
 )
 def test_tokens_of_clip_336(scale_factor, tokens):
     config = DeltaLlavaConfig(scale_factor=scale_factor)
-    assert config.image_seq_length == config.num_visual_tokens() == tokens
-    assert DeltaLlavaConfig().num_visual_tokens(scale_factor) == tokens
+    assert config.num_visual_tokens == config.image_seq_length == tokens
+    assert DeltaLlavaConfig().num_visual_tokens_for(scale_factor) == tokens
     assert config.scale_factor_for(tokens) == scale_factor
     assert config.visual_token_budgets == (576, 144, 64, 36, 16, 9, 4, 1)
 
@@ -55,7 +55,7 @@ def test_tokens_of_other_towers():
 def test_changing_the_scale_factor_changes_the_token_count():
     config = tiny_config()
     config.scale_factor = 4
-    assert config.image_seq_length == 9
+    assert config.num_visual_tokens == 9
 
 
 def test_round_trip(tmp_path):
@@ -90,10 +90,38 @@ def test_tied_embeddings_follow_the_text_config(text_ties, argument, expected):
     assert config.tie_word_embeddings is expected
 
 
-def test_image_seq_length_must_agree():
-    assert tiny_config(image_seq_length=36).image_seq_length == 36
-    with pytest.raises(ValueError, match="image_seq_length=99 disagrees with scale_factor=2, which gives 36"):
-        tiny_config(image_seq_length=99)
+@pytest.mark.parametrize("name", ["num_visual_tokens", "image_seq_length"])
+class TestNumberOfVisualTokens:
+    def test_it_sets_the_scale_factor(self, name, tmp_path):
+        config = tiny_config(**{name: 9})
+        assert (config.scale_factor, config.num_visual_tokens, config.image_seq_length) == (4, 9, 9)
+        config.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text()).keys().isdisjoint(
+            {"num_visual_tokens", "image_seq_length"}
+        )
+        for auto in (AutoConfig, DeltaLlavaConfig):
+            assert auto.from_pretrained(tmp_path, **{name: 36}).scale_factor == 2
+        setattr(config, name, 144)
+        assert config.scale_factor == 1
+
+    def test_it_agrees_with_the_scale_factor_or_is_refused(self, name, tmp_path):
+        assert tiny_config(**{name: 9}, scale_factor=4).scale_factor == 4
+        with pytest.raises(ValueError, match=f"{name}=99 disagrees with scale_factor=2, which gives 36 tokens; leave"):
+            tiny_config(**{name: 99}, scale_factor=2)
+
+    @pytest.mark.parametrize("number", [99, 36.0, True, "36", [36]])
+    def test_what_the_grid_cannot_give_is_refused(self, name, number, tmp_path):
+        tiny_config().save_pretrained(tmp_path)
+        match = "the patch grid cannot give it; use one of 144, 36, 16, 9, 4, 1"
+        with pytest.raises(ValueError, match=match):
+            tiny_config(**{name: number})
+        with pytest.raises(ValueError, match=match):
+            DeltaLlavaConfig.from_pretrained(tmp_path, **{name: number})
+
+
+def test_a_model_is_loaded_with_another_number_of_visual_tokens(tmp_path):
+    DeltaLlavaModel(tiny_config()).save_pretrained(tmp_path)
+    assert DeltaLlavaModel.from_pretrained(tmp_path, num_visual_tokens=9).config.scale_factor == 4
 
 
 def test_unknown_budget_lists_the_known_ones():

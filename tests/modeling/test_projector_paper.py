@@ -54,7 +54,7 @@ def test_equation_4_query_projection_sums_the_updates_of_the_levels(flow: Flow) 
 
 def test_equation_5_number_of_queries(flow: Flow) -> None:
     image, patch = (flow.config.vision_config.image_size, flow.config.vision_config.patch_size)
-    assert flow.seen["q"].shape[1] == image * image // (patch**2 * 2**2) == flow.config.num_visual_tokens(2)
+    assert flow.seen["q"].shape[1] == image * image // (patch**2 * 2**2) == flow.config.num_visual_tokens_for(2)
 
 
 def test_equation_6_cascade(flow: Flow) -> None:

@@ -26,7 +26,7 @@ def test_parameter_count_does_not_depend_on_the_scale_factor(scale_factor: int) 
 
 def test_token_counts_of_clip_large() -> None:
     config = clip_large_config()
-    assert {s: config.num_visual_tokens(s) for s in CLIP_LARGE_BUDGETS} == CLIP_LARGE_BUDGETS
+    assert {s: config.num_visual_tokens_for(s) for s in CLIP_LARGE_BUDGETS} == CLIP_LARGE_BUDGETS
     assert config.visual_token_budgets == tuple(CLIP_LARGE_BUDGETS.values())
 
 

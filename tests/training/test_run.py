@@ -98,7 +98,7 @@ def test_a_run_leaves_hub_folders_and_a_log(folder: Path, tmp_path: Path) -> Non
         assert config["architectures"] == ["DeltaLlavaForConditionalGeneration"] and "AutoModel" in config["auto_map"]
         assert AutoProcessor.from_pretrained(place).num_visual_tokens == 9
         model = AutoModelForImageTextToText.from_pretrained(place)
-        assert model.config.image_seq_length == 9
+        assert model.config.num_visual_tokens == 9
     log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     assert all(entry["tokens_per_second"] > 0 and entry["memory_gib"] > 0 for entry in log if "loss" in entry)
     assert sum(entry["images_per_second"] > 0 for entry in log if "loss" in entry) >= 1
@@ -270,7 +270,7 @@ def test_two_pretrained_parts_become_a_model(folder: Path, tmp_path: Path) -> No
     left_out = [json.loads(line)["row"] for line in (out / "skipped_rows.jsonl").read_text().splitlines()]
     assert left_out == ["row 3 (id r3)", "row 7 (id r7)", "row 11 (id r11)"], "text is no caption"
     model, processor = AutoModelForImageTextToText.from_pretrained(out), AutoProcessor.from_pretrained(out)
-    assert model.config.image_seq_length == processor.num_visual_tokens == 36 and processor.do_pad is False
+    assert model.config.num_visual_tokens == processor.num_visual_tokens == 36 and processor.do_pad is False
     assert list(processor.visual_token_budgets) == [144, 36, 16, 9, 4, 1]
     assert model.config.image_token_id == processor.image_token_id < model.config.text_config.vocab_size
     language = AutoModelForImageTextToText.from_pretrained(out).model.language_model

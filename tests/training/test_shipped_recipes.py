@@ -91,7 +91,7 @@ def test_a_shipped_recipe_trains_and_says_what_the_paper_says(folder: Path, tmp_
     else:
         assert recipe.data.chat_template == ("chatml" if "qwen" in file.name else "vicuna_v1")
     model = AutoModelForImageTextToText.from_pretrained(train(recipe))
-    assert model.config.image_seq_length == 144 and model.dtype == torch.bfloat16
+    assert model.config.num_visual_tokens == 144 and model.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("budget", [144, 64, 36, 16, 4, 1])
@@ -101,7 +101,7 @@ def test_every_budget_of_the_paper_can_be_chosen(folder: Path, tmp_path: Path, b
     trainer = make_trainer(load_recipe(file, overrides))
     batch = next(iter(trainer.get_train_dataloader()))
     assert (batch["input_ids"] == trainer.processing_class.image_token_id).sum() == budget * batch["num_images"] > 0
-    assert trainer.model.config.image_seq_length == budget
+    assert trainer.model.config.num_visual_tokens == budget
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "deepspeed-zero2", "deepspeed-zero3"])

@@ -154,7 +154,7 @@ def tower_flops(model: DeltaLlavaForConditionalGeneration) -> int:
 def projector_flops(projector: DeltaLlavaProjector, scale_factor: int) -> int:
     """Of one image at inference."""
     config = projector.config
-    patches, tokens = config.grid_size**2, config.num_visual_tokens(scale_factor)
+    patches, tokens = config.grid_size**2, config.num_visual_tokens_for(scale_factor)
     width, levels = config.vision_config.hidden_size, len(config.vision_feature_levels)
     rank = config.delta_rank if config.use_delta_projection else 0
     output = tokens * _products(projector.feed_forward)

@@ -267,7 +267,7 @@ def _report(
         tensors_written=len(plan.tensors),
         config_keys_ignored=ignored_keys,
         config_keys_unknown=unknown_keys,
-        visual_tokens=config.image_seq_length,
+        visual_tokens=config.num_visual_tokens,
         weight_files=weight_files,
         warnings=warnings,
     )

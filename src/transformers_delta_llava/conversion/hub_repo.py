@@ -37,9 +37,9 @@ def write_processor(config: DeltaLlavaConfig, image_processor: dict, do_pad: boo
         "auto_map": {"AutoProcessor": f"processing_delta_llava.{PROCESSOR_CLASS}"},
         "do_pad": do_pad,
         "image_processor": image_processor,
-        "image_seq_length": config.image_seq_length,
+        "image_seq_length": config.num_visual_tokens,
         "image_token": IMAGE_TOKEN,
-        "num_visual_tokens": config.image_seq_length,
+        "num_visual_tokens": config.num_visual_tokens,
         "processor_class": PROCESSOR_CLASS,
         "visual_token_budgets": list(config.visual_token_budgets),
     }

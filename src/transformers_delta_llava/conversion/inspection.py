@@ -149,7 +149,7 @@ def _inspect_checkpoint(folder: Path, settings: dict, checkpoint: Checkpoint) ->
 
 def _describe(result: Inspection, config: DeltaLlavaConfig, tensors: dict[str, LazyTensor]) -> None:
     result.visual_token_budgets = config.visual_token_budgets
-    result.default_visual_tokens = config.image_seq_length
+    result.default_visual_tokens = config.num_visual_tokens
     for name, tensor in sorted(tensors.items()):
         if name.startswith(_PROJECTOR) and not torch.isfinite(tensor.load()).all():
             result.problems.append(f"{name} holds NaN or Inf.")

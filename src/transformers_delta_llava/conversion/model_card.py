@@ -106,7 +106,7 @@ class ModelCard:
         """A card with what `config` and `base_models` say about the model, and the other `facts` as given."""
         known = {
             "text_model_type": config.text_config.model_type,
-            "visual_tokens": config.image_seq_length,
+            "visual_tokens": config.num_visual_tokens,
             "budgets": [(tokens, config.scale_factor_for(tokens)) for tokens in config.visual_token_budgets],
             "deltas": count_deltas(config),
             "license": next((LICENSES[name] for name in base_models if name in LICENSES), None),

@@ -53,10 +53,10 @@ def check_repo(folder: Path) -> None:
     except Exception as error:  # every part of a repo raises errors of its own kind
         reason = " ".join(str(error).split()).rstrip(".")[:300]
         raise ConversionError(f"{folder.name} does not load, so it is not published: {reason}.") from error
-    if found != config.image_seq_length:
+    if found != config.num_visual_tokens:
         raise ConversionError(
             f"{folder.name} is not published: its processor writes {found} placeholders for a picture, "
-            f"its model wants {config.image_seq_length}."
+            f"its model wants {config.num_visual_tokens}."
         )
 
 

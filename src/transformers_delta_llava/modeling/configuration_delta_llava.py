@@ -49,6 +49,9 @@ class DeltaLlavaConfig(PreTrainedConfig):
         scale_factor (`int`, *optional*, defaults to 2):
             Default spatial reduction `s` of the paper: `(grid / s) ** 2` visual tokens per image. No weight depends on
             it.
+        num_visual_tokens, image_seq_length (`int`, *optional*):
+            Two names of the number of visual tokens per image; it sets `scale_factor` and is not stored. Also as an
+            argument of `from_pretrained` and as attributes, to read and to set.
         vision_feature_layer (`int`, *optional*, defaults to -2):
             Hidden state of the tower that makes the queries. 0 is the embedding, `i` the output of layer `i`;
             negative numbers count from the end.
@@ -82,17 +85,15 @@ class DeltaLlavaConfig(PreTrainedConfig):
             Which bases the `"paper"` layout shares: `"levels"` (one per role q, k, v) or `"all"` (one for all roles).
         tie_word_embeddings (`bool`, *optional*):
             Whether input and output embeddings are tied. Defaults to what `text_config` says.
-        image_seq_length (`int`, *optional*):
-            Derived from `scale_factor`, and not stored. A value that disagrees is refused.
 
     Example:
 
     ```python
     >>> from transformers_delta_llava import DeltaLlavaConfig
 
-    >>> config = DeltaLlavaConfig(scale_factor=4)
-    >>> config.image_seq_length
-    36
+    >>> config = DeltaLlavaConfig(num_visual_tokens=36)
+    >>> config.scale_factor
+    4
     >>> config.visual_token_budgets
     (576, 144, 64, 36, 16, 9, 4, 1)
 
@@ -101,13 +102,14 @@ class DeltaLlavaConfig(PreTrainedConfig):
 
     model_type = "delta_llava"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    attribute_map = {"image_seq_length": "num_visual_tokens"}  # transformers' name for it
 
     def __init__(
         self,
         vision_config: PreTrainedConfig | dict | None = None,
         text_config: PreTrainedConfig | dict | None = None,
         image_token_id: int = 32000,
-        scale_factor: int = 2,
+        scale_factor: int | None = None,
         vision_feature_layer: int = -2,
         vision_feature_levels: Sequence[int] = (12, 16, 22, 23),
         vision_feature_select_strategy: str = "default",
@@ -126,13 +128,14 @@ class DeltaLlavaConfig(PreTrainedConfig):
         use_delta_projection: bool = True,
         delta_sharing: str = "levels",
         tie_word_embeddings: bool | None = None,
+        num_visual_tokens: int | None = None,
         image_seq_length: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.vision_config = _sub_config(vision_config, DEFAULT_VISION_CONFIG)
         self.text_config = _sub_config(text_config, DEFAULT_TEXT_CONFIG)
         self.image_token_id = image_token_id
-        self.scale_factor = scale_factor
+        self.scale_factor = 2 if scale_factor is None else scale_factor
         self.vision_feature_layer = vision_feature_layer
         self.vision_feature_levels = list(vision_feature_levels)
         self.vision_feature_select_strategy = vision_feature_select_strategy
@@ -153,27 +156,41 @@ class DeltaLlavaConfig(PreTrainedConfig):
         if tie_word_embeddings is None:
             tie_word_embeddings = getattr(self.text_config, "tie_word_embeddings", False)
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
-        self._check()
-        if image_seq_length not in (None, self.image_seq_length):
-            raise ValueError(
-                f"image_seq_length={image_seq_length} disagrees with scale_factor={scale_factor}, which gives "
-                f"{self.image_seq_length} tokens; leave image_seq_length out and set scale_factor."
-            )
+        _check_choices(self)
+        _check_tower(self)
+        _check_projector(self)
+        _check_text(self)
+        for name, number in (("num_visual_tokens", num_visual_tokens), ("image_seq_length", image_seq_length)):
+            if number is None:
+                continue
+            if scale_factor is not None and number != self.num_visual_tokens:
+                raise ValueError(
+                    f"{name}={number} disagrees with scale_factor={self.scale_factor}, which gives "
+                    f"{self.num_visual_tokens} tokens; leave one of the two out."
+                )
+            scale_factor = self.scale_factor = self.scale_factor_for(number)
+        self.num_visual_tokens_for(self.scale_factor)
 
     @property
     def grid_size(self) -> int:
         """Patches along one side of the tower's square grid."""
         return self.vision_config.image_size // self.vision_config.patch_size
 
-    def num_visual_tokens(self, scale_factor: int | None = None) -> int:
-        """Visual tokens per image at `scale_factor` (the config's by default), equation (5).
+    @property
+    def num_visual_tokens(self) -> int:
+        """Visual tokens per image at the default `scale_factor`; setting it sets `scale_factor`."""
+        return self.num_visual_tokens_for(self.scale_factor)
 
-        This is the one place that counts them.
+    @num_visual_tokens.setter
+    def num_visual_tokens(self, number: int) -> None:
+        self.scale_factor = self.scale_factor_for(number)
+
+    def num_visual_tokens_for(self, scale_factor: int) -> int:
+        """Visual tokens per image at `scale_factor`, equation (5). This is the one place that counts them.
 
         Raises:
             ValueError: if the grid cannot be reduced by `scale_factor`.
         """
-        scale_factor = self.scale_factor if scale_factor is None else scale_factor
         window = self.projector_window_size
         if not _is_int(scale_factor, minimum=1) or self.grid_size % (scale_factor * window):
             _refuse(
@@ -193,14 +210,9 @@ class DeltaLlavaConfig(PreTrainedConfig):
         return self.projector_num_attention_heads
 
     @property
-    def image_seq_length(self) -> int:
-        """Visual tokens per image at the default `scale_factor`."""
-        return self.num_visual_tokens()
-
-    @property
     def visual_token_budgets(self) -> tuple[int, ...]:
         """Every number of visual tokens that the grid can give, from most to fewest."""
-        return tuple(self.num_visual_tokens(scale_factor) for scale_factor in self._scale_factors())
+        return tuple(self.num_visual_tokens_for(scale_factor) for scale_factor in self._scale_factors())
 
     def scale_factor_for(self, num_visual_tokens: int) -> int:
         """The scale factor that gives `num_visual_tokens` per image.
@@ -222,13 +234,6 @@ class DeltaLlavaConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """As in the base class, plus the whole `auto_map`: what transformers saves has only the saved class in it."""
         return {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
-
-    def _check(self) -> None:
-        _check_choices(self)
-        _check_tower(self)
-        _check_projector(self)
-        _check_text(self)
-        self.num_visual_tokens()
 
 
 def _sub_config(config: PreTrainedConfig | dict | None, default: dict) -> PreTrainedConfig:

@@ -203,7 +203,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             ValueError: if there are not as many numbers as images, or they are no whole numbers.
         """
         if num_visual_tokens is None:
-            num_visual_tokens = self.config.image_seq_length
+            num_visual_tokens = self.config.num_visual_tokens
         if isinstance(num_visual_tokens, torch.Tensor):
             num_visual_tokens = num_visual_tokens.flatten().tolist()
         if isinstance(num_visual_tokens, (str, bool, float)):

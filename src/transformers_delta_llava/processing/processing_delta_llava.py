@@ -70,7 +70,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
         do_pad (`bool`, *optional*, defaults to `True`): Pad every image to a square with the mean colour.
         image_token (`str`, *optional*, defaults to `"<image>"`): Placeholder of an image.
         image_seq_length (`int`, *optional*): Visual tokens of an image when the model is not told their number: its
-            `config.image_seq_length`. Defaults to `num_visual_tokens`. It is saved, so it stays what it was when
+            `config.num_visual_tokens`. Defaults to `num_visual_tokens`. It is saved, so it stays what it was when
             `from_pretrained(..., num_visual_tokens=...)` overrides the processor's default.
         auto_max_loss (`float`, *optional*, defaults to 0.3): What `"auto"` may lose of an image, from 0 (the largest
             budget, unless a smaller one loses nothing) to 1 (the smallest).
