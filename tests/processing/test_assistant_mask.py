@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers.processing_utils import ProcessorMixin
 
-from transformers_delta_llava.processing import CHAT_TEMPLATES, load_chat_template
+from transformers_delta_llava.processing import CHAT_TEMPLATES, load_chat_template, processing_delta_llava
 
 
 END = {
@@ -25,7 +24,7 @@ OPTIONS = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask"
 def way(request: Any, monkeypatch: Any) -> None:
     """Both ways on new transformers; older ones have only the second."""
     if request.param == "made here":
-        monkeypatch.delattr(ProcessorMixin, "_adjust_assistant_masks_indices", raising=False)
+        monkeypatch.setattr(processing_delta_llava, "MASKS_EXPANDED_PLACEHOLDERS", False)
 
 
 def chats(make_picture: Any, name: str) -> list[list[dict[str, Any]]]:

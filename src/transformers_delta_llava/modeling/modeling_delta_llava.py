@@ -1,5 +1,6 @@
 """Delta-LLaVA: a vision tower, the delta projector and a language model, as transformers models."""
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -7,17 +8,13 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
-from transformers.cache_utils import Cache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
     CausalLMOutputWithPast,
-    ModelOutput,
 )
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
+from transformers.utils import ModelOutput
 
 from .configuration_delta_llava import CLASS_TOKEN_TOWERS, DeltaLlavaConfig
 from .deltas_delta_llava import DeltaMixin
@@ -108,12 +105,17 @@ class DeltaLlavaPreTrainedModel(DeltaMixin, PreTrainedModel):
         # It also means float32 in a float16 model. Here what is kept from quantisers has the dtype of the model.
         return {name: kept for name, kept in super()._get_dtype_plan(dtype).items() if name not in KEPT_IN_FULL}
 
+    def _tuple_or_dict(self, output: ModelOutput, return_dict: bool | None) -> Any:
+        """The output as the caller, or else the config, wants it."""
+        wants_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        return output if wants_dict else output.to_tuple()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (DeltaProjection, WindowAttention, PositionEmbedding2D)):
             module.reset_parameters()
         elif isinstance(module, nn.Conv2d):
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))  # PyTorch's own, as in the released code
+            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))  # PyTorch's own, as in the released code
         else:
             super()._init_weights(module)
 
@@ -126,12 +128,16 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = DeltaLlavaProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        self._runs_layers = _has_known_layers(self.vision_tower)
         self.post_init()
 
-    @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, num_visual_tokens: VisualTokens = None, **kwargs: Any
-    ) -> BaseModelOutputWithPooling:
+        self,
+        pixel_values: torch.Tensor,
+        num_visual_tokens: VisualTokens = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple | BaseModelOutputWithPooling:
         """Visual tokens of images.
 
         Args:
@@ -150,7 +156,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         features = self._patch_features(states, self.config.vision_feature_layer)
         budgets = self.budget_per_image(len(pixel_values), num_visual_tokens)
         outputs.pooler_output = self._embed_images(features, levels, budgets)
-        return outputs
+        return self._tuple_or_dict(outputs, return_dict)
 
     def _run_vision_tower(
         self, pixel_values: torch.Tensor, **kwargs: Any
@@ -158,15 +164,15 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         """The tower's output, and a sequence with the hidden states that the config names at their own indices.
 
         CLIP and SigLIP run layer by layer: layers above the deepest one needed, and the pooling head, are not
-        computed, and no other hidden state is kept. Other towers, and callers that ask for all states or attentions,
-        get a full run.
+        computed, and no other hidden state is kept. Other towers, towers that a later transformers builds in another
+        way, and callers that ask for all states or attentions, get a full run.
         """
         tower = self.vision_tower
         wanted = {
             name: kwargs.get(name) or getattr(tower.config, name, False)
             for name in ("output_hidden_states", "output_attentions")
         }
-        if any(wanted.values()) or tower.config.model_type not in CLASS_TOKEN_TOWERS:
+        if any(wanted.values()) or not self._runs_layers:
             outputs = tower(pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True})
             all_states = outputs.hidden_states
             if not wanted["output_hidden_states"]:
@@ -252,7 +258,6 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -265,8 +270,9 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cache: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> DeltaLlavaModelOutputWithPast:
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple | DeltaLlavaModelOutputWithPast:
         """
         Args:
             input_ids: (batch, sequence), with `config.image_token_id` wherever a visual token goes.
@@ -298,23 +304,23 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds).to(inputs_embeds.device)
             num_placeholders, num_features = mask.sum(), image_features.shape[0]
-            torch_compilable_check(
-                num_placeholders == num_features,
-                lambda: (
+            # A graph that is being traced cannot branch on values.
+            if not torch.compiler.is_compiling() and num_placeholders != num_features:
+                raise ValueError(
                     f"The text has {num_placeholders} image placeholders and the images give {num_features} visual "
                     "tokens; give processor and model the same num_visual_tokens, and do not cut the text."
-                ),
-            )
+                )
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_features)
 
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            return_dict=True,
             **_pick_cache(cache, past_key_values),
             **kwargs,
         )
-        return DeltaLlavaModelOutputWithPast(
+        output = DeltaLlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -322,6 +328,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             image_outputs=image_outputs,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
+        return self._tuple_or_dict(output, return_dict)
 
 
 class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMixin):
@@ -398,7 +405,6 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         """See [`DeltaLlavaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, num_visual_tokens, **kwargs)
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -413,8 +419,9 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cache: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> DeltaLlavaCausalLMOutputWithPast:
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple | DeltaLlavaCausalLMOutputWithPast:
         """
         Args:
             labels: (batch, sequence), -100 where no loss is wanted; shifted inside.
@@ -430,6 +437,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
             inputs_embeds=inputs_embeds,
             num_visual_tokens=num_visual_tokens,
             mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
             **_pick_cache(cache, past_key_values),
             **kwargs,
         )
@@ -443,7 +451,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
-        return DeltaLlavaCausalLMOutputWithPast(
+        output = DeltaLlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
@@ -452,6 +460,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
             image_outputs=outputs.image_outputs,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
+        return self._tuple_or_dict(output, return_dict)
 
     def prepare_inputs_for_generation(
         self, *args: Any, is_first_iteration: bool = False, **kwargs: Any
@@ -489,6 +498,14 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         )
         image_outputs = BaseModelOutputWithPooling(pooler_output=repeated)
         return input_ids, {**model_kwargs, "mm_encoder_outputs": {**encoded, "image": image_outputs}}
+
+
+def _has_known_layers(tower: nn.Module) -> bool:
+    """Whether a tower can be run layer by layer: it has the parts, and its layers the signature, of CLIP and SigLIP."""
+    layers = getattr(getattr(tower, "encoder", None), "layers", None)
+    if tower.config.model_type not in CLASS_TOKEN_TOWERS or not layers or not hasattr(tower, "embeddings"):
+        return False
+    return list(inspect.signature(layers[0].forward).parameters)[:2] == ["hidden_states", "attention_mask"]
 
 
 def _images_per_row(placeholders: list[int], budgets: list[int]) -> list[list[int]]:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -67,11 +66,11 @@ class DeltaProjection(nn.Module):
 
     def reset_parameters(self) -> None:
         """Truncated normal base, Xavier-uniform factors, as in the released code: the update does not start at 0."""
-        init.trunc_normal_(self.weight, std=0.02)
+        nn.init.trunc_normal_(self.weight, std=0.02)
         for factor in (self.delta_u, self.delta_v):
             if factor is not None:
                 bound = math.sqrt(6 / sum(factor.shape[-2:]))
-                init.uniform_(factor, -bound, bound)
+                nn.init.uniform_(factor, -bound, bound)
 
     def forward(self, hidden_states: torch.Tensor, update: tuple[int, ...] = ()) -> torch.Tensor:
         """(..., in) to (..., out). `update` picks one update; where it leaves several, their sum applies."""
@@ -340,8 +339,8 @@ class WindowAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Xavier-uniform on the packed matrix and zero biases, as in the released code."""
         if self.out_proj is not None:
-            init.xavier_uniform_(self.in_proj_weight)
-            init.zeros_(self.in_proj_bias)
+            nn.init.xavier_uniform_(self.in_proj_weight)
+            nn.init.zeros_(self.in_proj_bias)
 
     def forward(self, query: torch.Tensor | None, key: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
         """Queries (B, V, C), and keys and values of each window (B, windows, tokens, C), to (B, V, C).
@@ -407,7 +406,7 @@ class PositionEmbedding2D(nn.Module):
 
     def reset_parameters(self) -> None:
         """Fills the table; a model that is built on the meta device has to do it again."""
-        init.copy_(self.table, self.make_table())
+        self.table.copy_(self.make_table())
 
     def forward(self, grid_size: int, dtype: torch.dtype) -> torch.Tensor:
         """The table (g * g, C) of a g x g grid. Half precision rounds before resizing, as in the released code."""

@@ -13,10 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BatchFeature
-from transformers.image_utils import make_flat_list_of_images
+from transformers import BatchFeature, __version__
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from .auto_budget_delta_llava import budget_losses, pick_budget
 from .pictures_delta_llava import content_box, levels_of, pad_to_square, to_rgb
@@ -25,6 +23,8 @@ from .pictures_delta_llava import content_box, levels_of, pad_to_square, to_rgb
 # The word that leaves the number of visual tokens to the picture.
 AUTO = "auto"
 _OWN_OPTIONS = ("num_visual_tokens", "auto_max_loss", "do_pad")
+# From 5.23 on transformers allows for expanded placeholders in its assistant masks.
+MASKS_EXPANDED_PLACEHOLDERS = tuple(int(number) for number in __version__.split(".")[:2]) >= (5, 23)
 
 
 class DeltaLlavaImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -186,7 +186,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> tuple[BatchFeature, list[str]]:
         kwargs.pop("input_data_format", None)  # of what the caller gave; by now every image is RGB
-        images = make_flat_list_of_images(images)
+        images = _flatten(images)
         choices = self._resolve_budgets(num_visual_tokens, len(images))
         max_loss = self.auto_max_loss if auto_max_loss is None else float(auto_max_loss)
         sizes = [image.size for image in images]
@@ -240,7 +240,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
         images, *_ = self.prepare_inputs_layout(images=images, **kwargs)
         if images is None:
             return []
-        images = make_flat_list_of_images(images)
+        images = _flatten(images)
         pixels = self(images=images, **{**kwargs, "num_visual_tokens": max(self.visual_token_budgets)})["pixel_values"]
         options = {**kwargs, **kwargs.get("images_kwargs", {})}
         padded = self.do_pad if options.get("do_pad") is None else bool(options["do_pad"])
@@ -303,8 +303,11 @@ class DeltaLlavaProcessor(ProcessorMixin):
         self, conversation: Any, chat_template: str | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         wanted = all(kwargs.get(name) for name in ("return_assistant_tokens_mask", "tokenize", "return_dict"))
-        if not wanted or hasattr(ProcessorMixin, "_adjust_assistant_masks_indices"):
+        if not wanted or MASKS_EXPANDED_PLACEHOLDERS:
             return super().apply_chat_template(conversation, chat_template, *args, **kwargs)
+        # Imported by the releases alone that need it.
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         options = {**kwargs, **(kwargs.pop("processor_kwargs", None) or {}), "processor_kwargs": None}
         options.update(return_offsets_mapping=True, return_assistant_tokens_mask=False, return_tensors=None)
         inputs = super().apply_chat_template(conversation, chat_template, *args, **options)
