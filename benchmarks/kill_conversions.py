@@ -56,7 +56,7 @@ def run(kills: int, seed: int, folder: Path) -> dict:
         os.close(pipe)
         counts["kills" if killed else "finished before the kill"] += 1
         found = hashes(output) if output.exists() else None
-        previous = folder / f".{output.name}.previous"
+        previous = folder / f".{output.name}.delta-llava" / "previous"
         if found is None:
             state = "absent" if not replacing else "between renames"
             if replacing and (not previous.exists() or hashes(previous) != former):

@@ -20,12 +20,19 @@ PACKAGE = ROOT / "src" / "transformers_delta_llava"
 LAYERS = {
     "modeling": set(),
     "processing": set(),
-    "analysis": {"conversion", "modeling", "processing"},  # reads and writes repos as conversion does
-    "conversion": {"modeling", "processing"},
-    "evaluation": {"modeling", "processing"},
-    "training": {"conversion", "modeling", "processing"},  # prepares tokenizers as conversion does
-    "serving": {"analysis", "conversion", "modeling", "processing"},  # shows analyses on a page, writes folders
-    "cli": {"analysis", "conversion", "evaluation", "modeling", "processing", "serving", "training"},
+    "utils": set(),
+    "analysis": {"conversion", "modeling", "processing", "utils"},  # reads and writes repos as conversion does
+    "conversion": {"modeling", "processing", "utils"},
+    "evaluation": {"modeling", "processing", "utils"},
+    "training": {"conversion", "modeling", "processing", "utils"},  # prepares tokenizers as conversion does
+    "serving": {
+        "analysis",
+        "conversion",
+        "modeling",
+        "processing",
+        "utils",
+    },  # shows analyses on a page, writes folders
+    "cli": {"analysis", "conversion", "evaluation", "modeling", "processing", "serving", "training", "utils"},
 }
 # Files that are copied into Hub repos, where only what transformers brings along is sure to be installed.
 HUB_FILES = sorted([*PACKAGE.glob("modeling/[!_]*.py"), *PACKAGE.glob("processing/[!_]*.py")])

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from examples.make_checkpoint import write_tower, write_weights
-from transformers_delta_llava.conversion import ConversionError, hub
+from transformers_delta_llava.conversion import ConversionError
 from transformers_delta_llava.conversion.vision_tower import KNOWN_TOWERS, adapt_to_weights, load_vision_tower
+from transformers_delta_llava.utils import hub
 
 
 @pytest.mark.parametrize("whole", [False, True])

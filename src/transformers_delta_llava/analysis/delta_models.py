@@ -8,12 +8,12 @@ import torch
 from ..conversion.checkpoint_reader import Checkpoint, LazyTensor, read_checkpoint
 from ..conversion.errors import listed
 from ..conversion.export import read_repo_config
-from ..conversion.hub import public_name
 from ..conversion.hub_repo import write_code, write_config
-from ..conversion.output_folder import atomic_folder, check_output
 from ..conversion.shard_writer import parse_size, write_shards
 from ..modeling.delta_repo_delta_llava import is_base
 from ..modeling.projector_delta_llava import DeltaProjection
+from ..utils.hub import public_name
+from ..utils.output_folder import atomic_folder, check_output
 from .delta_report import DeltaReport
 from .delta_sources import PROJECTOR, Projections, effective, read_projections
 

@@ -9,12 +9,12 @@ import torch
 from ..conversion.checkpoint_reader import Checkpoint, LazyTensor, has_weights, open_weights, read_checkpoint
 from ..conversion.errors import listed
 from ..conversion.export import read_repo_config
-from ..conversion.hub import local_folder, public_name
-from ..conversion.json_files import read_json
 from ..conversion.key_map import map_names
 from ..modeling.delta_factors_delta_llava import FACTORS, applied_updates, check_deltas
 from ..modeling.delta_repo_delta_llava import DELTA_CONFIG, DELTA_WEIGHTS, read_delta_config
 from ..modeling.projector_delta_llava import pick_update
+from ..utils.files import read_json
+from ..utils.hub import local_folder, public_name
 
 
 PROJECTOR = "model.multi_modal_projector."

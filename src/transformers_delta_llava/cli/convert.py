@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from ..conversion import ConversionError, convert_checkpoint
-from ..conversion.hub import is_repo_id
 from ..conversion.publish import check_login
+from ..utils.hub import is_repo_id
 from .push import CreatePr, DryRun, Private, Revision, push_and_tell
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..utils.errors import one_line
+from ..utils.files import read_json
 from .errors import ConversionError, listed
-from .json_files import read_json
 
 
 # The order in which transformers looks for weights; then what training frameworks leave after consolidating.
@@ -208,7 +209,7 @@ def _open_pickle(file: Path) -> dict[str, LazyTensor]:
     except (ConversionError, OSError):
         raise
     except Exception as error:  # damaged bytes raise all kinds of errors
-        reason = str(error).strip().split("\n")[0].rstrip(".")
+        reason = one_line(str(error).strip().split("\n")[0] or error)
         raise ConversionError(f"{file.name} is not a readable PyTorch checkpoint: {reason}.") from error
     wrapped = [contents[key] for key in _WRAPPERS if isinstance(contents, dict) and key in contents]
     if len(wrapped) == 1 and isinstance(wrapped[0], dict):
@@ -238,7 +239,7 @@ def _check_archive(file: Path, values: bool = False) -> None:
                     while values and stream.read(1 << 20):
                         pass
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, RuntimeError) as error:
-        raise ConversionError(f"{file.name} is damaged: {' '.join(str(error).split()).rstrip('.')}.") from error
+        raise ConversionError(f"{file.name} is damaged: {one_line(error)}.") from error
 
 
 def verify_archives(files: Iterable[Path]) -> None:

@@ -9,17 +9,17 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..modeling import DeltaLlavaConfig
+from ..utils.files import read_json, write_json
+from ..utils.hub import is_repo_id, public_name
+from ..utils.output_folder import REPORT_FILE, atomic_folder, check_output
 from .checkpoint_reader import Checkpoint, verify_archives
 from .config_map import Vocabulary, convert_config, grown_vocabulary, unused_keys
 from .errors import ConversionError
 from .generation import fit_generation_config, read_generation_config
-from .hub import is_repo_id, public_name
 from .hub_repo import read_chat_template, write_code, write_config, write_processor
-from .json_files import read_json, write_json
 from .key_map import TOWER_TARGET, NameMap, map_names
 from .language_models import default_chat_template, language_model
 from .model_card import Conversion, ModelCard
-from .output_folder import REPORT_FILE, atomic_folder, check_output
 from .report import ConversionReport, sha256_of
 from .settings import build_config
 from .shard_writer import Progress, parse_size, verify_shards, write_shards
@@ -128,7 +128,7 @@ def convert_checkpoint(
     config.dtype = plan.tensors[EMBEDDINGS].dtype
 
     # Hashes the source while the output is written: both take about as long, and use different threads.
-    with ThreadPoolExecutor(1) as pool, atomic_folder(output) as folder:
+    with ThreadPoolExecutor(1) as pool, atomic_folder(output, overwrite) as folder:
         source_hashes = pool.submit(sha256_of, read.files)
         weight_files = write_shards(plan.tensors, folder, shard_size, progress)
         if verify:

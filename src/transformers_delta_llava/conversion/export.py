@@ -9,14 +9,15 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..modeling import DeltaLlavaConfig
+from ..utils.errors import one_line
+from ..utils.files import read_json, write_json
+from ..utils.hub import is_repo_id, local_folder
+from ..utils.output_folder import REPORT_FILE, atomic_folder, check_output
 from .checkpoint_reader import Checkpoint, LazyTensor, read_checkpoint
 from .config_map import RELEASED_LEVELS
 from .errors import ConversionError, listed
-from .hub import is_repo_id, local_folder
-from .json_files import read_json, write_json
 from .key_map import RULES, TOWER_TARGET, Rule, Shape
 from .language_models import LANGUAGE_MODELS
-from .output_folder import REPORT_FILE, atomic_folder, check_output
 from .shard_writer import Progress, parse_size, same_bits, write_shards
 from .tensor_plan import EMBEDDINGS, HEAD, new_rows
 from .tokenizer import TOKENIZER_FILES
@@ -85,7 +86,7 @@ def export_checkpoint(
     tensors = released_tensors(checkpoint, rows, vision_tower)
     if projector_only:
         tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(_PROJECTOR_LEVEL)}
-    with atomic_folder(output) as growing:
+    with atomic_folder(output, overwrite) as growing:
         if projector_only:
             files = [PROJECTOR_FILE]
             torch.save({name: tensor.load().clone() for name, tensor in tensors.items()}, growing / PROJECTOR_FILE)
@@ -112,8 +113,7 @@ def read_repo_config(folder: Path) -> DeltaLlavaConfig:
     try:
         return DeltaLlavaConfig.from_dict(values)
     except Exception as error:  # each config class raises errors of its own kind
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise ConversionError(f"The config.json of {folder.name} is not usable: {reason}.") from error
+        raise ConversionError(f"The config.json of {folder.name} is not usable: {one_line(error)}.") from error
 
 
 def released_tensors(checkpoint: Checkpoint, vocab_size: int, vision_tower: bool) -> dict[str, LazyTensor]:

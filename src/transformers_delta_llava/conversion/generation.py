@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from .json_files import read_json
+from ..utils.files import read_json
 from .language_models import TURN_ENDS
 from .tokenizer import TokenIds
 

@@ -8,8 +8,9 @@ from transformers import PreTrainedTokenizerBase
 from .. import modeling, processing
 from ..modeling import DeltaLlavaConfig
 from ..processing import CHAT_TEMPLATES, load_chat_template
+from ..utils.errors import one_line
+from ..utils.files import write_json
 from .errors import ConversionError
-from .json_files import write_json
 from .tokenizer import IMAGE_TOKEN
 
 
@@ -63,6 +64,7 @@ def read_chat_template(name_or_file: str, tokenizer: PreTrainedTokenizerBase) ->
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], chat_template=template, tokenize=False)
     except Exception as error:  # a template may raise anything
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise ConversionError(f"The chat template {path.name} does not render a conversation: {reason}.") from error
+        raise ConversionError(
+            f"The chat template {path.name} does not render a conversation: {one_line(error)}."
+        ) from error
     return template

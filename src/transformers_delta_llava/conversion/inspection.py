@@ -9,12 +9,12 @@ from transformers import PreTrainedConfig
 
 from .. import modeling, processing
 from ..modeling import DeltaLlavaConfig
+from ..utils.files import read_json
+from ..utils.hub import local_folder
 from .checkpoint_reader import Checkpoint, LazyTensor, has_weights, read_checkpoint
 from .config_map import Vocabulary, convert_config, unused_keys
 from .errors import ConversionError, listed
 from .export import read_repo_config
-from .hub import local_folder
-from .json_files import read_json
 from .key_map import TOWER_TARGET, map_names
 from .tensor_plan import EMBEDDINGS, SOURCE_EMBEDDINGS, expected_shapes
 from .tokenizer import has_tokenizer

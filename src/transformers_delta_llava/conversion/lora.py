@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from ..utils.files import read_json
 from .checkpoint_reader import LazyTensor
 from .errors import ConversionError, listed
-from .json_files import read_json
 
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
 
+from ..utils.hub import is_repo_id
 from .errors import ConversionError, listed
-from .hub import is_repo_id
 from .repo_check import check_repo, repo_files
 from .retries import ERRORS, SILENCE, Patience, Talk, explain
 

@@ -9,6 +9,7 @@ from transformers.utils import logging
 from .. import modeling, processing
 from ..modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
+from ..utils.errors import one_line
 from .errors import ConversionError, listed
 
 
@@ -51,8 +52,7 @@ def check_repo(folder: Path) -> None:
     except ConversionError:
         raise
     except Exception as error:  # every part of a repo raises errors of its own kind
-        reason = " ".join(str(error).split()).rstrip(".")[:300]
-        raise ConversionError(f"{folder.name} does not load, so it is not published: {reason}.") from error
+        raise ConversionError(f"{folder.name} does not load: {one_line(error)}.") from error
     if found != config.num_visual_tokens:
         raise ConversionError(
             f"{folder.name} is not published: its processor writes {found} placeholders for a picture, "

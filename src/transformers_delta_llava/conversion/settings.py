@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from ..utils.errors import one_line
 from .errors import ConversionError
 
 
@@ -21,9 +22,5 @@ def build_config(model_type: str, **values: object) -> tuple[PreTrainedConfig, l
     try:
         config = AutoConfig.for_model(model_type, **{name: values[name] for name in values.keys() & known})
     except Exception as error:  # each config class raises errors of its own kind
-        raise ConversionError(f"A setting of the {model_type} config is not usable: {_one_line(error)}.") from error
+        raise ConversionError(f"A setting of the {model_type} config is not usable: {one_line(error)}.") from error
     return config, sorted(values.keys() - known - _GENERIC)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")

@@ -8,9 +8,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ..utils.files import write_json
 from .checkpoint_reader import LazyTensor, read_checkpoint
 from .errors import ConversionError, listed
-from .json_files import write_json
 
 
 # Called with the bytes written so far and the bytes in all.

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..utils.files import read_json
+from ..utils.hub import local_folder, public_name
 from .checkpoint_reader import Checkpoint, LazyTensor, has_weights, open_weights, read_checkpoint
 from .errors import ConversionError, listed
-from .hub import local_folder, public_name
-from .json_files import read_json
 from .language_models import LANGUAGE_MODELS, language_model
 from .lora import ADAPTER_CONFIG, PEFT_PREFIX, merge_lora, read_lora_settings
 from .tokenizer import TOKENIZER_FILES

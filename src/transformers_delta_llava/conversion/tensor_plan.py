@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
+from ..utils.errors import one_line
 from .checkpoint_reader import Checkpoint, LazyTensor
 from .errors import ConversionError, listed
 from .key_map import TOWER_TARGET, NameMap
@@ -146,8 +147,7 @@ def expected_shapes(config: DeltaLlavaConfig) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"):
             model = DeltaLlavaForConditionalGeneration(config)
     except Exception as error:  # any layer of any language model may refuse a setting
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise ConversionError(f"No model can be built from the settings in config.json: {reason}.") from error
+        raise ConversionError(f"No model can be built from the settings in config.json: {one_line(error)}.") from error
     shapes = {_published(name): tuple(value.shape) for name, value in model.state_dict().items()}
     if config.tie_word_embeddings:
         del shapes[HEAD]

@@ -10,9 +10,10 @@ import transformers
 from tokenizers import AddedToken, Regex, normalizers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from ..utils.errors import one_line
+from ..utils.files import read_json, write_json
+from ..utils.hub import local_folder
 from .errors import ConversionError
-from .hub import local_folder
-from .json_files import read_json, write_json
 
 
 IMAGE_TOKEN = "<image>"
@@ -73,7 +74,7 @@ def load_tokenizer(
             else:
                 tokenizer = AutoTokenizer.from_pretrained(copy, config=text_config)
         except Exception as error:  # tokenizers raise bare exceptions of many kinds
-            reason = " ".join(str(error).replace(copy, folder.name).split()).rstrip(".")
+            reason = one_line(error).replace(copy, folder.name)
             raise ConversionError(f"The tokenizer in {folder.name} cannot be read: {reason}.") from error
     if not tokenizer.is_fast:
         raise ConversionError(f"The tokenizer in {folder.name} has no fast form (tokenizer.json), which engines need.")

@@ -7,10 +7,10 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from ..utils.files import read_json
+from ..utils.hub import local_folder, public_name
 from .checkpoint_reader import Checkpoint, read_checkpoint
 from .errors import ConversionError
-from .hub import local_folder, public_name
-from .json_files import read_json
 from .settings import build_config
 
 

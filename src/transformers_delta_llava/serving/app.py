@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..analysis import draw_heat, load_repo
-from ..conversion.hub import public_name
 from ..modeling import DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
+from ..utils.hub import public_name
 from .conversation import Conversation
 from .page_input import HEAT, NO_HEAT, caption, choose_budgets, location, read_upload, sentence
 

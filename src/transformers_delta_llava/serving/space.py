@@ -7,9 +7,9 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..conversion.errors import ConversionError
-from ..conversion.hub import is_repo_id
-from ..conversion.json_files import write_json
-from ..conversion.output_folder import atomic_folder, check_output
+from ..utils.files import write_json
+from ..utils.hub import is_repo_id
+from ..utils.output_folder import atomic_folder, check_output
 
 
 # The versions that tests/integration/environments/app.txt has.
@@ -89,7 +89,7 @@ def write_space(
         "num_visual_tokens": num_visual_tokens,
         "title": json.dumps(title or model.partition("/")[2], ensure_ascii=False),  # JSON strings are YAML, too
     }
-    with atomic_folder(folder) as growing:
+    with atomic_folder(folder, overwrite, MARKER) as growing:
         (growing / "README.md").write_text(README.format(**about), encoding="utf-8")
         (growing / "app.py").write_text(APP.format(**about), encoding="utf-8")
         (growing / "requirements.txt").write_text("".join(f"{line}\n" for line in _requirements()), encoding="utf-8")

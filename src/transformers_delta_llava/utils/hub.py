@@ -5,7 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from .errors import ConversionError
+from .errors import DeltaLlavaError, one_line
+from .files import refuse_special_files
 
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -30,17 +31,18 @@ def local_folder(spec: str, what: str, patterns: tuple[str, ...]) -> Path:
         patterns: shell patterns of the files to download.
 
     Raises:
-        ConversionError: `spec` is neither a folder nor a repo that can be reached.
+        DeltaLlavaError: `spec` is neither a folder nor a repo that can be reached, or a pipe or device lies in it.
     """
     if Path(spec).is_dir():
+        refuse_special_files(Path(spec))
         return Path(spec)
     if not is_repo_id(spec):
-        raise ConversionError(f"The {what} {spec} is not a folder, and not a Hub id (owner/name) either.")
+        raise DeltaLlavaError(f"The {what} {spec} is not a folder, and not a Hub id (owner/name) either.")
     try:
         return Path(snapshot_download(spec, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise ConversionError(
+        reason = one_line(str(error).strip().split("\n")[0])
+        raise DeltaLlavaError(
             f"The {what} {spec} is not a folder here, and could not be had from the Hub ({reason}); "
             "pass the path of a local copy."
         ) from error

@@ -1,0 +1,74 @@
+"""Errors that a user can act on, and how any error becomes one sentence."""
+
+from collections.abc import Iterable
+
+from pydantic import ValidationError
+
+
+class DeltaLlavaError(ValueError):
+    """Bad input. The text is one sentence: what is wrong, where, and what to do instead."""
+
+
+def one_line(error: BaseException | str, limit: int = 500) -> str:
+    """What `error` says, in one line of at most `limit` characters, without a final full stop.
+
+    Characters that a terminal would act on are escaped, so that names from files can be printed.
+    """
+    if isinstance(error, ValidationError):
+        text = _describe_validation(error)
+    elif isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    elif isinstance(error, KeyError):  # its text is the bare key
+        text = f"there is no {error}"
+    else:
+        text = str(error)
+    if not text.strip():
+        text = type(error).__name__
+    return shorten(text, limit).rstrip(".")
+
+
+def shorten(value: object, limit: int = 200) -> str:
+    """`value` as printable text in one line of at most `limit` characters."""
+    text = str(value)[: 10 * limit]
+    text = printable(" ".join(text.split()))
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def printable(text: str) -> str:
+    r"""`text` with control characters, invisible ones and lone surrogates escaped (`\x1b`)."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def format_names(names: Iterable[str], limit: int = 20) -> str:
+    """`names` sorted and joined for an error message; past `limit` only their number is given, and long ones are cut."""
+    ordered = [shorten(name) for name in sorted(names)]
+    rest = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(ordered[:limit]) + rest
+
+
+def _describe_validation(error: ValidationError, limit: int = 3) -> str:
+    """The first `limit` faults that pydantic lists, each with the key, the value and what would do."""
+    faults = error.errors(include_url=False)
+    parts = []
+    for fault in faults[:limit]:
+        key = shorten(".".join(map(str, fault["loc"])), 100)
+        message = fault["msg"].removeprefix("Value error, ").rstrip(".")
+        if fault["type"] == "missing":
+            parts.append(f"{key} is missing")
+        elif fault["type"] == "extra_forbidden":
+            parts.append(f"{key} is unknown")
+        elif fault["type"] in ("value_error", "assertion_error"):
+            parts.append(f"{key}: {message}" if key else message)
+        else:
+            parts.append(f"{key}={_short_repr(fault['input'])}: {message[0].lower()}{message[1:]}".lstrip("="))
+    rest = f"; and {len(faults) - limit} more" if len(faults) > limit else ""
+    return "; ".join(parts) + rest
+
+
+def _short_repr(value: object) -> str:
+    try:
+        return shorten(repr(value), 60)
+    except ValueError:  # Python refuses to write out integers of thousands of digits
+        return f"a {type(value).__name__} too long to print"
