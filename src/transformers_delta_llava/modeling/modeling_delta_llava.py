@@ -14,6 +14,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     CausalLMOutputWithPast,
 )
+from transformers.models.auto import modeling_auto
 from transformers.utils import ModelOutput
 
 from .configuration_delta_llava import CLASS_TOKEN_TOWERS, DeltaLlavaConfig
@@ -120,6 +121,18 @@ class DeltaLlavaPreTrainedModel(DeltaMixin, PreTrainedModel):
             super()._init_weights(module)
 
 
+def _rename_saved_tower(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Let `load_state_dict` take saved files, as transformers' Trainer does when it resumes.
+
+    Files keep the names of transformers 4, `vision_tower.vision_model.*`, which only `from_pretrained` translates.
+    """
+    saved, own = f"{prefix}vision_tower.vision_model.", f"{prefix}vision_tower."
+    if hasattr(module.vision_tower, "vision_model"):
+        return
+    for name in [name for name in state_dict if name.startswith(saved)]:
+        state_dict[own + name.removeprefix(saved)] = state_dict.pop(name)
+
+
 class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
     """The vision tower, the projector and the language model without its head."""
 
@@ -129,6 +142,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         self.multi_modal_projector = DeltaLlavaProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self._runs_layers = _has_known_layers(self.vision_tower)
+        self.register_load_state_dict_pre_hook(_rename_saved_tower)
         self.post_init()
 
     def get_image_features(
@@ -520,6 +534,13 @@ def _images_per_row(placeholders: list[int], budgets: list[int]) -> list[list[in
             image += 1
         rows.append(row)
     return rows
+
+
+# transformers' Trainer shifts labels before it smooths them for the classes listed here, and for no other: without this
+# `label_smoothing_factor` would compare each label with the logits of its own position.
+getattr(modeling_auto, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", {}).setdefault(
+    DeltaLlavaConfig.model_type, DeltaLlavaForConditionalGeneration.__name__
+)
 
 
 __all__ = ["DeltaLlavaForConditionalGeneration", "DeltaLlavaModel", "DeltaLlavaPreTrainedModel"]

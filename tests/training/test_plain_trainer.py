@@ -1,0 +1,67 @@
+"""transformers' own `Trainer`: what it smooths, and that it resumes every weight."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainingArguments
+
+from tests.training.tiny_run import make_model
+from transformers_delta_llava import DeltaLlavaForConditionalGeneration
+
+
+def rows(count: int = 4) -> list[dict[str, Any]]:
+    """Rows of one image each; the labels are the last four tokens."""
+    chance = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 256, (count, 10), generator=chance)
+    tokens[:, :4] = 259
+    images = torch.randn(count, 3, 24, 24, generator=chance)
+    labels = tokens.masked_fill(torch.arange(10) < 6, -100)
+    return [{"input_ids": t, "labels": wanted, "pixel_values": p} for t, wanted, p in zip(tokens, labels, images)]
+
+
+def trainer(model: torch.nn.Module, folder: Path, **arguments: Any) -> Trainer:
+    arguments = {"save_strategy": "no", "per_device_train_batch_size": 2, "learning_rate": 1e-2, **arguments}
+    settings = TrainingArguments(
+        str(folder), use_cpu=True, report_to="none", disable_tqdm=True, remove_unused_columns=False, **arguments
+    )
+    return Trainer(model, settings, train_dataset=rows())
+
+
+@pytest.mark.parametrize("num_items", [None, 8])
+def test_label_smoothing_compares_labels_with_the_logits_that_predict_them(tmp_path: Path, num_items: Any) -> None:
+    model = make_model().eval()
+    batch = {name: torch.stack([row[name] for row in rows(2)]) for name in rows(1)[0]}
+    own = model(**batch).loss
+    for factor in (1e-6, 0.1):
+        smoothing = trainer(model, tmp_path, label_smoothing_factor=factor)
+        loss = smoothing.compute_loss(model, dict(batch), num_items_in_batch=num_items)
+        log_probabilities = model(**batch).logits[:, :-1].log_softmax(-1)
+        spread = -log_probabilities[batch["labels"][:, 1:] != -100].mean()
+        torch.testing.assert_close(loss, (1 - factor) * own + factor * spread)
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "100KB"])
+def test_a_resumed_run_has_every_weight_of_the_checkpoint(
+    tmp_path: Path, monkeypatch: Any, max_shard_size: str
+) -> None:
+    """A tower loaded under the names of transformers 4 (`vision_model.`) is saved under them."""
+    make_model().save_pretrained(tmp_path / "repo")
+    file = tmp_path / "repo" / "model.safetensors"
+    renamed = {n.replace(".vision_tower.", ".vision_tower.vision_model."): t for n, t in load_file(file).items()}
+    save_file(renamed, file, metadata={"format": "pt"})
+    load = DeltaLlavaForConditionalGeneration.from_pretrained
+    trained = load(tmp_path / "repo")
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(0.01)
+    save = trained.save_pretrained
+    monkeypatch.setattr(trained, "save_pretrained", partial(save, max_shard_size=max_shard_size))
+    trainer(trained, tmp_path, max_steps=1, save_strategy="steps", save_steps=1, learning_rate=0.0).train()
+    again = trainer(load(tmp_path / "repo"), tmp_path, max_steps=1, learning_rate=0.0)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for (name, one), (_, two) in zip(trained.state_dict().items(), again.model.state_dict().items()):
+        torch.testing.assert_close(one, two, msg=name, atol=0, rtol=0)
