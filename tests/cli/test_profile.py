@@ -35,3 +35,17 @@ def test_tables_of_a_shape() -> None:
 def test_a_bad_dtype_is_refused() -> None:
     result = CliRunner().invoke(app, ["profile", "0.5b", "--dtype", "int8"])
     assert isinstance(result.exception, ValueError) and "dtype='int8'" in str(result.exception)
+
+
+def test_roofline_in_both_forms() -> None:
+    rates = ("--flops-per-second", "7e14", "--bytes-per-second", "3.35e12")
+    setting = ("0.5b", "--num-visual-tokens", "144", *rates)
+    (floor,) = json.loads(run(*setting, "--json"))["roofline"]
+    text = run(*setting, "--batch-size", "1")
+    assert f"{1000 * floor['first_token']:.3f}" in text and "Shortest times, ms: 7e+14 FLOP/s" in text
+    assert floor["limited_by"]["tower"] == "compute" and "roofline" not in json.loads(run(*setting[:3], "--json"))
+
+
+def test_half_a_roofline_is_refused() -> None:
+    result = CliRunner().invoke(app, ["profile", "0.5b", "--flops-per-second", "7e14"])
+    assert isinstance(result.exception, ValueError) and "--bytes-per-second together" in str(result.exception)

@@ -96,8 +96,10 @@ class TestNumberOfVisualTokens:
         config = tiny_config(**{name: 9})
         assert (config.scale_factor, config.num_visual_tokens, config.image_seq_length) == (4, 9, 9)
         config.save_pretrained(tmp_path)
-        assert json.loads((tmp_path / "config.json").read_text()).keys().isdisjoint(
-            {"num_visual_tokens", "image_seq_length"}
+        assert (
+            json.loads((tmp_path / "config.json").read_text())
+            .keys()
+            .isdisjoint({"num_visual_tokens", "image_seq_length"})
         )
         for auto in (AutoConfig, DeltaLlavaConfig):
             assert auto.from_pretrained(tmp_path, **{name: 36}).scale_factor == 2

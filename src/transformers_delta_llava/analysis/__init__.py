@@ -11,6 +11,7 @@ from .explain_pictures import draw_explanations, draw_heat
 from .flops import PAPER_NOTE, PARTS, SHAPES, BudgetProfile, ModelProfile, paper_flops, profile_model, shape_config
 from .loading import load_picture, load_repo
 from .plot import bar_plot, line_plot
+from .roofline import Floor, roofline
 
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "DeltaReport",
     "DeltaRow",
     "Explanation",
+    "Floor",
     "ModelProfile",
     "apply_deltas",
     "bar_plot",
@@ -38,6 +40,7 @@ __all__ = [
     "merge_deltas",
     "paper_flops",
     "profile_model",
+    "roofline",
     "shape_config",
     "truncate_deltas",
     "write_comparison",

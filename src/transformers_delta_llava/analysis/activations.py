@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 from ..modeling import DeltaLlavaForConditionalGeneration, DeltaLlavaProjector
+from ..modeling.modeling_delta_llava import CACHE_NAME
 
 
 class FusedAttention(TorchFunctionMode):
@@ -87,7 +88,7 @@ def language_peak_bytes(model: DeltaLlavaForConditionalGeneration, prompt: int) 
     cache, memory = DynamicCache(), LiveMemory()
 
     def run(tokens: torch.Tensor) -> Any:
-        outputs = language_model(inputs_embeds=tokens, past_key_values=cache, use_cache=True)
+        outputs = language_model(inputs_embeds=tokens, use_cache=True, **{CACHE_NAME: cache})
         return model.lm_head(outputs.last_hidden_state[:, -1:])
 
     prefill = memory.peak_of(lambda: run(embeddings))

@@ -51,11 +51,15 @@ PAPER_NOTE = (
 
 @dataclass(frozen=True)
 class BudgetProfile:
-    """Costs of one image, a prompt and an answer at one budget; each mapping has the keys of `PARTS`."""
+    """Costs of one image, a prompt and an answer at one budget; each mapping has the keys of `PARTS`.
+
+    `weight_bytes` is what a part reads of the model's weights, decoding in each of its steps.
+    """
 
     num_visual_tokens: int
     exact_flops: dict[str, int]
     paper_flops: dict[str, int]
+    weight_bytes: dict[str, int]
     activation_bytes: dict[str, int]
     kv_cache_bytes: int
 
@@ -107,6 +111,7 @@ def profile_model(
     parameters = {name: _parameters(module) for name, module in parts.items()}
     parameters["language_model"] = _parameters(model) - sum(parameters.values())
     profiles, tower = [], tower_peak_bytes(model)
+    read_of_tower, read_of_language_model = _parameters_read(model)
     for budget in config.visual_token_budgets if budgets is None else budgets:
         scale_factor, prompt = config.scale_factor_for(budget), text_tokens + budget
         projector = projector_peak_bytes(parts["projector"], scale_factor)
@@ -121,6 +126,12 @@ def profile_model(
                     "decode": decode_flops(model, prompt, new_tokens),
                 },
                 paper_flops=paper_flops(config, budget, text_tokens, new_tokens),
+                weight_bytes={
+                    "tower": read_of_tower * dtype.itemsize,
+                    "projector": _projector_parameters_read(parts["projector"], scale_factor) * dtype.itemsize,
+                    "prefill": read_of_language_model * dtype.itemsize,
+                    "decode": read_of_language_model * dtype.itemsize,
+                },
                 activation_bytes=dict(zip(PARTS, (tower, projector, prefill, decode))),
                 kv_cache_bytes=kv_cache_bytes(config, prompt + new_tokens - 1, dtype),
             )
@@ -138,17 +149,23 @@ def tower_flops(model: DeltaLlavaForConditionalGeneration) -> int:
         ValueError: if the tower is neither a CLIP nor a SigLIP.
     """
     config, tower = model.config, model.model.vision_tower
+    patches = config.grid_size**2
+    tokens = patches + (config.vision_feature_select_strategy == "default")
+    layers = _layers_read(model)
+    attention = 4 * tokens**2 * tower.config.hidden_size * len(layers)
+    return patches * _products(tower.embeddings) + tokens * _products(layers) + attention
+
+
+def _layers_read(model: DeltaLlavaForConditionalGeneration) -> nn.ModuleList:
+    """The tower's layers up to the deepest one whose output is read."""
+    config, tower = model.config, model.model.vision_tower
     if not hasattr(tower, "encoder"):
         raise ValueError(
             f"vision_config.model_type={tower.config.model_type!r}: operations are counted for CLIP and SigLIP towers."
         )
     states = tower.config.num_hidden_layers + 1
     deepest = max(level % states for level in (config.vision_feature_layer, *config.vision_feature_levels))
-    patches = config.grid_size**2
-    tokens = patches + (config.vision_feature_select_strategy == "default")
-    layers = tower.encoder.layers[:deepest]
-    attention = 4 * tokens**2 * tower.config.hidden_size * len(layers)
-    return patches * _products(tower.embeddings) + tokens * _products(layers) + attention
+    return tower.encoder.layers[:deepest]
 
 
 def projector_flops(projector: DeltaLlavaProjector, scale_factor: int) -> int:
@@ -212,6 +229,25 @@ def _products(module: nn.Module) -> int:
 
 def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _parameters_read(model: DeltaLlavaForConditionalGeneration) -> tuple[int, int]:
+    """Of the tower, and of the language model with its head for any number of tokens: few rows of the embedding count."""
+    tower, language_model = model.model.vision_tower, model.model.language_model
+    of_language_model = _parameters(language_model) - language_model.get_input_embeddings().weight.numel()
+    return _parameters(tower.embeddings) + _parameters(_layers_read(model)), of_language_model + _parameters(
+        model.lm_head
+    )
+
+
+def _projector_parameters_read(projector: DeltaLlavaProjector, scale_factor: int) -> int:
+    """Of the projector at inference: with one key per window only what becomes of the values."""
+    if projector.config.projector_layout == "released" and scale_factor == 1:
+        attention = projector.window_attention
+        packed = attention.in_proj_weight.numel() + attention.in_proj_bias.numel()
+        modules = (projector.v_proj, attention.out_proj, projector.feed_forward)
+        return sum(_parameters(module) for module in modules) + packed // 3
+    return _parameters(projector)
 
 
 def _heads(text_config: Any) -> tuple[int, int, int]:

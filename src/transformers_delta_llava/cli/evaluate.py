@@ -64,7 +64,9 @@ def easy_vqa(
         title=f"easy-VQA, {len(questions)} test questions, percent",
     )
     results = []
-    for budget, loss in _choices(num_visual_tokens or [str(loaded.config.num_visual_tokens)], auto_max_loss, processor):
+    for budget, loss in _choices(
+        num_visual_tokens or [str(loaded.config.num_visual_tokens)], auto_max_loss, processor
+    ):
         name = f"{budget} visual tokens" if loss is None else f"auto, loss up to {loss:g}"
         spent: list[int] = []
         start = time.perf_counter()

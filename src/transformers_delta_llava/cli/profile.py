@@ -11,7 +11,7 @@ from rich.table import Table
 
 
 if TYPE_CHECKING:
-    from ..analysis import ModelProfile
+    from ..analysis import Floor, ModelProfile
 
 
 def profile(
@@ -27,23 +27,45 @@ def profile(
     dtype: Annotated[
         str, typer.Option(help="Precision that memory is counted for: float32, bfloat16, float16.")
     ] = "bfloat16",
+    flops_per_second: Annotated[
+        float | None,
+        typer.Option(
+            help="What a device computes in that precision, 7e14 say: with its bandwidth, the shortest times."
+        ),
+    ] = None,
+    bytes_per_second: Annotated[
+        float | None, typer.Option(help="Bandwidth of the device's memory, 3.35e12 say.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images, with a prompt each, that the shortest times are for.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     plot: Annotated[Path | None, typer.Option(help="SVG file to draw the operations to.")] = None,
 ) -> None:
     """Operations, parameters and memory of each part at every budget, from the config alone: no weights are read."""
     import torch  # takes seconds to import, which `--help` need not wait for
 
-    from ..analysis import PAPER_NOTE, SHAPES, bar_plot, profile_model, shape_config
+    from ..analysis import PAPER_NOTE, SHAPES, bar_plot, profile_model, roofline, shape_config
     from ..modeling import DeltaLlavaConfig
 
     config = shape_config(model) if model in SHAPES else DeltaLlavaConfig.from_pretrained(model)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype={dtype!r}: use float32, bfloat16 or float16.")
+    if (flops_per_second is None) != (bytes_per_second is None):
+        raise ValueError(
+            "Give --flops-per-second and --bytes-per-second together: the shortest time needs both rates."
+        )
     result = profile_model(config, text_tokens, new_tokens, getattr(torch, dtype), num_visual_tokens)
+    floors = None
+    if flops_per_second is not None and bytes_per_second is not None:
+        floors = roofline(result, flops_per_second, bytes_per_second, batch_size)
     if as_json:
-        typer.echo(json.dumps({"model": Path(model).name, **asdict(result), "note": PAPER_NOTE}, indent=2))
+        report = {"model": Path(model).name, **asdict(result), "note": PAPER_NOTE}
+        if floors is not None:
+            report["roofline"] = [asdict(floor) for floor in floors]
+        typer.echo(json.dumps(report, indent=2))
     else:
         _print_tables(result, PAPER_NOTE)
+        if floors is not None:
+            _print_floors(floors, f"{flops_per_second:g} FLOP/s, {bytes_per_second:g} bytes/s, batch {batch_size}")
     if plot is not None:
         bars = {
             str(budget.num_visual_tokens): {part: flops / 1e12 for part, flops in budget.exact_flops.items()}
@@ -73,6 +95,16 @@ def _print_tables(result: "ModelProfile", note: str) -> None:
     ]
     console.print(_table(f"Peak of activations, and KV cache: MB in {result.dtype}", memory))
     console.print(note, highlight=False)
+
+
+def _print_floors(floors: "list[Floor]", setting: str) -> None:
+    rows = []
+    for floor in floors:
+        times = {**floor.seconds, "first token": floor.first_token, "per token": floor.per_token}
+        cells = {name: "" if seconds is None else f"{1000 * seconds:.3f}" for name, seconds in times.items()}
+        cells["memory-bound"] = ", ".join(part for part, limit in floor.limited_by.items() if limit == "memory")
+        rows.append((str(floor.num_visual_tokens), cells))
+    Console().print(_table(f"Shortest times, ms: {setting}", rows))
 
 
 def _with_total(parts: dict[str, int]) -> dict[str, int]:
