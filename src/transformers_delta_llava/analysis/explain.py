@@ -124,7 +124,7 @@ def token_gradients(
     budget = int((inputs["input_ids"] == config.image_token_id).sum())
     with torch.no_grad():
         if on == "visual_tokens":
-            (activations,) = base.get_image_features(inputs["pixel_values"], budget, return_dict=True).pooler_output
+            (activations,) = model.get_image_features(inputs["pixel_values"], budget, return_dict=True).pooler_output
         else:
             _, states = base._run_vision_tower(inputs["pixel_values"])
             read = [config.vision_feature_layer, *config.vision_feature_levels]
