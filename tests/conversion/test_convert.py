@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import AutoTokenizer
 
 from examples.make_checkpoint import (
     TEXT_TYPES,
@@ -155,6 +156,25 @@ def test_the_files_of_a_repo(repo):
     assert processor["auto_map"] == {"AutoProcessor": "processing_delta_llava.DeltaLlavaProcessor"}
     assert (processor["num_visual_tokens"], processor["visual_token_budgets"]) == (16, [64, 16, 4, 1])
     assert processor["do_pad"] is True
+
+
+@pytest.mark.parametrize("resize", [False, True])
+def test_tokens_that_a_user_adds_can_be_generated(repo, resize, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(repo)
+    image, pad = tokenizer.convert_tokens_to_ids(["<image>", tokenizer.pad_token])
+    tokenizer.add_tokens([f"<added{index}>" for index in range(3)])
+    added = tokenizer.convert_tokens_to_ids("<added2>")
+    model = DeltaLlavaForConditionalGeneration.from_pretrained(repo)
+    if resize:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    model = DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert model.generation_config.suppress_tokens == sorted({image, pad})
+
+    ids = torch.tensor([[1, 20, 30]])
+    with torch.no_grad():  # what training on the new token would come to
+        model.lm_head.weight[[image, pad, added]] = 9 * model.model(ids).last_hidden_state[0, -1]
+    assert model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1] == added
 
 
 def test_pictures_are_padded_as_the_checkpoint_was_trained(source, edit_config, tmp_path):

@@ -217,9 +217,7 @@ def _load_tower(spec: str, names: NameMap) -> VisionTower:
 def _write_generation_config(read: _Source, config: DeltaLlavaConfig, folder: Path) -> list[str]:
     """Write `generation_config.json`; returns what is worth a warning."""
     generation_config, warning = read_generation_config(read.folder)
-    fit_generation_config(
-        generation_config, read.tokenizer, read.token_ids, config.text_config, read.rows, read.chat_template
-    )
+    fit_generation_config(generation_config, read.tokenizer, read.token_ids, config.text_config, read.chat_template)
     generation_config.save_pretrained(folder)
     return [warning] if warning else []
 

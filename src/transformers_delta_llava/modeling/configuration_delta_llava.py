@@ -102,6 +102,8 @@ class DeltaLlavaConfig(PreTrainedConfig):
 
     model_type = "delta_llava"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    # What `Trainer.evaluate` and `predict` do not gather: it does not have one row per example.
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states", "image_outputs"]
     attribute_map = {"image_seq_length": "num_visual_tokens"}  # transformers' name for it
 
     def __init__(

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,13 @@ import transformers
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
 from transformers.image_processing_base import ImageProcessingMixin
 
-from ..conversion.generation import fit_generation_config
+from ..conversion.generation import fit_generation_config, keep_valid_flags
 from ..conversion.hub_repo import read_chat_template
 from ..conversion.language_models import LANGUAGE_MODELS
 from ..conversion.tokenizer import TokenIds, add_tokens, load_tokenizer
@@ -90,7 +90,7 @@ def _join(recipe: Recipe, dtype: torch.dtype) -> tuple[DeltaLlavaForConditionalG
     )
     if recipe.model.attn_implementation is not None:
         model.set_attn_implementation(recipe.model.attn_implementation)
-    _fit_generation(model, processor.tokenizer, ids, recipe, text_config.vocab_size)
+    _fit_generation(model, processor.tokenizer, ids, recipe)
     return model, processor
 
 
@@ -109,7 +109,7 @@ def _create(recipe: Recipe, dtype: torch.dtype) -> tuple[DeltaLlavaForConditiona
     config = DeltaLlavaConfig(vision_config, text_config, image_token_id=ids.image, **recipe.model.config)
     with torch.device("cpu"):
         model = DeltaLlavaForConditionalGeneration._from_config(config, dtype=dtype, **_options(recipe.model))
-    _fit_generation(model, tokenizer, ids, recipe, ids.count)
+    _fit_generation(model, tokenizer, ids, recipe)
     return model, processor
 
 
@@ -167,18 +167,13 @@ def _load_image_processor(source: str) -> Any:
 
 
 def _fit_generation(
-    model: DeltaLlavaForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerBase,
-    ids: TokenIds,
-    recipe: Recipe,
-    source_rows: int | None = None,
+    model: DeltaLlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, ids: TokenIds, recipe: Recipe
 ) -> None:
     """Generation settings that end answers as the format does, and that can be saved (Vicuna's own cannot)."""
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError:
-        model.generation_config = GenerationConfig()
-    text_config = model.config.text_config
-    rows = text_config.vocab_size if source_rows is None else source_rows
-    config = model.generation_config
-    fit_generation_config(config, tokenizer, ids, text_config, rows, recipe.data.chat_template)
+    config, dropped = keep_valid_flags(model.generation_config.to_dict())
+    if dropped:
+        warnings.warn(
+            f"generation_config.json: left out what transformers refuses there: {sorted(dropped)}.", stacklevel=2
+        )
+    fit_generation_config(config, tokenizer, ids, model.config.text_config, recipe.data.chat_template)
+    model.generation_config = config
