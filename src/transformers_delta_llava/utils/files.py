@@ -110,8 +110,9 @@ def refuse_special_files(folder: Path) -> None:
 def _object(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
-        if result.setdefault(key, value) != value:
+        if key in result and result[key] != value:
             raise DeltaLlavaError(f"the key {shorten(key)} has two values")
+        result[key] = value
     return result
 
 
