@@ -21,6 +21,7 @@ from examples.make_checkpoint import (
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, modeling, processing
 from transformers_delta_llava.conversion import ConversionError, convert_checkpoint, convert_state_dict
 from transformers_delta_llava.conversion.checkpoint_reader import read_checkpoint
+from transformers_delta_llava.utils.hub import hub_id_of
 
 
 def stored(repo: Path) -> dict[str, torch.Tensor]:
@@ -203,13 +204,35 @@ def test_the_report(pristine, source, edit_config, tmp_path):
     assert report.source_files == files(source)
 
     written = json.loads((tmp_path / "out" / "conversion.json").read_text())
-    assert written["source"] == {"name": "llava-tiny", "sha256": files(source)}
+    assert written["source"] == {"name": "llava-tiny", "model_type": "llava_llama", "sha256": files(source)}
     assert written["tensors"]["used"] == len(tensors)
     assert written["tensors"]["ignored"].keys() == {"model.mm_projector.pos_embed"}
     assert written["versions"]["torch"] == torch.__version__
     card = (tmp_path / "out" / "README.md").read_text()
     header = yaml.safe_load(card.split("---")[1])
     assert header["base_model"] == ["lmsys/vicuna-7b-v1.5"]
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("lmsys/vicuna-7b-v1.5", "lmsys/vicuna-7b-v1.5"),
+        ("/data/hub/models--lmsys--vicuna-7b-v1.5/snapshots/" + 40 * "a", "lmsys/vicuna-7b-v1.5"),
+        ("checkpoints/vicuna-7b", None),
+        ("./checkpoints/vicuna-7b", None),
+        ("pretrained_models/vicuna-7b", None),
+        ("llava-tiny/checkpoint-5000", None),
+        ("someone/checkpoint-5000", None),
+        ("someone/" + 40 * "a", None),
+        ("someone/two--dashes", None),
+        ("vicuna-7b", None),
+        ("a/b/c", None),
+        (["lmsys/vicuna-7b-v1.5"], None),
+    ],
+)
+def test_only_a_hub_id_is_published_as_base_model(name, published, tmp_path):
+    (tmp_path / "llava-tiny" / "checkpoint-5000").mkdir(parents=True)
+    assert hub_id_of(name, tmp_path) == published
 
 
 def test_no_path_of_this_machine_is_published(source, edit_config, tmp_path):

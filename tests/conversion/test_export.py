@@ -104,8 +104,12 @@ def test_what_cannot_be_exported(repo, pristine, tmp_path):
         export_checkpoint(repo, repo, overwrite=True)
     other = shutil.copytree(repo, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "vision_feature_levels": [1, 2, 3, 4]}))
-    with pytest.raises(ConversionError, match=r"vision_feature_levels=\[1, 2, 3, 4\]"):
+    (other / "config.json").write_text(json.dumps({**config, "projector_layout": "paper"}))
+    with pytest.raises(ConversionError, match="projector_layout='paper', for which the authors' layout has no names"):
+        export_checkpoint(other, tmp_path / "out")
+    (other / "config.json").write_text(json.dumps(config))
+    (other / "conversion.json").write_text('{"trained_vocab_size": "many"}')
+    with pytest.raises(ConversionError, match=r"conversion\.json: trained_vocab_size='many\'"):
         export_checkpoint(other, tmp_path / "out")
     (other / "config.json").write_text(json.dumps({**config, "vision_feature_levels": "x"}))
     with pytest.raises(ConversionError, match=r"config\.json of other is not usable"):

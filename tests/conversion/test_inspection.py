@@ -74,7 +74,7 @@ def test_a_config_that_is_wrong(changed, source, edit_config):
     edit_config(scale_factor=None, mm_new=1)
     assert any("no scale_factor" in problem for problem in inspect_model(source).problems)
     edit_config(scale_factor=2)
-    assert inspect_model(source).problems == ["config.json has keys that nobody knows: mm_new."]
+    assert inspect_model(source).problems == ["config.json has keys that are not known here: mm_new."]
 
 
 def test_what_is_no_model(tmp_path):

@@ -9,7 +9,12 @@ import torch
 
 from examples.make_checkpoint import write_tower, write_weights
 from transformers_delta_llava.conversion import ConversionError
-from transformers_delta_llava.conversion.vision_tower import KNOWN_TOWERS, adapt_to_weights, load_vision_tower
+from transformers_delta_llava.conversion.vision_tower import (
+    KNOWN_TOWERS,
+    adapt_to_weights,
+    find_vision_tower,
+    load_vision_tower,
+)
 from transformers_delta_llava.utils import hub
 
 
@@ -126,6 +131,50 @@ def test_the_hub_out_of_reach(monkeypatch):
         load_vision_tower("owner/tower", with_weights=False)
 
 
+KNOWN = "openai/clip-vit-large-patch14-336"
+CACHED = "/root/.cache/huggingface/hub/models--openai--clip-vit-large-patch14-336/snapshots/" + 40 * "c"
+
+
+@pytest.mark.parametrize(
+    ("named", "there", "found"),
+    [
+        (KNOWN, [], KNOWN),
+        (f"/data/models/{KNOWN.split('/')[1]}", [], KNOWN),
+        (f"../models/{KNOWN.split('/')[1]}/", [], KNOWN),
+        (CACHED, [], KNOWN),
+        ("owner/other-tower", [], "owner/other-tower"),
+        ("/data/other-tower", [], "/data/other-tower"),
+        (
+            "vision-tower",
+            ["run/llava/vision-tower", "run/vision-tower", "here/vision-tower"],
+            "run/llava/vision-tower",
+        ),
+        ("vision-tower", ["run/vision-tower", "here/vision-tower"], "run/vision-tower"),
+        ("vision-tower", ["here/vision-tower"], "vision-tower"),
+        ("a/b/tower", ["run/llava/a/b/tower", "run/llava/tower"], "run/llava/a/b/tower"),
+        ("a/b/tower", ["run/tower", "here/a/b/tower"], "run/tower"),
+        ("../towers/tower", ["run/towers/tower"], "run/llava/../towers/tower"),
+        ("/data/models/tower", ["run/tower"], "run/tower"),
+        ("llava", ["run/llava"], "llava"),  # the checkpoint itself is no tower
+        (CACHED, [f"run/{KNOWN.split('/')[1]}"], f"run/{KNOWN.split('/')[1]}"),
+    ],
+)
+def test_where_a_named_tower_is_looked_for(named, there, found, tmp_path, monkeypatch):
+    for folder in ("run/llava", "here", *there):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    for folder in there:
+        (tmp_path / folder / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "here")
+    expected = str(tmp_path / found) if found.startswith("run/") else found
+    assert find_vision_tower(named, tmp_path / "run" / "llava") == expected
+
+
+def test_errors_name_the_option(tmp_path):
+    for spec in ("/data/other-tower", "vision-tower"):
+        with pytest.raises(ConversionError, match=f"{spec} is not a folder.* with --vision-tower"):
+            load_vision_tower(spec, with_weights=False)
+
+
 def test_names_to_publish_hold_no_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert hub.public_name("openai/clip-vit-large-patch14-336") == "openai/clip-vit-large-patch14-336"
@@ -133,3 +182,7 @@ def test_names_to_publish_hold_no_path(tmp_path, monkeypatch):
     Path("local/tower").mkdir(parents=True)
     assert hub.public_name("local/tower") == "tower"
     assert hub.public_name("../tower/") == "tower"
+    cached = tmp_path / "models--openai--clip-vit-large-patch14-336" / "snapshots" / (40 * "c")
+    cached.mkdir(parents=True)
+    assert hub.public_name(str(cached)) == "openai/clip-vit-large-patch14-336"
+    assert hub.public_name(str(tmp_path / "my-clip" / (40 * "c"))) == "my-clip"

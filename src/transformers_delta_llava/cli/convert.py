@@ -37,6 +37,12 @@ def convert(
     chat_template: Annotated[
         str | None, typer.Option(help="Prompt format by name, or a Jinja file; by default the model family's.")
     ] = None,
+    scale_factor: Annotated[
+        int | None,
+        typer.Option(
+            help="The one the checkpoint was trained with, where its config does not say (2: 144 of 576 tokens)."
+        ),
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Most bytes per weight file.")] = "2GB",
     verify: Annotated[
         bool, typer.Option("--verify", help="Check the sums in .bin files, and every written tensor.")
@@ -82,6 +88,7 @@ def convert(
             tokenizer=tokenizer,
             dtype=dtype,
             chat_template=chat_template,
+            scale_factor=scale_factor,
             overwrite=overwrite,
             max_shard_size=max_shard_size,
             verify=verify,

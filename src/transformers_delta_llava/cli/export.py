@@ -51,4 +51,12 @@ def export(
         highlight=False,
         soft_wrap=True,
     )
+    if report.own_keys:
+        talk.print(
+            f"note: {', '.join(report.own_keys)} in config.json tell `delta-llava convert` what the authors' code cannot be "
+            "told; it would not run this model",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     typer.echo(report.output)

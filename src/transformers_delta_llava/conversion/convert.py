@@ -10,23 +10,23 @@ from transformers import PreTrainedTokenizerBase
 
 from ..modeling import DeltaLlavaConfig
 from ..utils.files import read_json, write_json
-from ..utils.hub import is_repo_id, public_name
+from ..utils.hub import hub_id_of, public_name
 from ..utils.output_folder import REPORT_FILE, atomic_folder, check_output
 from .checkpoint_reader import Checkpoint, verify_archives
-from .config_map import Vocabulary, convert_config, grown_vocabulary, unused_keys
+from .config_map import SourceConfig, Vocabulary, convert_config, grown_vocabulary, read_config
 from .errors import ConversionError
 from .generation import fit_generation_config, read_generation_config
 from .hub_repo import read_chat_template, write_code, write_config, write_processor
-from .key_map import TOWER_TARGET, NameMap, map_names
-from .language_models import default_chat_template, language_model
+from .key_map import TOWER_TARGET, NameMap, delta_rank, map_names
+from .language_models import default_chat_template
 from .model_card import Conversion, ModelCard
+from .other_projectors import describe_other_projector
 from .report import ConversionReport, sha256_of
-from .settings import build_config
 from .shard_writer import Progress, parse_size, verify_shards, write_shards
-from .sources import BaseModel, read_source
+from .sources import BaseModel, open_trained, read_source
 from .tensor_plan import EMBEDDINGS, SOURCE_EMBEDDINGS, TensorPlan, plan_tensors
 from .tokenizer import TOKENIZER_FILES, TokenIds, add_tokens, has_tokenizer, load_tokenizer, save_tokenizer
-from .vision_tower import VisionTower, adapt_to_weights, load_vision_tower
+from .vision_tower import VisionTower, adapt_to_weights, find_vision_tower, load_vision_tower
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,7 +37,7 @@ class _Source:
     """What was read: the checkpoint and everything it needs from elsewhere."""
 
     folder: Path
-    settings: dict
+    config: SourceConfig
     checkpoint: Checkpoint
     base: BaseModel | None
     names: NameMap
@@ -54,8 +54,9 @@ class _Source:
     @property
     def base_models(self) -> list[str]:
         """Hub ids of what the checkpoint was made of, as far as it says."""
-        language_model = self.base.name if self.base else str(self.settings.get("_name_or_path"))
-        return [name for name in (language_model, self.tower.name) if is_repo_id(name) and not Path(name).exists()]
+        language_model = self.base.name if self.base else self.config.settings.get("_name_or_path")
+        ids = [hub_id_of(name, self.folder, self.folder.parent) for name in (language_model, self.tower.name)]
+        return [name for name in ids if name is not None]
 
     @property
     def files(self) -> list[Path]:
@@ -73,6 +74,7 @@ def convert_checkpoint(
     tokenizer: str | Path | None = None,
     dtype: str | torch.dtype | None = None,
     chat_template: str | None = None,
+    scale_factor: int | None = None,
     overwrite: bool = False,
     max_shard_size: int | str = "2GB",
     verify: bool = False,
@@ -95,6 +97,7 @@ def convert_checkpoint(
         tokenizer: folder or Hub id of the tokenizer. By default the source's own.
         dtype: `float32`, `bfloat16` or `float16` to cast all weights; by default each keeps its own.
         chat_template: name of a prompt format, or a Jinja file. By default what fits the language model.
+        scale_factor: the one that the checkpoint was trained with, where its config does not say.
         overwrite: replace an output that an earlier conversion wrote.
         max_shard_size: most bytes of tensors per weight file, as a number or as `2GB`.
         verify: compare `.bin` files with the checksums in them, then read the written tensors back and compare each with
@@ -114,16 +117,17 @@ def convert_checkpoint(
     cast, shard_size = _dtype(dtype), parse_size(max_shard_size)
     if not (source / "config.json").is_file():
         raise ConversionError(f"The source {source} is not a folder with a config.json.")
-    settings = read_json(source / "config.json")
-    vision_tower = vision_tower or _named_tower(source, settings)
+    source_config = _read_config(source)
+    vision_tower = vision_tower or _named_tower(source, source_config)
     inputs = (source, vision_tower, tokenizer or source, base_model or source)
     check_output(output, [Path(path) for path in inputs if Path(path).is_dir()], overwrite)
 
-    read = _read_source(source, settings, str(vision_tower), tokenizer, chat_template, base_model)
+    read = _read_source(source, source_config, str(vision_tower), tokenizer, chat_template, base_model)
     template = read_chat_template(read.chat_template, read.tokenizer)
     ids = read.token_ids
     vocabulary = Vocabulary(grown_vocabulary(read.rows, ids.count), ids.image, ids.pad)
-    config = convert_config(read.settings, read.tower.config, vocabulary)
+    rank = delta_rank(read.checkpoint.tensors)
+    config = convert_config(read.config, read.tower.config, vocabulary, scale_factor=scale_factor, delta_rank=rank)
     plan = plan_tensors(read.checkpoint, read.names, read.tower.checkpoint, config, cast)
     config.dtype = plan.tensors[EMBEDDINGS].dtype
 
@@ -137,8 +141,8 @@ def convert_checkpoint(
             verify_shards(plan.tensors, folder, verify_progress or progress)
         write_code(folder)
         write_config(config, folder)
-        write_processor(config, read.tower.image_processor, read.settings.get("image_aspect_ratio") == "pad", folder)
-        save_tokenizer(read.tokenizer, folder, read.settings.get("tokenizer_model_max_length"))
+        write_processor(config, read.tower.image_processor, read.config.keys.image_aspect_ratio == "pad", folder)
+        save_tokenizer(read.tokenizer, folder, read.config.keys.tokenizer_model_max_length)
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
         warnings = _write_generation_config(read, config, folder)
         (folder / "README.md").write_text(
@@ -149,13 +153,20 @@ def convert_checkpoint(
     return report
 
 
-def _named_tower(source: Path, settings: dict) -> str:
-    """The tower that a checkpoint names: a folder inside the checkpoint's, as export leaves it, or whatever it says."""
-    name = settings.get("mm_vision_tower")
-    if not isinstance(name, str) or not name:
+def _read_config(source: Path) -> SourceConfig:
+    try:
+        return read_config(read_json(source / "config.json"))
+    except ConversionError as error:
+        # The tensors tell more about a model of another kind than its config does.
+        trained = open_trained(source)
+        other = describe_other_projector(trained.tensors, public_name(str(source))) if trained else None
+        raise ConversionError(other or str(error)) from error
+
+
+def _named_tower(source: Path, config: SourceConfig) -> str:
+    if not config.keys.mm_vision_tower:
         raise ConversionError("config.json names no mm_vision_tower; pass its folder or Hub id with --vision-tower.")
-    inner = source / Path(name).name
-    return str(inner) if Path(name).name == name and inner.is_dir() else name
+    return find_vision_tower(config.keys.mm_vision_tower, source)
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -168,15 +179,16 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 def _read_source(
     folder: Path,
-    settings: dict,
+    config: SourceConfig,
     vision_tower: str,
     tokenizer: str | Path | None,
     chat_template: str | None,
     base_model: str | Path | None,
 ) -> _Source:
-    family = language_model(settings.get("model_type"))
-    tensors = read_source(folder, str(base_model) if base_model else None, settings["model_type"])
+    tensors = read_source(folder, str(base_model) if base_model else None, config.family)
     checkpoint, base = tensors.checkpoint, tensors.base
+    if other := describe_other_projector(checkpoint.tensors, public_name(str(folder))):
+        raise ConversionError(other)
     names = map_names(checkpoint.tensors)
     if SOURCE_EMBEDDINGS not in checkpoint.tensors:
         raise ConversionError(f"The checkpoint has no language model in it (no {SOURCE_EMBEDDINGS}).")
@@ -189,18 +201,17 @@ def _read_source(
         raise ConversionError(
             f"{folder.name} brings no tokenizer; pass the folder or Hub id of its language model's with --tokenizer."
         )
-    text_config, _ = build_config(**{**settings, "model_type": family.text_model_type})
-    text_tokenizer = load_tokenizer(str(tokenizer or folder), text_config, family.sentencepiece_class)
+    text_tokenizer = load_tokenizer(str(tokenizer or folder), config.text_config, config.family.sentencepiece_class)
     return _Source(
         folder=folder,
-        settings=settings,
+        config=config,
         checkpoint=checkpoint,
         base=base,
         names=names,
         tower=tower,
         tokenizer=text_tokenizer,
         token_ids=add_tokens(text_tokenizer),
-        chat_template=chat_template or default_chat_template(settings),
+        chat_template=chat_template or default_chat_template(config.settings),
     )
 
 
@@ -245,12 +256,12 @@ def _report(
     warnings: list[str],
     source_files: dict[str, str],
 ) -> ConversionReport:
-    ignored_keys, unknown_keys = unused_keys(read.settings)
-    if unknown_keys:
-        warnings = [*warnings, f"config.json has keys that nobody knows: {', '.join(unknown_keys)}"]
+    if read.config.unknown:
+        warnings = [*warnings, f"config.json has keys that are not known here: {', '.join(read.config.unknown)}"]
     return ConversionReport(
         output=output,
         source=public_name(str(read.folder)),
+        model_type=read.config.settings["model_type"],
         source_files=source_files,
         vision_tower=read.tower.name,
         vision_tower_files=sha256_of(list(read.tower.checkpoint.files) if read.tower.checkpoint else []),
@@ -258,13 +269,14 @@ def _report(
         base_model_files=sha256_of(list(read.base.checkpoint.files)) if read.base else {},
         base_models=read.base_models,
         trained_vocab_size=read.rows,
+        tokens_added=read.token_ids.added,
         chat_template=Path(read.chat_template).name,
         dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in plan.tensors.values())),
         tensors_used=len(read.checkpoint.tensors) - len(plan.ignored),
         tensors_ignored=plan.ignored,
         tensors_written=len(plan.tensors),
-        config_keys_ignored=ignored_keys,
-        config_keys_unknown=unknown_keys,
+        config_keys_ignored=read.config.ignored,
+        config_keys_unknown=read.config.unknown,
         visual_tokens=config.num_visual_tokens,
         weight_files=weight_files,
         warnings=warnings,

@@ -13,32 +13,58 @@ from ..utils.errors import one_line
 from ..utils.files import read_json, write_json
 from ..utils.hub import is_repo_id, local_folder
 from ..utils.output_folder import REPORT_FILE, atomic_folder, check_output
+from ..utils.validation import FileModel, read_model
 from .checkpoint_reader import Checkpoint, LazyTensor, read_checkpoint
-from .config_map import RELEASED_LEVELS
+from .config_map import DEFAULTS, OWN_PREFIX
 from .errors import ConversionError, listed
-from .key_map import RULES, TOWER_TARGET, Rule, Shape
+from .key_map import RULES, SOURCE_PROJECTOR, TOWER_TARGET, Rule, Shape
 from .language_models import LANGUAGE_MODELS
 from .shard_writer import Progress, parse_size, same_bits, write_shards
 from .tensor_plan import EMBEDDINGS, HEAD, new_rows
-from .tokenizer import TOKENIZER_FILES
+from .tokenizer import IMAGE_TOKEN, PAD_TOKEN, TOKENIZER_FILES
 
 
 PROJECTOR_FILE = "mm_projector.bin"
 TOWER_FOLDER = "vision-tower"
-_PROJECTOR_LEVEL = "model.mm_projector."
 _FILES = ("*.json", "model*.safetensors*", "tokenizer.model", "merges.txt")
 # Written into config.json by transformers or for a repo of ours; the authors' trainer has other values for them.
-_OWN_KEYS = ("auto_map", "architectures", "transformers_version", "_name_or_path")
+_OWN_KEYS = ("architectures", "auto_map", "dtype", "transformers_version", "_name_or_path")
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written: the folder, its weight files, the number of tensors, and the rows of the vocabulary."""
+    """What was written.
+
+    Attributes:
+        output: the folder.
+        weight_files: names of its weight files.
+        tensors_written: number of tensors.
+        vocab_size: rows of the vocabulary.
+        own_keys: keys of its config that only this package reads, because the released code fixes what they say.
+    """
 
     output: Path
     weight_files: list[str]
     tensors_written: int
     vocab_size: int
+    own_keys: list[str]
+
+
+class _Origin(FileModel):
+    name: str | None = None
+    model_type: str | None = None
+    sha256: dict[str, str] = {}
+
+
+class _Conversion(FileModel):
+    """What export needs of a repo's `conversion.json`."""
+
+    source: _Origin = _Origin()
+    vision_tower: _Origin = _Origin()
+    base_models: list[str] = []
+    tokens_added: list[str] = [IMAGE_TOKEN, PAD_TOKEN]
+    trained_vocab_size: int | None = None
 
 
 def export_checkpoint(
@@ -77,28 +103,36 @@ def export_checkpoint(
     folder = local_folder(str(repo), "repo", _FILES)
     check_output(output, [folder], overwrite)
     config = read_repo_config(folder)
-    _check_released(config)
-    made = read_json(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else {}
+    _check_layout(config)
+    made = _read_conversion(folder)
     checkpoint = read_checkpoint(folder)
     rows = _rows(checkpoint, config, made, vocab_size)
     if vision_tower is None:
-        vision_tower = not (made.get("vision_tower") or {}).get("sha256")
+        vision_tower = not made.vision_tower.sha256
     tensors = released_tensors(checkpoint, rows, vision_tower)
     if projector_only:
-        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(_PROJECTOR_LEVEL)}
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(SOURCE_PROJECTOR)}
     with atomic_folder(output, overwrite) as growing:
         if projector_only:
             files = [PROJECTOR_FILE]
             torch.save({name: tensor.load().clone() for name, tensor in tensors.items()}, growing / PROJECTOR_FILE)
         else:
             files = write_shards(tensors, growing, shard_size, progress)
-            _copy_tokenizer(folder, growing)
+            _write_tokenizer(folder, growing, rows, made.tokens_added)
             _write_generation_config(folder, growing, rows)
-        tower = _write_tower(folder, config, made, growing)
-        write_json(_released_config(folder, config, made, rows, tower), growing / "config.json")
+        own = _own_settings(config)
+        settings = {
+            **_text_settings(config.text_config, rows),
+            **_released_settings(folder, config, made),
+            **own,
+            "mm_vision_tower": _write_tower(folder, config, made, growing),
+            "torch_dtype": str(checkpoint.tensors[EMBEDDINGS].dtype).removeprefix("torch."),
+            "vocab_size": rows,
+        }
+        write_json(json.loads(json.dumps(settings, default=str)), growing / "config.json")
         # Marks the folder as one that may be overwritten.
-        write_json({"exported_from": made.get("source", {}).get("name") or folder.name}, growing / REPORT_FILE)
-    return ExportReport(output, files, len(tensors), rows)
+        write_json({"exported_from": made.source.name or folder.name}, growing / REPORT_FILE)
+    return ExportReport(output, files, len(tensors), rows, sorted(own))
 
 
 def read_repo_config(folder: Path) -> DeltaLlavaConfig:
@@ -148,15 +182,20 @@ def _cut(tensor: LazyTensor, rows: int) -> LazyTensor:
     return LazyTensor((rows, *tensor.shape[1:]), tensor.dtype, lambda: tensor.load()[:rows])
 
 
-def _check_released(config: DeltaLlavaConfig) -> None:
-    if config.projector_layout != "released" or tuple(config.vision_feature_levels) != RELEASED_LEVELS:
+def _read_conversion(folder: Path) -> _Conversion:
+    path = folder / REPORT_FILE
+    return read_model(path, _Conversion) if path.is_file() else _Conversion()
+
+
+def _check_layout(config: DeltaLlavaConfig) -> None:
+    if config.projector_layout != "released":
         raise ConversionError(
-            f"The repo has projector_layout={config.projector_layout!r} and vision_feature_levels="
-            f"{list(config.vision_feature_levels)}; the authors' code reads 'released' and {list(RELEASED_LEVELS)} only."
+            f"The repo has projector_layout={config.projector_layout!r}, for which the authors' layout has no names; only "
+            "'released' can be exported."
         )
 
 
-def _rows(checkpoint: Checkpoint, config: DeltaLlavaConfig, made: dict, wanted: int | None) -> int:
+def _rows(checkpoint: Checkpoint, config: DeltaLlavaConfig, made: _Conversion, wanted: int | None) -> int:
     """How many rows of the vocabulary to keep: as many as were trained, if the others are as conversion made them."""
     tables = [checkpoint.tensors[name] for name in (EMBEDDINGS, HEAD) if name in checkpoint.tensors]
     if not tables or any(len(table.shape) != 2 for table in tables):
@@ -166,8 +205,8 @@ def _rows(checkpoint: Checkpoint, config: DeltaLlavaConfig, made: dict, wanted: 
         if not 0 < wanted <= size:
             raise ConversionError(f"vocab_size={wanted} is not between 1 and the repo's {size} rows.")
         return wanted
-    trained = made.get("trained_vocab_size")
-    if type(trained) is not int or not 0 < trained < size:
+    trained = made.trained_vocab_size
+    if trained is None or not 0 < trained < size:
         return size
     image_rows = (config.image_token_id, None)
     for table, image_row in zip(tables, image_rows):
@@ -177,19 +216,45 @@ def _rows(checkpoint: Checkpoint, config: DeltaLlavaConfig, made: dict, wanted: 
     return trained
 
 
-def _released_config(folder: Path, config: DeltaLlavaConfig, made: dict, rows: int, tower: str) -> dict:
-    text = config.text_config
-    assert isinstance(text, PreTrainedConfig)
-    model_type = next((name for name, lm in LANGUAGE_MODELS.items() if lm.text_model_type == text.model_type), None)
-    if model_type is None:
-        known = ", ".join(sorted({family.text_model_type for family in LANGUAGE_MODELS.values()}))
-        raise ConversionError(f"The authors' code has no language model of type {text.model_type}; it has {known}.")
+def _text_settings(text: PreTrainedConfig, rows: int) -> dict:
+    """The language model's config as transformers 4 wrote it, which the authors' code runs on."""
+    values = {key: value for key, value in text.to_dict().items() if key not in _OWN_KEYS}
+    # nn.Embedding refuses a padding row that it does not have.
+    for key in _TOKEN_IDS:
+        values[key] = _known_ids(values.get(key), rows)
+    rope = values.pop("rope_parameters", None)
+    if isinstance(rope, dict):
+        values["rope_theta"] = rope.pop("rope_theta", None)
+        rotary = rope.pop("partial_rotary_factor", 1)
+        if rotary != 1:
+            values["partial_rotary_factor"] = rotary
+        kind = rope.get("rope_type", "default")
+        if "original_max_position_embeddings" in values:  # Phi-3 keeps it outside, and its two factors alone inside
+            rope = {"type": kind, **{key: rope[key] for key in ("short_factor", "long_factor") if key in rope}}
+        values["rope_scaling"] = None if kind == "default" else rope
+    return values
+
+
+def _known_ids(ids: object, rows: int) -> object:
+    if isinstance(ids, list):
+        return [i for i in ids if type(i) is int and i < rows] or None
+    return ids if type(ids) is int and ids < rows else None
+
+
+def _own_settings(config: DeltaLlavaConfig) -> dict:
+    """Keys for what the released code fixes and this model does otherwise."""
+    given = {field: getattr(config, field) for field in DEFAULTS}
+    given["vision_feature_levels"] = tuple(config.vision_feature_levels)
+    return {OWN_PREFIX + field: value for field, value in given.items() if value != DEFAULTS[field]}
+
+
+def _released_settings(folder: Path, config: DeltaLlavaConfig, made: _Conversion) -> dict:
+    """The authors' own keys, but for the vision tower."""
+    model_type = _model_type(config.text_config, made.source.model_type)
     processor = read_json(folder / "processor_config.json") if (folder / "processor_config.json").is_file() else {}
     settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     length = settings.get("model_max_length")
-    base = (made.get("base_models") or [None])[0]
     values = {
-        **{key: value for key, value in text.to_dict().items() if key not in _OWN_KEYS},
         "architectures": [_ARCHITECTURES.get(model_type, "LlavaLlamaForCausalLM")],
         "image_aspect_ratio": "pad" if processor.get("do_pad", True) else "square",
         "mm_hidden_size": config.vision_config.hidden_size,
@@ -199,19 +264,26 @@ def _released_config(folder: Path, config: DeltaLlavaConfig, made: dict, rows: i
         "mm_use_im_start_end": False,
         "mm_vision_select_feature": "patch",
         "mm_vision_select_layer": config.vision_feature_layer,
-        "mm_vision_tower": tower,
         "model_type": model_type,
         "scale_factor": config.scale_factor,
         "tie_word_embeddings": config.tie_word_embeddings,
         "use_mm_proj": True,
-        "vocab_size": rows,
     }
-    if base and base != tower:
-        values["_name_or_path"] = base
+    if made.base_models and made.base_models[0] != made.vision_tower.name:
+        values["_name_or_path"] = made.base_models[0]
     # A length that no tokenizer has means that nobody set one.
     if type(length) is int and length < 10**9:
         values["tokenizer_model_max_length"] = length
-    return json.loads(json.dumps(values, default=str))
+    return values
+
+
+def _model_type(text: PreTrainedConfig, converted_from: str | None) -> str:
+    """The `model_type` of the checkpoint that was converted, or the first of those for the language model."""
+    names = [name for name, family in LANGUAGE_MODELS.items() if family.text_model_type == text.model_type]
+    if not names:
+        known = ", ".join(sorted({family.text_model_type for family in LANGUAGE_MODELS.values()}))
+        raise ConversionError(f"The authors' code has no language model of type {text.model_type}; it has {known}.")
+    return converted_from if converted_from in names else names[0]
 
 
 _ARCHITECTURES = {
@@ -224,10 +296,10 @@ _ARCHITECTURES = {
 }
 
 
-def _write_tower(folder: Path, config: DeltaLlavaConfig, made: dict, output: Path) -> str:
+def _write_tower(folder: Path, config: DeltaLlavaConfig, made: _Conversion, output: Path) -> str:
     """The tower's name for `mm_vision_tower`: its Hub id, or a folder of its settings written beside the weights."""
-    name = (made.get("vision_tower") or {}).get("name")
-    if isinstance(name, str) and is_repo_id(name):
+    name = made.vision_tower.name
+    if name is not None and is_repo_id(name):
         return name
     tower = output / TOWER_FOLDER
     tower.mkdir()
@@ -239,10 +311,44 @@ def _write_tower(folder: Path, config: DeltaLlavaConfig, made: dict, output: Pat
     return TOWER_FOLDER
 
 
-def _copy_tokenizer(folder: Path, output: Path) -> None:
+def _write_tokenizer(folder: Path, output: Path, rows: int, added: list[str]) -> None:
+    """Copy the tokenizer without those tokens that conversion `added` and that no row of the embeddings belongs to."""
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, output / name)
+    path = output / "tokenizer.json"
+    if not path.is_file():
+        return
+    tokenizer = read_json(path)
+    entries = tokenizer.get("added_tokens")
+    if not isinstance(entries, list):
+        return
+    gone = {e["content"] for e in entries if e.get("content") in added and e.get("id", 0) >= rows}
+    if not gone:
+        return
+    tokenizer["added_tokens"] = [entry for entry in entries if entry["content"] not in gone]
+    path.write_text(json.dumps(tokenizer, ensure_ascii=False, indent=2), encoding="utf-8")
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (output / name).is_file():
+            write_json(_without(read_json(output / name), gone), output / name)
+
+
+def _without(settings: dict, tokens: set[str]) -> dict:
+    """`settings` of a tokenizer without some tokens, by whatever key they stand."""
+
+    def is_gone(value: object) -> bool:
+        return (value.get("content") if isinstance(value, dict) else value) in tokens
+
+    kept: dict = {}
+    for key, value in settings.items():
+        if key in tokens or (isinstance(value, (str, dict)) and is_gone(value)):
+            continue
+        if isinstance(value, list):
+            value = [entry for entry in value if not (isinstance(entry, (str, dict)) and is_gone(entry))]
+        elif key == "added_tokens_decoder" and isinstance(value, dict):
+            value = {number: entry for number, entry in value.items() if not is_gone(entry)}
+        kept[key] = value
+    return kept
 
 
 def _write_generation_config(folder: Path, output: Path, rows: int) -> None:
@@ -251,6 +357,6 @@ def _write_generation_config(folder: Path, output: Path, rows: int) -> None:
     if not path.is_file():
         return
     values = read_json(path)
-    if isinstance(values.get("suppress_tokens"), list):
-        values["suppress_tokens"] = [i for i in values["suppress_tokens"] if type(i) is int and i < rows] or None
+    for key in (*_TOKEN_IDS, "suppress_tokens"):
+        values[key] = _known_ids(values.get(key), rows)
     write_json({key: value for key, value in values.items() if value is not None}, output / "generation_config.json")

@@ -11,23 +11,21 @@ from .. import modeling, processing
 from ..modeling import DeltaLlavaConfig
 from ..utils.files import read_json
 from ..utils.hub import local_folder
-from .checkpoint_reader import Checkpoint, LazyTensor, has_weights, read_checkpoint
-from .config_map import Vocabulary, convert_config, unused_keys
+from .checkpoint_reader import Checkpoint, LazyTensor, has_weights
+from .config_map import Vocabulary, convert_config, read_config
 from .errors import ConversionError, listed
 from .export import read_repo_config
-from .key_map import TOWER_TARGET, map_names
+from .key_map import TOWER_TARGET, delta_rank, map_names
+from .other_projectors import describe_other_projector
+from .sources import open_trained
 from .tensor_plan import EMBEDDINGS, SOURCE_EMBEDDINGS, expected_shapes
 from .tokenizer import has_tokenizer
-from .vision_tower import adapt_to_weights, load_vision_tower
+from .vision_tower import adapt_to_weights, find_vision_tower, load_vision_tower
 
 
-_COMPONENTS = {
-    "vision tower": "model.vision_tower.",
-    "projector": "model.multi_modal_projector.",
-    "language model": "model.language_model.",
-    "head": "lm_head.",
-}
-_PROJECTOR = _COMPONENTS["projector"]
+# Parts of the model, and words in the names of their tensors, in repos and in checkpoints; the rest is the language model.
+_COMPONENTS = {"vision tower": "vision_tower.", "projector": "projector.", "language model": "", "head": "lm_head."}
+_PROJECTOR = "model.multi_modal_projector."
 _REPO_FILES = ("generation_config.json", "processor_config.json", "chat_template.jinja", "README.md")
 _FILES = ("*.json", "*.py", "*.jinja", "README.md", "model*.safetensors*", "tokenizer.model", "merges.txt")
 
@@ -54,7 +52,7 @@ class Delta:
 
 @dataclass
 class Inspection:
-    """Result of `inspect_model`. `kind` is `repo` or `checkpoint`; `problems` is empty where nothing is wrong."""
+    """Result of `inspect_model`. `kind` is `repo`, `checkpoint` or `projector`; `problems` is empty where nothing is wrong."""
 
     name: str
     kind: str
@@ -66,7 +64,7 @@ class Inspection:
 
 
 def inspect_model(spec: str | Path) -> Inspection:
-    """Look into a repo of ours or a full checkpoint in the authors' layout.
+    """Look into a repo of ours, or a checkpoint in the authors' layout: a full one, or its projector alone.
 
     Args:
         spec: folder or Hub id.
@@ -78,9 +76,9 @@ def inspect_model(spec: str | Path) -> Inspection:
     if not (folder / "config.json").is_file():
         raise ConversionError(f"{folder.name} has no config.json.")
     settings = read_json(folder / "config.json")
-    if not has_weights(folder):
+    checkpoint = open_trained(folder)
+    if checkpoint is None:
         raise ConversionError(f"{folder.name} holds no whole set of weights, so there is nothing to look into.")
-    checkpoint = read_checkpoint(folder)
     if settings.get("model_type") == "delta_llava":
         return _inspect_repo(folder, checkpoint)
     return _inspect_checkpoint(folder, settings, checkpoint)
@@ -93,7 +91,8 @@ def _inspect_repo(folder: Path, checkpoint: Checkpoint) -> Inspection:
     except ConversionError as error:
         result.problems.append(str(error))
     else:
-        _describe(result, config, checkpoint.tensors)
+        _describe_budgets(result, config)
+        _describe_deltas(result, checkpoint.tensors)
         result.problems += _shape_problems(config, checkpoint.tensors)
     result.problems += [f"There is no {name}." for name in _REPO_FILES if not (folder / name).is_file()]
     if not has_tokenizer(folder):
@@ -113,43 +112,52 @@ def _code_files() -> list[Path]:
 
 
 def _inspect_checkpoint(folder: Path, settings: dict, checkpoint: Checkpoint) -> Inspection:
+    alone = not has_weights(folder)
+    result = Inspection(folder.name, "projector" if alone else "checkpoint", _components(checkpoint.tensors))
+    if other := describe_other_projector(checkpoint.tensors, folder.name):
+        result.problems.append(other)
+        return result
     names = map_names(checkpoint.tensors)
     tensors = {target: checkpoint.tensors[name] for name, (target, _) in names.rules.items()}
-    result = Inspection(folder.name, "checkpoint", _components(tensors))
+    result.components = _components(tensors)
+    _describe_deltas(result, tensors)
     try:
         table = checkpoint.tensors.get(SOURCE_EMBEDDINGS)
-        if table is None:
+        if table is None and not alone:
             raise ConversionError(f"The checkpoint has no language model in it (no {SOURCE_EMBEDDINGS}).")
-        tower = str(settings.get("mm_vision_tower") or "")
-        inner = folder / Path(tower).name
-        spec = str(inner) if tower and Path(tower).name == tower and inner.is_dir() else tower
+        source = read_config(settings)
         inside = [name.removeprefix(TOWER_TARGET) for name in tensors if name.startswith(TOWER_TARGET)]
-        vision_config = load_vision_tower(spec, with_weights=False).config
+        tower = find_vision_tower(source.keys.mm_vision_tower or "", folder)
+        vision_config = load_vision_tower(tower, with_weights=False).config
         if inside:
             adapt_to_weights(vision_config, inside)
-        rows = table.shape[0]
-        config = convert_config(settings, vision_config, Vocabulary(rows, image_token_id=rows - 1))
-        unknown = unused_keys(settings)[1]
+        vocabulary = Vocabulary(table.shape[0], image_token_id=table.shape[0] - 1) if table is not None else None
+        config = convert_config(source, vision_config, vocabulary, delta_rank=delta_rank(checkpoint.tensors))
     except ValueError as error:
         result.problems.append(str(error))
     else:
-        _describe(result, config, tensors)
-        if unknown:
-            result.problems.append(f"config.json has keys that nobody knows: {listed(unknown)}.")
+        _describe_budgets(result, config)
+        if source.unknown:
+            result.problems.append(f"config.json has keys that are not known here: {listed(source.unknown)}.")
         rules = {target: (name, rule) for name, (target, rule) in names.rules.items()}
         shaped = {t: rules[t][1].reshape(tensor.shape, rules[t][0]) for t, tensor in tensors.items()}
         expected = expected_shapes(config)
-        if not inside:
+        if alone:
+            expected = {name: shape for name, shape in expected.items() if name.startswith(_PROJECTOR)}
+        elif not inside:
             expected = {name: shape for name, shape in expected.items() if not name.startswith(TOWER_TARGET)}
         result.problems += _differences(shaped, expected)
-    if not has_tokenizer(folder):
+    if not alone and not has_tokenizer(folder):
         result.problems.append("There is no tokenizer.")
     return result
 
 
-def _describe(result: Inspection, config: DeltaLlavaConfig, tensors: dict[str, LazyTensor]) -> None:
+def _describe_budgets(result: Inspection, config: DeltaLlavaConfig) -> None:
     result.visual_token_budgets = config.visual_token_budgets
     result.default_visual_tokens = config.num_visual_tokens
+
+
+def _describe_deltas(result: Inspection, tensors: dict[str, LazyTensor]) -> None:
     for name, tensor in sorted(tensors.items()):
         if name.startswith(_PROJECTOR) and not torch.isfinite(tensor.load()).all():
             result.problems.append(f"{name} holds NaN or Inf.")
@@ -202,14 +210,17 @@ def _differences(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[in
 
 
 def _components(tensors: dict[str, LazyTensor]) -> dict[str, Component]:
-    components = {}
-    for component, level in _COMPONENTS.items():
-        own = [tensor for name, tensor in tensors.items() if name.startswith(level)]
-        if own:
-            components[component] = Component(
-                parameters=sum(torch.Size(tensor.shape).numel() for tensor in own),
-                tensors=len(own),
-                num_bytes=sum(tensor.num_bytes for tensor in own),
-                dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in own)),
-            )
-    return components
+    parts: dict[str, list[LazyTensor]] = {component: [] for component in _COMPONENTS}
+    for name, tensor in tensors.items():
+        part = next((part for part, word in _COMPONENTS.items() if word and word in name), "language model")
+        parts[part].append(tensor)
+    return {
+        component: Component(
+            parameters=sum(torch.Size(tensor.shape).numel() for tensor in own),
+            tensors=len(own),
+            num_bytes=sum(tensor.num_bytes for tensor in own),
+            dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in own)),
+        )
+        for component, own in parts.items()
+        if own
+    }

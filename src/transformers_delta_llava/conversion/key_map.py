@@ -15,6 +15,7 @@ from functools import cached_property
 
 import torch
 
+from .checkpoint_reader import LazyTensor
 from .errors import ConversionError, listed
 
 
@@ -68,7 +69,8 @@ def _compile(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(parts) + re.escape(pattern[end:]))
 
 
-_SOURCE = "model.mm_projector."
+# The projector's level in the authors' checkpoints.
+SOURCE_PROJECTOR = _SOURCE = "model.mm_projector."
 _BLOCK_SOURCE = _SOURCE + "combined_block.ntb."
 _TARGET = "model.multi_modal_projector."
 _BLOCK_TARGET = _TARGET + "block."
@@ -162,6 +164,12 @@ def _refuse_duplicates(rules: Mapping[str, tuple[str, Rule]]) -> None:
     clashes = [f"{' and '.join(sorted(names))} (both {target})" for target, names in by_target.items() if names[1:]]
     if clashes:
         raise ConversionError(f"Several tensors claim one place: {listed(clashes)}.")
+
+
+def delta_rank(tensors: Mapping[str, torch.Tensor | LazyTensor]) -> int | None:
+    """Rank of the projector's updates in an authors' checkpoint; None where it has none."""
+    factor = tensors.get(f"{SOURCE_PROJECTOR}q_proj_1.U")
+    return int(factor.shape[-1]) if factor is not None and len(factor.shape) == 2 else None
 
 
 def convert_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

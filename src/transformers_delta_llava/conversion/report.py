@@ -22,12 +22,14 @@ class ConversionReport:
     Attributes:
         output: the repo folder.
         source: name of the checkpoint folder.
+        model_type: of the checkpoint.
         source_files: sha256 of every file of the source that was read, by name.
         vision_tower: name of the vision tower.
         vision_tower_files: sha256 of the tower's weight files; empty where the checkpoint brought its tower.
         base_model: name of the model that a projector or a LoRA run was put on; None for a full checkpoint.
         base_model_files: sha256 of that model's weight files.
         trained_vocab_size: rows of the source's embeddings; rows above them were added.
+        tokens_added: tokens that the source's tokenizer lacked.
         base_models: Hub ids of what the checkpoint was made of, as far as it says.
         chat_template: name of the prompt format.
         dtypes: number of tensors written, by dtype.
@@ -35,7 +37,7 @@ class ConversionReport:
         tensors_ignored: the source's tensors that were left out, with the reason.
         tensors_written: number of tensors in the repo.
         config_keys_ignored: keys of the source's config that have no effect, with the reason.
-        config_keys_unknown: keys of the source's config that nobody knows.
+        config_keys_unknown: keys of the source's config that are not known here.
         visual_tokens: visual tokens per image by default.
         weight_files: names of the weight files.
         warnings: sentences worth reading.
@@ -43,12 +45,14 @@ class ConversionReport:
 
     output: Path
     source: str
+    model_type: str
     source_files: dict[str, str]
     vision_tower: str
     vision_tower_files: dict[str, str]
     base_model: str | None
     base_model_files: dict[str, str]
     trained_vocab_size: int
+    tokens_added: list[str]
     base_models: list[str]
     chat_template: str
     dtypes: dict[str, int]
@@ -64,10 +68,11 @@ class ConversionReport:
     def to_dict(self) -> dict:
         """What `conversion.json` holds: everything but where the output lies, so that no path is published."""
         return {
-            "source": {"name": self.source, "sha256": self.source_files},
+            "source": {"name": self.source, "model_type": self.model_type, "sha256": self.source_files},
             "vision_tower": {"name": self.vision_tower, "sha256": self.vision_tower_files},
             "base_model": {"name": self.base_model, "sha256": self.base_model_files} if self.base_model else None,
             "trained_vocab_size": self.trained_vocab_size,
+            "tokens_added": self.tokens_added,
             "base_models": self.base_models,
             "versions": {
                 "transformers_delta_llava": __version__,

@@ -8,7 +8,8 @@ from ..utils.files import read_json
 from ..utils.hub import local_folder, public_name
 from .checkpoint_reader import Checkpoint, LazyTensor, has_weights, open_weights, read_checkpoint
 from .errors import ConversionError, listed
-from .language_models import LANGUAGE_MODELS, language_model
+from .key_map import SOURCE_PROJECTOR
+from .language_models import LANGUAGE_MODELS, LanguageModel
 from .lora import ADAPTER_CONFIG, PEFT_PREFIX, merge_lora, read_lora_settings
 from .tokenizer import TOKENIZER_FILES
 
@@ -17,7 +18,6 @@ _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 _NON_LORA = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 _PROJECTOR = ("mm_projector.safetensors", "mm_projector.bin", "mm_projector.pt")
 _BASE_FILES = ("config.json", *TOKENIZER_FILES)
-_PROJECTOR_LEVEL = "model.mm_projector."
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class BaseModel:
     checkpoint: Checkpoint
 
 
-def read_source(folder: Path, base_model: str | None, model_type: object) -> SourceTensors:
+def read_source(folder: Path, base_model: str | None, family: LanguageModel) -> SourceTensors:
     """Open a checkpoint of any kind; values stay on disk.
 
     Args:
         folder: with weights of a full checkpoint, or `mm_projector.bin`, or `adapter_model.*`.
         base_model: folder or Hub id of what a partial checkpoint was trained on.
-        model_type: of the source's config.
+        family: of the source's language model.
 
     Raises:
         ConversionError: no weights, a partial checkpoint without its base, a base of another family, or files that cannot
@@ -60,17 +60,25 @@ def read_source(folder: Path, base_model: str | None, model_type: object) -> Sou
     kind = "the projector only" if adapter is None else "a LoRA adapter"
     if base_model is None:
         raise ConversionError(f"{folder.name} holds {kind}; pass the model that it was trained on with --base-model.")
-    base = _read_base(base_model, language_model(model_type).text_model_type)
+    base = _read_base(base_model, family.text_model_type)
     if adapter is not None:
         return SourceTensors(_lora(folder, adapter, base), base)
     assert projector is not None
     trained = _plain_names(open_weights(projector), projector)
-    strange = [name for name in trained if not name.startswith(_PROJECTOR_LEVEL)]
+    strange = [name for name in trained if not name.startswith(SOURCE_PROJECTOR)]
     if strange:
         raise ConversionError(f"{projector.name} holds more than a projector: {listed(strange)}.")
     # All of the projector comes from one file: a base that has one, too, gives none of it.
-    kept = {n: tensor for n, tensor in base.checkpoint.tensors.items() if not n.startswith(_PROJECTOR_LEVEL)}
+    kept = {n: tensor for n, tensor in base.checkpoint.tensors.items() if not n.startswith(SOURCE_PROJECTOR)}
     return SourceTensors(Checkpoint({**kept, **trained}, (projector,)), base)
+
+
+def open_trained(folder: Path) -> Checkpoint | None:
+    """What a folder brings without a base model: its full checkpoint or its projector; None where it has neither."""
+    if has_weights(folder):
+        return read_checkpoint(folder)
+    projector = _first(folder, _PROJECTOR)
+    return Checkpoint(_plain_names(open_weights(projector), projector), (projector,)) if projector else None
 
 
 def _lora(folder: Path, adapter: Path, base: BaseModel) -> Checkpoint:
@@ -81,8 +89,8 @@ def _lora(folder: Path, adapter: Path, base: BaseModel) -> Checkpoint:
         trained = _plain_names(open_weights(beside), beside)
         if twice := trained.keys() & updates.keys():
             raise ConversionError(f"{adapter.name} and {beside.name} both hold {listed(twice)}.")
-        if any(name.startswith(_PROJECTOR_LEVEL) for name in trained):
-            tensors = {n: tensor for n, tensor in tensors.items() if not n.startswith(_PROJECTOR_LEVEL)}
+        if any(name.startswith(SOURCE_PROJECTOR) for name in trained):
+            tensors = {n: tensor for n, tensor in tensors.items() if not n.startswith(SOURCE_PROJECTOR)}
         tensors |= trained
         files.append(beside)
     merged = merge_lora(tensors, updates, read_lora_settings(folder))
@@ -98,7 +106,7 @@ def _plain_names(tensors: Mapping[str, LazyTensor], file: Path) -> dict[str, Laz
 
 
 def _read_base(spec: str, text_model_type: str) -> BaseModel:
-    folder = local_folder(spec, "base model", (*_BASE_FILES, "model*.safetensors*"))
+    folder = local_folder(spec, "base model", (*_BASE_FILES, "model*.safetensors*"), "--base-model")
     if not has_weights(folder) and not Path(spec).is_dir():
         folder = local_folder(spec, "base model", (*_BASE_FILES, "pytorch_model*.bin*"))
     if (folder / "config.json").is_file():

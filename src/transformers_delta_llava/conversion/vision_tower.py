@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..utils.files import read_json
-from ..utils.hub import local_folder, public_name
+from ..utils.hub import cached_repo_id, local_folder, public_name
 from .checkpoint_reader import Checkpoint, read_checkpoint
 from .errors import ConversionError
 from .settings import build_config
@@ -39,8 +39,11 @@ KNOWN_TOWERS: dict[str, dict] = {
     },
 }
 
+_KNOWN_BY_NAME = {spec.rpartition("/")[2]: spec for spec in KNOWN_TOWERS}
+
 # Whole image-text models, and the type of the tower inside them.
 _TOWER_OF = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+_OPTION = "--vision-tower"
 _CONFIG_FILES = ("config.json", "preprocessor_config.json")
 # Only pickles if there is nothing else.
 _WEIGHT_FILES = (("model*.safetensors*",), ("pytorch_model*.bin*",))
@@ -56,6 +59,28 @@ class VisionTower:
     checkpoint: Checkpoint | None = None
 
 
+def find_vision_tower(named: str, checkpoint: Path) -> str:
+    """Where the tower is that a checkpoint names, which was a Hub id or a path on the machine that trained it.
+
+    Looked for in this order: the path; the same path, then its last part, inside the checkpoint's folder and beside it;
+    the path from the working directory; a known tower of that last name, whose geometry needs no files.
+
+    Args:
+        named: `mm_vision_tower` of the checkpoint's config.
+        checkpoint: folder of the checkpoint.
+
+    Returns:
+        A folder or a Hub id; `named` itself where nothing is found.
+    """
+    hub_id = cached_repo_id(named)
+    path, name = Path(named).expanduser(), Path(hub_id or named).name
+    beside = [folder / part for part in (path, name) for folder in (checkpoint, checkpoint.parent)]
+    for folder in (*([path] if path.is_absolute() else []), *beside, path):
+        if (folder / "config.json").is_file() and folder.resolve() != checkpoint.resolve():
+            return str(folder)
+    return hub_id or (named if named in KNOWN_TOWERS else _KNOWN_BY_NAME.get(name, named))
+
+
 def load_vision_tower(spec: str, with_weights: bool) -> VisionTower:
     """Find a tower by folder or Hub id.
 
@@ -69,13 +94,14 @@ def load_vision_tower(spec: str, with_weights: bool) -> VisionTower:
     if spec in KNOWN_TOWERS and not with_weights and not Path(spec).is_dir():
         config, _ = build_config(**KNOWN_TOWERS[spec])
         return VisionTower(spec, config, _default_image_processor(config))
-    folder = local_folder(spec, "vision tower", _CONFIG_FILES + (_WEIGHT_FILES[0] if with_weights else ()))
+    files = _CONFIG_FILES + (_WEIGHT_FILES[0] if with_weights else ())
+    folder = local_folder(spec, "vision tower", files, _OPTION)
     config = _tower_config(folder)
     image_processor = _image_processor(folder, config)
     checkpoint = None
     if with_weights:
         if not any(folder.glob("*.safetensors")):
-            folder = local_folder(spec, "vision tower", _CONFIG_FILES + _WEIGHT_FILES[1])
+            folder = local_folder(spec, "vision tower", _CONFIG_FILES + _WEIGHT_FILES[1], _OPTION)
         checkpoint = _tower_weights(folder)
     return VisionTower(public_name(spec), config, image_processor, checkpoint)
 
@@ -83,7 +109,9 @@ def load_vision_tower(spec: str, with_weights: bool) -> VisionTower:
 def _tower_config(folder: Path) -> PreTrainedConfig:
     path = folder / "config.json"
     if not path.is_file():
-        raise ConversionError(f"The vision tower {folder.name} has no config.json.")
+        raise ConversionError(
+            f"The vision tower {folder.name} has no config.json; pass the folder or Hub id of another with {_OPTION}."
+        )
     values = read_json(path)
     model_type = values.get("model_type")
     if model_type in _TOWER_OF:
