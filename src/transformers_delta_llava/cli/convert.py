@@ -10,6 +10,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from ..conversion import ConversionError, convert_checkpoint
 from ..conversion.publish import check_login
 from ..utils.hub import is_repo_id
+from .console import say
 from .push import CreatePr, DryRun, Private, Revision, push_and_tell
 
 
@@ -97,15 +98,12 @@ def convert(
             verify_progress=lambda done, total: bar.update(task, description="verifying", completed=done, total=total),
         )
     for warning in report.warnings:
-        talk.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+        say(f"warning: {warning}")
     for name, reason in report.tensors_ignored.items():
-        talk.print(f"left out {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
-    talk.print(
+        say(f"left out {name}: {reason}")
+    say(
         f"{report.tensors_written} tensors ({report.tensors_used} from {report.source}), "
-        f"{report.visual_tokens} visual tokens per image, prompt format {report.chat_template}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        f"{report.visual_tokens} visual tokens per image, prompt format {report.chat_template}"
     )
     typer.echo(report.output)
     if push_to_hub is not None:

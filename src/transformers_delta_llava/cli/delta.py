@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .console import cell, say
+
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +53,7 @@ def extract(
     report = extract_deltas(source, output, base, rank, _torch_dtype(dtype))
     if report.left_out:
         names = ", ".join(report.left_out[:6]) + (" ..." if len(report.left_out) > 6 else "")
-        _say(
+        say(
             f"warning: {len(report.left_out)} other tensors of the two projectors differ, and deltas cannot hold them: {names}"
         )
     _print_report(report, as_json)
@@ -118,7 +120,7 @@ def stats(
     rows = delta_stats(source, base)
     if plot is not None:
         write_plot(rows, f"Deltas of {Path(source).name}", plot)
-        _say(f"wrote {plot}")
+        say(f"wrote {plot}")
     if as_json:
         typer.echo(json.dumps([{**asdict(row), "ratio": row.ratio} for row in rows], indent=2))
     else:
@@ -131,7 +133,7 @@ def _print_table(rows: list["DeltaRow"]) -> None:
         values = " ".join(f"{value:.3g}" for value in row.singular_values[:4])
         more = " ..." if len(row.singular_values) > 4 else ""
         table.add_row(
-            row.projection,
+            cell(row.projection),
             "" if row.level is None else str(row.level),
             str(row.rank),
             str(row.rank_99),
@@ -147,15 +149,11 @@ def _print_report(report: "DeltaReport", as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(asdict(report), indent=2))
         return
-    _say(f"rank {report.rank}, {report.parameters:,} numbers")
+    say(f"rank {report.rank}, {report.parameters:,} numbers")
     if report.energy_by_projection:
         each = ", ".join(f"{name} {energy:.6f}" for name, energy in report.energy_by_projection.items())
-        _say(f"energy kept: {report.energy:.6f} ({each})")
+        say(f"energy kept: {report.energy:.6f} ({each})")
     typer.echo(report.output)
-
-
-def _say(text: str) -> None:
-    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _torch_dtype(dtype: Dtype | None) -> "torch.dtype | None":

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ..conversion import export_checkpoint
+from .console import say
 
 
 class Format(str, Enum):
@@ -43,13 +43,9 @@ def export(
         overwrite=overwrite,
         max_shard_size=max_shard_size,
     )
-    talk = Console(stderr=True)
-    talk.print(
+    say(
         f"{report.tensors_written} tensors in {len(report.weight_files)} files, layout {layout.value}, "
-        f"{report.vocab_size} rows of vocabulary",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        f"{report.vocab_size} rows of vocabulary"
     )
     if report.own_keys:
         talk.print(

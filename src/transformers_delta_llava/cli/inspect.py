@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..conversion import Inspection, inspect_model
+from .console import cell, say
 
 
 def inspect(
@@ -27,7 +28,7 @@ def inspect(
 
 def _print(found: Inspection) -> None:
     talk = Console(soft_wrap=True, highlight=False)
-    table = Table("part", "parameters", "tensors", "bytes", "dtypes", title=f"{found.name} ({found.kind})")
+    table = Table("part", "parameters", "tensors", "bytes", "dtypes", title=cell(f"{found.name} ({found.kind})"))
     for name, part in found.components.items():
         table.add_row(
             name, f"{part.parameters:,}", f"{part.tensors}", f"{part.num_bytes:,}", ", ".join(sorted(part.dtypes))
@@ -35,14 +36,14 @@ def _print(found: Inspection) -> None:
     talk.print(table)
     if found.visual_token_budgets:
         budgets = ", ".join(map(str, found.visual_token_budgets))
-        talk.print(f"visual tokens per image: {found.default_visual_tokens} by default, of {budgets}", markup=False)
+        say(f"visual tokens per image: {found.default_visual_tokens} by default, of {budgets}", talk)
     if found.deltas:
         deltas = Table("delta", "rank", "norm", "norm of its base", "ratio")
         for delta in found.deltas:
             ratio = f"{delta.norm / delta.base_norm:.3g}" if delta.base_norm else "-"
-            deltas.add_row(delta.name, str(delta.rank), f"{delta.norm:.4g}", f"{delta.base_norm:.4g}", ratio)
+            deltas.add_row(cell(delta.name), str(delta.rank), f"{delta.norm:.4g}", f"{delta.base_norm:.4g}", ratio)
         talk.print(deltas)
     for problem in found.problems:
-        talk.print(f"wrong: {problem}", markup=False)
+        say(f"wrong: {problem}", talk)
     if not found.problems:
-        talk.print("nothing wrong was found")
+        say("nothing wrong was found", talk)

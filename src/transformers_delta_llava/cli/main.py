@@ -1,11 +1,13 @@
 """Assembles the `delta-llava` command and turns what a user can mend into one sentence."""
 
 import sys
+import traceback
 from typing import Annotated
 
 import typer
 
 from .. import __version__
+from ..utils.errors import one_line
 from .app import show_app
 from .budget import budget
 from .convert import convert
@@ -48,6 +50,9 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Print the traceback of an error, too; may stand anywhere.")
+    ] = False,
 ) -> None:
     """Delta-LLaVA models: convert checkpoints into Hugging Face repos, publish them, train new ones."""
 
@@ -55,10 +60,32 @@ def _options(
 def main() -> None:
     """Entry point of `delta-llava` and of `python -m transformers_delta_llava`.
 
-    Exits with code 2 and one sentence on stderr where the user can do something about it (`ValueError`, `OSError`).
+    An error is one sentence on stderr, after its traceback with `--debug`. The exit code is 2 where the user can do
+    something about it (`ValueError`, `OSError`, `ImportError`), and 1 for anything else, which is a fault of this package.
     """
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
     try:
-        app()
-    except (ValueError, OSError) as error:
-        print(f"delta-llava: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        app(arguments)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # Rust libraries panic with an exception that is not an Exception
+        if debug:
+            traceback.print_exception(error)
+        usual = isinstance(error, (ValueError, OSError, ImportError))
+        print(f"delta-llava: {_sentence(error) if usual else _describe_fault(error)}", file=sys.stderr)
+        sys.exit(2 if usual else 1)
+
+
+def _sentence(error: BaseException) -> str:
+    # Our own errors end with a full stop; what libraries raise is left as it is.
+    text = one_line(error, limit=5000)
+    return f"{text}." if str(error).rstrip().endswith(".") else text
+
+
+def _describe_fault(error: BaseException) -> str:
+    kind, text = type(error).__name__, one_line(error)
+    if "OutOfMemory" in kind or isinstance(error, MemoryError):
+        return f"There is not enough memory ({text})."
+    what = kind if text == kind else f"{kind}: {text}"
+    return f"This should not happen ({what}); run it again with --debug and report what it prints."

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ..conversion import PushReport, push_folder
+from ..utils.errors import printable
+from .console import say
 
 
 Private = Annotated[bool, typer.Option("--private", help="Create the repo private.")]
@@ -34,11 +35,6 @@ def push_and_tell(
     folder: Path, repo_id: str, *, private: bool, revision: str | None, create_pr: bool, dry_run: bool
 ) -> None:
     """Push, with sentences on stderr and the URL on stdout; after a dry run the list of files there."""
-    talk = Console(stderr=True)
-
-    def say(sentence: str) -> None:
-        talk.print(sentence, markup=False, highlight=False, soft_wrap=True)
-
     report = push_folder(
         folder, repo_id, private=private, revision=revision, create_pr=create_pr, dry_run=dry_run, talk=say
     )
@@ -46,7 +42,7 @@ def push_and_tell(
         typer.echo(report.url)
         return
     for name, size in report.files.items():
-        typer.echo(f"{size:>14,} {name}")
+        typer.echo(f"{size:>14,} {printable(name)}")
     say(_plan(report, private, revision, create_pr))
 
 
