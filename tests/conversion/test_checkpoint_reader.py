@@ -233,3 +233,116 @@ def test_a_very_long_file_name_is_one_short_sentence(tmp_path):
     with pytest.raises(ConversionError, match="outside its own folder") as caught:
         read_checkpoint(tmp_path)
     assert len(str(caught.value)) < 400
+
+
+def rewrite(path, change):
+    """Copies a zip archive entry by entry; `change` may alter an entry's settings or its content."""
+    with zipfile.ZipFile(path) as archive:
+        entries = [(entry, archive.read(entry)) for entry in archive.infolist()]
+    with zipfile.ZipFile(path, "w") as archive:
+        for entry, content in entries:
+            copy = zipfile.ZipInfo(entry.filename)
+            archive.writestr(copy, change(copy, content))
+
+
+def deflate(entry, content):
+    if entry.filename.endswith("data/0"):
+        entry.compress_type = zipfile.ZIP_DEFLATED
+    return content
+
+
+def shorten(entry, content):
+    return content[:-8] if entry.filename.endswith("data/0") else content
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (deflate, "data/0 is compressed, which PyTorch would read as weights"),
+        (shorten, "other sizes than their entries"),
+    ],
+)
+def test_a_repacked_archive_is_refused(tmp_path, change, message):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a.weight": torch.randn(64, 64), "b.weight": torch.randn(64, 64)}, path)
+    rewrite(path, change)
+    with pytest.raises(ConversionError, match=message):
+        read_checkpoint(tmp_path)
+
+
+def test_an_archive_repacked_without_compression_reads_the_same(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(TENSORS, path)
+    rewrite(path, lambda entry, content: content)
+    assert all(torch.equal(tensor.load(), TENSORS[name]) for name, tensor in read_checkpoint(tmp_path).tensors.items())
+
+
+def test_an_entry_that_is_there_twice_is_refused(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(TENSORS, path)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("pytorch_model/data/0", b"x" * 48)
+    with pytest.raises(ConversionError, match="data/0 is there twice"):
+        read_checkpoint(tmp_path)
+
+
+CENTRAL, LOCAL = b"PK\x01\x02", b"PK\x03\x04"
+
+
+@pytest.mark.parametrize(
+    ("header", "place", "value", "message"),
+    [
+        (CENTRAL, 8, b"\x01", "is encrypted"),
+        (LOCAL, 6, b"\x01", "is encrypted"),
+        (LOCAL, 8, b"\x08", "is compressed"),
+        (CENTRAL, 10, b"\x08", "is compressed"),
+        (CENTRAL, 24, b"\x01\x00\x00\x00", "sizes of .* disagree"),
+        (CENTRAL, 20, b"\x01\x00\x00\x00", "sizes of .* disagree"),
+        (LOCAL, 22, b"\x01\x00\x00\x00", "sizes of .* disagree"),
+        (CENTRAL, 42, b"\xff\xff\xff\x7f", "overlaps"),
+    ],
+)
+def test_headers_that_disagree_are_refused(tmp_path, header, place, value, message):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a.weight": torch.randn(64, 64)}, path)
+    data = bytearray(path.read_bytes())
+    begin = data.index(header) + place
+    data[begin : begin + len(value)] = value
+    path.write_bytes(data)
+    with pytest.raises(ConversionError, match=f"pytorch_model.bin is damaged: .*({message})"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("change", [lambda data: b"xx" + data, lambda data: data + b"xx"])
+def test_bytes_around_an_archive_are_refused(tmp_path, change):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(TENSORS, path)
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ConversionError, match="pytorch_model.bin"):
+        read_checkpoint(tmp_path)
+
+
+def test_files_older_than_zip_archives_are_read(tmp_path, monkeypatch):
+    torch.save(
+        {f"module.{name}": tensor for name, tensor in TENSORS.items()},
+        tmp_path / "pytorch_model.bin",
+        _use_new_zipfile_serialization=False,
+    )
+    tensors = read_checkpoint(tmp_path).tensors
+    assert tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(tensor.load(), TENSORS[name]) for name, tensor in tensors.items())
+
+
+def test_code_in_a_file_older_than_zip_archives_is_not_run(tmp_path):
+    mark = tmp_path / "run"
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": _Malicious(mark)}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(ConversionError, match="refused without running it"):
+        read_checkpoint(tmp_path)
+    assert not mark.exists()
+
+
+def test_a_name_that_claims_thousands_of_millions_of_shards(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "model-00001-of-99999999999.safetensors")
+    with pytest.raises(ConversionError, match="Shards are missing"):
+        read_checkpoint(tmp_path)

@@ -1,12 +1,14 @@
 """Reads the tensors of a checkpoint folder one at a time, and runs no code that a checkpoint may carry."""
 
+import os
 import pickle
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -41,6 +43,10 @@ _SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 _DTYPES = set(_SAFETENSORS_DTYPES.values())
+# Flags of a zip entry (encrypted, strongly encrypted, masked), and what stands for a size of 4 GiB and more.
+_ENCRYPTED = 0x1 | 0x40 | 0x2000
+_IN_ZIP64 = 0xFFFFFFFF
+_END_OF_ARCHIVE = 22  # bytes of the last record, without a comment
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,8 @@ def _refuse_empty(tensors: dict[str, LazyTensor]) -> None:
 
 
 def _open_file(file: Path) -> dict[str, LazyTensor]:
+    if not file.is_file():  # a pipe would never end
+        raise ConversionError(f"{file.name} is missing, or not a regular file.")
     contents = _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
     # DistributedDataParallel and DeepSpeed put their own level before every name.
     if contents and all(name.startswith("module.") for name in contents):
@@ -165,9 +173,10 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _all_shards(shards: list[Path]) -> list[Path]:
     """`shards` where they are complete: 1-of-n to n-of-n."""
-    numbers = [tuple(map(int, match.groups())) for s in shards if (match := re.search(r"-(\d+)-of-(\d+)\.", s.name))]
-    total = numbers[0][1] if numbers else 0
-    if numbers != [(i, total) for i in range(1, total + 1)] or len(numbers) != len(shards):
+    matches = [re.search(r"-(\d{1,9})-of-(\d{1,9})\.", shard.name) for shard in shards]
+    numbers = [(int(match[1]), int(match[2])) for match in matches if match]
+    # How many there are is compared before anything is built for the number that a name claims.
+    if numbers != [(i, len(shards)) for i in range(1, len(shards) + 1)]:
         raise ConversionError(f"Shards are missing: {listed(shard.name for shard in shards)} is not a complete set.")
     return shards
 
@@ -197,16 +206,36 @@ def _safetensors_entry(handle: safe_open, name: str, file: Path) -> LazyTensor:
 
 
 def _open_pickle(file: Path) -> dict[str, LazyTensor]:
+    records = _check_archive(file)
+    contents = _load_pickle(file, mmap=records is not None)
+    strange = [str(name) for name, value in contents.items() if not (isinstance(name, str) and _is_plain(value))]
+    if strange:
+        raise ConversionError(f"{file.name} holds entries that are not plain tensors: {listed(strange)}.")
+    types = {f"{name} ({value.dtype})" for name, value in contents.items() if value.dtype not in _DTYPES}
+    if types:
+        raise ConversionError(f"{file.name} has tensors of unsupported types: {listed(types)}.")
+    if records is not None:
+        _check_storages(file, contents, records)
+    return {
+        name: LazyTensor(
+            tuple(value.shape),
+            value.dtype,
+            partial(_load_from_legacy, file, name) if records is None else partial(_detached, value),
+        )
+        for name, value in contents.items()
+    }
+
+
+def _load_pickle(file: Path, mmap: bool) -> dict[str, torch.Tensor]:
+    """The dictionary in a `.bin` file; with `mmap` its values stay on disk, which files older than PyTorch 1.6 cannot."""
     try:
-        _check_archive(file)
-        # `weights_only` builds tensors and containers, and refuses everything else before running it;
-        # `mmap` leaves the values on disk.
-        contents = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        # `weights_only` builds tensors and containers, and refuses everything else before running it.
+        contents = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise ConversionError(
             f"{file.name} was refused without running it: its pickle holds more than plain tensors."
         ) from error
-    except (ConversionError, OSError):
+    except OSError:
         raise
     except Exception as error:  # damaged bytes raise all kinds of errors
         reason = one_line(str(error).strip().split("\n")[0] or error)
@@ -216,30 +245,90 @@ def _open_pickle(file: Path) -> dict[str, LazyTensor]:
         contents = wrapped[0]
     if not isinstance(contents, dict):
         raise ConversionError(f"{file.name} should map names to tensors, but holds a {type(contents).__name__}.")
-    strange = [str(name) for name, value in contents.items() if not (isinstance(name, str) and _is_plain(value))]
-    if strange:
-        raise ConversionError(f"{file.name} holds entries that are not plain tensors: {listed(strange)}.")
-    types = {f"{name} ({value.dtype})" for name, value in contents.items() if value.dtype not in _DTYPES}
-    if types:
-        raise ConversionError(f"{file.name} has tensors of unsupported types: {listed(types)}.")
-    return {
-        name: LazyTensor(tuple(value.shape), value.dtype, partial(_detached, value))
-        for name, value in contents.items()
-    }
+    return contents
 
 
-def _check_archive(file: Path, values: bool = False) -> None:
-    """Refuse a `.bin` file, which is a zip archive, whose parts are not where it says; with `values`, by checksum, too."""
-    if not zipfile.is_zipfile(file):
-        return  # older PyTorch wrote bare pickles
+# Files older than PyTorch 1.6 are read whole: one at a time, since tensors are mostly asked for file by file.
+_load_legacy = lru_cache(maxsize=1)(partial(_load_pickle, mmap=False))
+
+
+def _load_from_legacy(file: Path, name: str) -> torch.Tensor:
+    tensors = _load_legacy(file)
+    names = {key.removeprefix("module."): key for key in tensors}
+    return tensors[name if name in tensors else names[name]].detach()
+
+
+def _check_archive(file: Path, values: bool = False) -> dict[int, int] | None:
+    """Refuse a `.bin` file, which is a zip archive, that is not as PyTorch writes and reads them.
+
+    PyTorch takes the bytes of an entry as they stand in the file, whatever the archive says of compression, encryption or
+    sizes, and checks no sums.
+
+    Args:
+        file: the file.
+        values: compare every entry with its checksum, too, which reads the whole file.
+
+    Returns:
+        The size of every entry by the place of its first byte; None for the bare pickles that PyTorch wrote before 1.6.
+    """
+    with file.open("rb") as stream:
+        begins = stream.read(4) == b"PK\x03\x04"
+    if not begins and not zipfile.is_zipfile(file):
+        return None
     try:
         with zipfile.ZipFile(file) as archive:
+            records = _entries(archive)
             for entry in archive.infolist():
-                with archive.open(entry) as stream:
-                    while values and stream.read(1 << 20):
+                with archive.open(entry) as content:
+                    while values and content.read(1 << 20):
                         pass
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, RuntimeError, ValueError) as error:
         raise ConversionError(f"{file.name} is damaged: {one_line(error)}.") from error
+    return records
+
+
+def _entries(archive: zipfile.ZipFile) -> dict[int, int]:
+    """Size by place of the first byte; ValueError, saying what is odd, for an archive that PyTorch did not write."""
+    assert archive.fp is not None
+    names, end, records = set(), 0, {}
+    for entry in sorted(archive.infolist(), key=lambda entry: entry.header_offset):
+        archive.fp.seek(entry.header_offset)
+        header = archive.fp.read(30)
+        if len(header) < 30:
+            raise ValueError(f"the file ends before {entry.filename}")
+        _, _, flags, method, *_, compressed, size, name_length, extra_length = struct.unpack("<4s5H3I2H", header)
+        if entry.compress_type != zipfile.ZIP_STORED or method != zipfile.ZIP_STORED:
+            raise ValueError(f"{entry.filename} is compressed, which PyTorch would read as weights; was it repacked?")
+        if (entry.flag_bits | flags) & _ENCRYPTED:
+            raise ValueError(f"{entry.filename} is encrypted")
+        # Written where the size is not known yet (0), or too large for the field; else it is the size.
+        if entry.compress_size != entry.file_size or not {compressed, size} <= {0, _IN_ZIP64, entry.file_size}:
+            raise ValueError(f"the sizes of {entry.filename} in the archive disagree")
+        if entry.filename.lower() in names:
+            raise ValueError(f"{entry.filename} is there twice")
+        if entry.header_offset < end or (not names and entry.header_offset):
+            raise ValueError(f"{entry.filename} overlaps the entry before it, or something lies before the first")
+        names.add(entry.filename.lower())
+        begin = entry.header_offset + len(header) + name_length + extra_length
+        end = begin + entry.file_size
+        records[begin] = entry.file_size
+    archive.fp.seek(-_END_OF_ARCHIVE, os.SEEK_END)
+    if end > archive.start_dir or archive.fp.read(4) != b"PK\x05\x06":
+        raise ValueError("it holds more than its entries")
+    return records
+
+
+def _check_storages(file: Path, contents: dict[str, torch.Tensor], records: dict[int, int]) -> None:
+    """Refuse tensors whose values are not exactly one entry each: PyTorch maps as many bytes as the pickle claims."""
+    places = {
+        storage.data_ptr(): storage.nbytes() for t in contents.values() if (storage := t.untyped_storage()).nbytes()
+    }
+    if not places:
+        return
+    first = min(places)
+    starts = (first - begin for begin, size in records.items() if size == places[first])
+    if not any(all(records.get(place - start) == size for place, size in places.items()) for start in starts):
+        raise ConversionError(f"{file.name} is damaged: tensors in it have other sizes than their entries.")
 
 
 def verify_archives(files: Iterable[Path]) -> None:
