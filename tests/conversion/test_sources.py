@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from examples.make_checkpoint import write_tokenizer, write_weights
 from transformers_delta_llava.conversion import ConversionError, convert_checkpoint, convert_state_dict
+from transformers_delta_llava.conversion import lora as lora_module
 from transformers_delta_llava.conversion.checkpoint_reader import read_checkpoint
+from transformers_delta_llava.conversion.lora import LoraSettings, read_lora_settings
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
@@ -71,7 +74,7 @@ def test_the_projector_replaces_that_of_a_full_base(pristine, partial, tmp_path)
     assert_repo_holds(tmp_path / "out", {**partial, **changed})
 
 
-def peft_run(tmp_path, tensors, dtype, lora):
+def peft_run(tmp_path, tensors, dtype, lora, save_embedding_layers=False):
     """A LoRA run as the authors' trainer saves it; returns what PEFT merges it to."""
     base = tmp_path / "base"
     for file in base.glob("pytorch_model*"):
@@ -80,9 +83,9 @@ def peft_run(tmp_path, tensors, dtype, lora):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), LoraConfig(**lora))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if "lora_" in name or parameter.requires_grad:
             parameter.data.normal_(generator=generator, std=0.3)
-    model.save_pretrained(tmp_path / "run", save_embedding_layers=False)
+    model.save_pretrained(tmp_path / "run", save_embedding_layers=save_embedding_layers)
     beside = {f"base_model.model.{name}": tensor.to(dtype) for name, tensor in projector(tensors).items()}
     torch.save(beside, tmp_path / "run" / "non_lora_trainables.bin")
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), tmp_path / "run")
@@ -120,7 +123,17 @@ def test_lora_is_merged_as_peft_merges(pristine, partial, tmp_path, dtype, lora,
         ({"use_dora": True}, "use_dora=True, which is more than a low-rank sum"),
         ({"peft_type": "IA3"}, "peft_type='IA3'; only LORA"),
         ({"lora_alpha": None}, "lora_alpha=None"),
-        ({"alpha_pattern": {"(": 1}}, "is no pattern"),
+        ({"alpha_pattern": {"(": 1}}, "'(' in alpha_pattern is not a valid pattern"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern.q_proj='8': input should be a valid number"),
+        ({"lora_alpha": 10**400}, "lora_alpha=1000"),
+        ({"lora_alpha": True}, "lora_alpha=True"),
+        ({"use_rslora": "yes"}, "use_rslora='yes'"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices=[1, 2], which is more than a low-rank sum"),
+        ({"something_newer": {"a": 1}}, "something_newer={'a': 1}, which is more than a low-rank sum"),
+        *(
+            ({"init_lora_weights": start}, f"init_lora_weights='{start}', so the adapter belongs on base weights")
+            for start in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "something_newer")
+        ),
     ],
 )
 def test_other_adapters_are_refused(partial, tmp_path, config, message):
@@ -132,9 +145,77 @@ def test_other_adapters_are_refused(partial, tmp_path, config, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("start", [False, "gaussian", "orthogonal"])
+def test_starts_that_leave_the_base_as_it_is(partial, tmp_path, start):
+    peft_run(tmp_path, partial, torch.float32, {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": start})
+    assert read_lora_settings(tmp_path / "run").init_lora_weights == start
+
+
+@pytest.mark.parametrize(
+    ("options", "tied"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, False),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}, False),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, False),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, True),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, True),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}, True),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, True),
+        ({"target_modules": ["q_proj"], "bias": "all"}, False),
+        ({"target_modules": ["q_proj"], "bias": "lora_only"}, False),
+    ],
+)
+def test_what_peft_saves_beside_the_factors(pristine, partial, tmp_path, options, tied):
+    for folder in ("base", "run"):
+        path = tmp_path / folder / "config.json"
+        config = {**json.loads(path.read_text()), "tie_word_embeddings": tied, "attention_bias": True}
+        path.write_text(json.dumps(config))
+    if tied:
+        del partial["lm_head.weight"]
+    biases = {f"model.layers.{i}.self_attn.{name}_proj.bias": torch.randn(32) for i in (0, 1) for name in "qkvo"}
+    partial |= {name: bias[: len(partial[name.replace("bias", "weight")])] for name, bias in biases.items()}
+    merged = peft_run(
+        tmp_path, partial, torch.float32, {"r": 4, **options}, save_embedding_layers="embed_tokens" in str(options)
+    )
+    convert_checkpoint(tmp_path / "run", tmp_path / "out", base_model=tmp_path / "base")
+    still_tied = torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
+    assert still_tied is (tied and options.get("ensure_weight_tying", False))
+    if still_tied:
+        del merged["lm_head.weight"]
+    assert_repo_holds(tmp_path / "out", {**merged, **projector(partial), **tower_of(pristine)})
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is still_tied
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_factors_for_one_of_two_tied_weights_are_refused(partial, tmp_path, target):
+    for folder in ("base", "run"):
+        path = tmp_path / folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
+    del partial["lm_head.weight"]
+    peft_run(tmp_path, partial, torch.float32, {"r": 4, "target_modules": ["q_proj", target]}, "auto")
+    with pytest.raises(ConversionError, match=rf"factors for .*{target}.* ties its head to its embeddings"):
+        convert_checkpoint(tmp_path / "run", tmp_path / "out", base_model=tmp_path / "base")
+
+
+def test_a_pattern_that_backtracks_for_ever_is_refused_in_seconds(monkeypatch):
+    monkeypatch.setattr(lora_module, "_PATTERN_SECONDS", 0.2)
+    settings = LoraSettings.model_validate({"lora_alpha": 8, "alpha_pattern": {"(a|aa)+b": 4}})
+    begun = time.monotonic()
+    with pytest.raises(ConversionError, match="take more than 0 seconds to match"):
+        settings.scalings({"a" * 200: 4})
+    assert time.monotonic() - begun < 5
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
+        ({"model.layers.0.mlp.up_proj.lora_A.extra": (2, 32)}, "is not understood"),
+        ({"model.layers.0.mlp.strange.weight": (2, 32)}, "that the base model does not have: .*strange"),
+        (
+            {"lm_head.base_layer.weight": (2, 3), "lm_head.modules_to_save.weight": (3, 2)},
+            "holds two different lm_head",
+        ),
         ({"model.layers.7.mlp.up_proj.lora_A.weight": (2, 32)}, "no such weight in the base model"),
         ({"model.layers.0.self_attn.q_proj.lora_A.weight": (2, 32)}, "only one of its two factors"),
         (

@@ -290,7 +290,8 @@ def _check_archive(file: Path, values: bool = False) -> dict[int, int] | None:
 def _entries(archive: zipfile.ZipFile) -> dict[int, int]:
     """Size by place of the first byte; ValueError, saying what is odd, for an archive that PyTorch did not write."""
     assert archive.fp is not None
-    names, end, records = set(), 0, {}
+    names: set[str] = set()
+    end, records = 0, {}
     for entry in sorted(archive.infolist(), key=lambda entry: entry.header_offset):
         archive.fp.seek(entry.header_offset)
         header = archive.fp.read(30)

@@ -185,8 +185,10 @@ def _read_source(
     chat_template: str | None,
     base_model: str | Path | None,
 ) -> _Source:
-    tensors = read_source(folder, str(base_model) if base_model else None, config.family)
+    tensors = read_source(folder, str(base_model) if base_model else None, config.text_config)
     checkpoint, base = tensors.checkpoint, tensors.base
+    if tensors.untied:
+        config = read_config({**config.settings, "tie_word_embeddings": False})
     if other := describe_other_projector(checkpoint.tensors, public_name(str(folder))):
         raise ConversionError(other)
     names = map_names(checkpoint.tensors)

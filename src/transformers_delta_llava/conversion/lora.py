@@ -5,134 +5,212 @@ it first rounds that update to the embedding's dtype; so does this.
 """
 
 import math
-import re
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
+from pydantic import Field
 
 from ..utils.files import read_json
+from ..utils.validation import FileModel, validate
 from .checkpoint_reader import LazyTensor
 from .errors import ConversionError, listed
+from .shard_writer import same_bits
 
 
 ADAPTER_CONFIG = "adapter_config.json"
 # What PEFT puts before the names of the model that it wraps.
 PEFT_PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(.+)\.lora_(embedding_)?(A|B)(?:\.default)?(?:\.weight)?")
-# Variants that compute something other than W + B A.
-_REFUSED = (
-    "use_dora",
-    "use_qalora",
-    "lora_bias",
-    "layer_replication",
-    "target_parameters",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "velora_config",
+_FACTOR = regex.compile(r"(.+)\.lora_(embedding_)?(A|B)(?:\.default)?(?:\.weight)?")
+# Keys that have no effect on what a trained adapter adds. Any other that is set asks for more than W + B A.
+_NO_EFFECT = frozenset(
+    (
+        *("auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config"),
+        *(
+            "exclude_modules",
+            "inference_mode",
+            "layers_pattern",
+            "layers_to_transform",
+            "loftq_config",
+            "lora_dropout",
+        ),
+        *(
+            "lora_ga_config",
+            "megatron_config",
+            "megatron_core",
+            "modules_to_save",
+            "peft_version",
+            "qalora_group_size",
+        ),
+        *("r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type"),
+    )
 )
+# Ways to begin that leave the base weights as they are; the others put the adapter on weights of their own.
+_PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+# Seconds that the patterns of one adapter may take in all: a stranger's may backtrack for ever.
+_PATTERN_SECONDS = 5.0
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_NOT_OF_THE_BASE = ("model.mm_projector.", "model.vision_tower.")
 
 
-@dataclass(frozen=True)
-class LoraSettings:
+class LoraSettings(FileModel):
     """What scales an adapter: `lora_alpha` by module, the default first, and whether the rank counts by its root."""
 
-    alpha: float
-    alpha_pattern: Mapping[str, float]
-    rank_stabilised: bool
-    transposed: bool
+    peft_type: str | None = "LORA"
+    alpha: float = Field(alias="lora_alpha")
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool | None = None
+    fan_in_fan_out: bool | None = None
+    init_lora_weights: bool | str | None = None
 
-    def scaling(self, module: str, rank: int) -> float:
-        """The factor of `B @ A` for `module`."""
-        patterns = self.alpha_pattern.items()
-        alpha = next((a for pattern, a in patterns if _matches(pattern, module)), self.alpha)
-        return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
+    def scalings(self, ranks: Mapping[str, int]) -> dict[str, float]:
+        """The factor of `B @ A` of every module, from its rank.
+
+        Raises:
+            ConversionError: a pattern that is not one, or that takes too long.
+        """
+        deadline = time.monotonic() + _PATTERN_SECONDS
+        patterns = [(_compile(pattern), alpha) for pattern, alpha in (self.alpha_pattern or {}).items()]
+        scalings = {}
+        for module, rank in ranks.items():
+            alpha = next((a for pattern, a in patterns if _matches(pattern, module, deadline)), self.alpha)
+            scalings[module] = alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        return scalings
+
+
+def _compile(pattern: str) -> Any:
+    try:
+        return regex.compile(rf"(.*\.)?({pattern})$")
+    except (regex.error, RecursionError, OverflowError):
+        raise ConversionError(f"{ADAPTER_CONFIG}: {pattern!r} in alpha_pattern is not a valid pattern.") from None
+
+
+def _matches(pattern: Any, module: str, deadline: float) -> bool:
+    try:
+        return pattern.match(module, timeout=max(deadline - time.monotonic(), 0.01)) is not None
+    except TimeoutError:
+        raise ConversionError(
+            f"{ADAPTER_CONFIG}: the patterns in alpha_pattern take more than {_PATTERN_SECONDS:.0f} seconds to match."
+        ) from None
 
 
 def read_lora_settings(folder: Path) -> LoraSettings:
     """What `adapter_config.json` says.
 
     Raises:
-        ConversionError: the file is missing, is not LoRA's, or asks for a variant that is not a low-rank sum.
+        ConversionError: the file is missing, is not LoRA's, asks for a variant that is not a low-rank sum, or for one
+            that sits on other weights than the base model's.
     """
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         raise ConversionError(f"{folder.name} holds an adapter without its {ADAPTER_CONFIG}.")
-    config = read_json(path)
-    if config.get("peft_type", "LORA") != "LORA":
-        raise ConversionError(f"{ADAPTER_CONFIG} has peft_type={config['peft_type']!r}; only LORA can be merged.")
-    variants = [f"{name}={config[name]!r}" for name in _REFUSED if config.get(name)]
+    values = read_json(path)
+    settings = validate(LoraSettings, values, ADAPTER_CONFIG)
+    if settings.peft_type not in (None, "LORA"):
+        raise ConversionError(f"{ADAPTER_CONFIG} has peft_type={settings.peft_type!r}; only LORA can be merged.")
+    used = {field.alias or name for name, field in LoraSettings.model_fields.items()}
+    variants = [f"{name}={value!r}" for name, value in values.items() if value and name not in used | _NO_EFFECT]
     if variants:
         raise ConversionError(
             f"{ADAPTER_CONFIG} asks for {listed(variants)}, which is more than a low-rank sum; merge it with PEFT "
             "(merge_and_unload) and convert the full checkpoint."
         )
-    alpha: Any = config.get("lora_alpha")
-    pattern: Any = config.get("alpha_pattern") or {}
-    numbers: list[Any] = [alpha, *pattern.values()] if isinstance(pattern, dict) else [None]
-    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+    if settings.init_lora_weights not in _PLAIN_STARTS:
         raise ConversionError(
-            f"{ADAPTER_CONFIG} has lora_alpha={alpha!r}, alpha_pattern={pattern!r}; numbers are due."
+            f"{ADAPTER_CONFIG} has init_lora_weights={settings.init_lora_weights!r}, so the adapter belongs on base "
+            "weights that this initialisation has changed, not on the base model's; merge it with PEFT "
+            "(merge_and_unload) and convert the full checkpoint, or save it with path_initial_model_for_weight_conversion."
         )
-    return LoraSettings(alpha, pattern, bool(config.get("use_rslora")), bool(config.get("fan_in_fan_out")))
-
-
-def _matches(pattern: str, module: str) -> bool:
-    try:
-        return re.match(rf"(.*\.)?({pattern})$", module) is not None
-    except re.error:
-        raise ConversionError(f"{ADAPTER_CONFIG} has the alpha_pattern {pattern!r}, which is no pattern.") from None
+    return settings
 
 
 def merge_lora(
-    base: Mapping[str, LazyTensor], adapter: Mapping[str, LazyTensor], settings: LoraSettings
-) -> dict[str, LazyTensor]:
+    base: Mapping[str, LazyTensor], adapter: Mapping[str, LazyTensor], settings: LoraSettings, tied: bool = False
+) -> tuple[dict[str, LazyTensor], bool]:
     """`base` with an adapter's updates added, each when it is read; other tensors of the adapter replace the base's.
 
     Args:
         base: the base model's tensors, by name.
         adapter: the adapter's, by the base's names (without PEFT's prefix): `X.lora_A.weight` (r, in),
-            `X.lora_B.weight` (out, r), and whole tensors that were trained beside it.
+            `X.lora_B.weight` (out, r), and whole tensors that were trained or saved beside it.
         settings: see `read_lora_settings`.
+        tied: whether the base's head is its embeddings.
+
+    Returns:
+        The tensors, and whether the head is still tied: PEFT trains a copy of only one of the two where
+        `modules_to_save` names only one.
 
     Raises:
-        ConversionError: a factor without its partner or its weight, or shapes that do not fit each other.
+        ConversionError: a factor without its partner or its weight, shapes that do not fit each other, tensors that are
+            neither factors nor the base's, or factors for one of two tied weights.
     """
-    merged = dict(base)
     factors: dict[tuple[str, bool], dict[str, LazyTensor]] = {}
+    whole: dict[str, LazyTensor] = {}
     for name, tensor in adapter.items():
-        match = _FACTOR.fullmatch(name)
-        if match is None:
-            if ".lora_" in name:
-                raise ConversionError(
-                    f"The adapter's {name} is not understood; merge it with PEFT (merge_and_unload)."
-                )
-            merged[name.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")] = tensor
-        else:
+        if match := _FACTOR.fullmatch(name):
             factors.setdefault((match[1], bool(match[2])), {})[match[3]] = tensor
+        elif ".lora_" in name:
+            raise ConversionError(f"The adapter's {name} is not understood; merge it with PEFT (merge_and_unload).")
+        elif ".original_module." not in name:  # what `modules_to_save` replaces
+            _add_whole(whole, name, tensor)
+    strangers = [n for n in whole.keys() - base.keys() if n != HEAD and not n.startswith(_NOT_OF_THE_BASE)]
+    if strangers:
+        raise ConversionError(f"The adapter holds tensors that the base model does not have: {listed(strangers)}.")
+    merged = {**base, **whole}
+    if tied:
+        changed = [f"{module}.weight" for module, _ in factors if f"{module}.weight" in (EMBEDDINGS, HEAD)]
+        if changed:
+            raise ConversionError(
+                f"The adapter has factors for {listed(changed)}, but the model ties its head to its embeddings "
+                "(tie_word_embeddings): PEFT trains with one of them and merges into both, so there is no right result; "
+                "train the whole of them instead (modules_to_save), or untie the model."
+            )
+        if EMBEDDINGS in base and (HEAD in whole or EMBEDDINGS in whole):
+            merged.setdefault(HEAD, base[EMBEDDINGS])
+            tied = same_bits(merged[EMBEDDINGS].load(), merged[HEAD].load())
+    ranks = {module: pair["A"].shape[0] for (module, _), pair in factors.items() if "A" in pair and pair["A"].shape}
+    scalings = settings.scalings(ranks)
     for (module, embedding), pair in factors.items():
         weight = merged.get(f"{module}.weight")
         if weight is None or pair.keys() != {"A", "B"}:
             what = "no such weight in the base model" if weight is None else "only one of its two factors"
             raise ConversionError(f"The adapter cannot be merged into {module}: there is {what}.")
-        merged[f"{module}.weight"] = _sum(module, weight, pair["A"], pair["B"], settings, embedding)
-    return merged
+        transposed = embedding or bool(settings.fan_in_fan_out)
+        merged[f"{module}.weight"] = _sum(
+            module, weight, pair["A"], pair["B"], scalings.get(module, 0.0), transposed, embedding
+        )
+    return merged, tied
+
+
+def _add_whole(whole: dict[str, LazyTensor], name: str, tensor: LazyTensor) -> None:
+    """Add a whole tensor under the base's name; PEFT saves embeddings and heads under several at once."""
+    for level in (".modules_to_save.default.", ".modules_to_save.", ".base_layer."):
+        name = name.replace(level, ".")
+    other = whole.setdefault(name, tensor)
+    if other is not tensor and not same_bits(other.load(), tensor.load()):
+        raise ConversionError(f"The adapter holds two different {name}.")
 
 
 def _sum(
-    module: str, weight: LazyTensor, a: LazyTensor, b: LazyTensor, settings: LoraSettings, embedding: bool
+    module: str,
+    weight: LazyTensor,
+    a: LazyTensor,
+    b: LazyTensor,
+    scaling: float,
+    transposed: bool,
+    embedding: bool,
 ) -> LazyTensor:
-    transposed = embedding or settings.transposed
     outer = (b.shape[0], a.shape[1]) if len(a.shape) == len(b.shape) == 2 else None
     if outer is None or a.shape[0] != b.shape[1] or weight.shape != (outer[::-1] if transposed else outer):
         raise ConversionError(
             f"The adapter's factors {a.shape} and {b.shape} of {module} do not fit its weight {weight.shape}; is this the "
             "base model that it was trained on?"
         )
-    scaling = settings.scaling(module, a.shape[0])
     rounded = weight.dtype if embedding else torch.float32
     return replace(weight, load=partial(_add, weight, a, b, scaling, transposed, rounded))
 

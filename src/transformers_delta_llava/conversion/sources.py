@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedConfig
+
 from ..utils.files import read_json
 from ..utils.hub import local_folder, public_name
 from .checkpoint_reader import Checkpoint, LazyTensor, has_weights, open_weights, read_checkpoint
 from .errors import ConversionError, listed
 from .key_map import SOURCE_PROJECTOR
-from .language_models import LANGUAGE_MODELS, LanguageModel
+from .language_models import LANGUAGE_MODELS
 from .lora import ADAPTER_CONFIG, PEFT_PREFIX, merge_lora, read_lora_settings
 from .tokenizer import TOKENIZER_FILES
 
@@ -22,10 +24,17 @@ _BASE_FILES = ("config.json", *TOKENIZER_FILES)
 
 @dataclass(frozen=True)
 class SourceTensors:
-    """`checkpoint`: all tensors, and the files of the source alone; `base`: the base model that completes it, if any."""
+    """What a source holds.
+
+    Attributes:
+        checkpoint: all tensors, and the files of the source alone.
+        base: the base model that completes it, if any.
+        untied: whether it has a head of its own although its config ties it to the embeddings.
+    """
 
     checkpoint: Checkpoint
     base: "BaseModel | None" = None
+    untied: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,13 +46,13 @@ class BaseModel:
     checkpoint: Checkpoint
 
 
-def read_source(folder: Path, base_model: str | None, family: LanguageModel) -> SourceTensors:
+def read_source(folder: Path, base_model: str | None, text_config: PreTrainedConfig) -> SourceTensors:
     """Open a checkpoint of any kind; values stay on disk.
 
     Args:
         folder: with weights of a full checkpoint, or `mm_projector.bin`, or `adapter_model.*`.
         base_model: folder or Hub id of what a partial checkpoint was trained on.
-        family: of the source's language model.
+        text_config: the language model that the source's config describes.
 
     Raises:
         ConversionError: no weights, a partial checkpoint without its base, a base of another family, or files that cannot
@@ -60,9 +69,9 @@ def read_source(folder: Path, base_model: str | None, family: LanguageModel) -> 
     kind = "the projector only" if adapter is None else "a LoRA adapter"
     if base_model is None:
         raise ConversionError(f"{folder.name} holds {kind}; pass the model that it was trained on with --base-model.")
-    base = _read_base(base_model, family.text_model_type)
+    base = _read_base(base_model, text_config.model_type)
     if adapter is not None:
-        return SourceTensors(_lora(folder, adapter, base), base)
+        return _lora(folder, adapter, base, bool(text_config.tie_word_embeddings))
     assert projector is not None
     trained = _plain_names(open_weights(projector), projector)
     strange = [name for name in trained if not name.startswith(SOURCE_PROJECTOR)]
@@ -81,7 +90,7 @@ def open_trained(folder: Path) -> Checkpoint | None:
     return Checkpoint(_plain_names(open_weights(projector), projector), (projector,)) if projector else None
 
 
-def _lora(folder: Path, adapter: Path, base: BaseModel) -> Checkpoint:
+def _lora(folder: Path, adapter: Path, base: BaseModel, tied: bool) -> SourceTensors:
     files, tensors = [adapter], dict(base.checkpoint.tensors)
     beside = _first(folder, _NON_LORA)
     updates = _plain_names(open_weights(adapter), adapter)
@@ -93,8 +102,8 @@ def _lora(folder: Path, adapter: Path, base: BaseModel) -> Checkpoint:
             tensors = {n: tensor for n, tensor in tensors.items() if not n.startswith(SOURCE_PROJECTOR)}
         tensors |= trained
         files.append(beside)
-    merged = merge_lora(tensors, updates, read_lora_settings(folder))
-    return Checkpoint(merged, (*files, folder / ADAPTER_CONFIG))
+    merged, still_tied = merge_lora(tensors, updates, read_lora_settings(folder), tied)
+    return SourceTensors(Checkpoint(merged, (*files, folder / ADAPTER_CONFIG)), base, untied=tied and not still_tied)
 
 
 def _plain_names(tensors: Mapping[str, LazyTensor], file: Path) -> dict[str, LazyTensor]:
