@@ -48,11 +48,8 @@ def export(
         f"{report.vocab_size} rows of vocabulary"
     )
     if report.own_keys:
-        talk.print(
+        say(
             f"note: {', '.join(report.own_keys)} in config.json tell `delta-llava convert` what the authors' code cannot be "
-            "told; it would not run this model",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+            "told; it would not run this model"
         )
     typer.echo(report.output)
