@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from examples.make_checkpoint import TEXT_TYPES, write_checkpoint
+from tests.tiny import tiny_config, tiny_processor
+from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.conversion import ConversionError, convert_checkpoint, export_checkpoint
 from transformers_delta_llava.conversion.checkpoint_reader import read_checkpoint
 from transformers_delta_llava.conversion.shard_writer import same_bits
+from transformers_delta_llava.conversion.tensor_plan import published_name
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
@@ -115,3 +119,60 @@ def test_what_cannot_be_exported(repo, pristine, tmp_path):
     with pytest.raises(ConversionError, match=r"config\.json of other is not usable"):
         export_checkpoint(other, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"delta_rank": 3},
+        {"vision_feature_levels": [0, 2, 4, 4]},
+        {"vision_feature_levels": [2]},
+        {"vision_feature_layer": -1, "scale_factor": 3},
+        {"projector_head_dim": 16, "projector_num_attention_heads": 4},
+        {"projector_mix_ratio": 0.5, "projector_mlp_ratio": 1, "projector_hidden_act": "relu"},
+        {"use_emhsa": False},
+        {"use_transformer_block": False},
+        {"use_delta_projection": False},
+        {"text": {"tie_word_embeddings": True}},
+        {"text": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}},
+        {"vision": {"model_type": "siglip_vision_model"}, "vision_feature_select_strategy": "full"},
+    ],
+    ids=str,
+)
+def test_a_trained_model_of_any_shape(tmp_path, settings):
+    """What `delta-llava train` can leave behind, also where the released code has only one choice."""
+    torch.manual_seed(0)
+    config = tiny_config(**settings)
+    DeltaLlavaForConditionalGeneration(config).save_pretrained(tmp_path / "repo")
+    tiny_processor(config).save_pretrained(tmp_path / "repo")
+    report = export_checkpoint(tmp_path / "repo", tmp_path / "back")
+    assert report.vocab_size == 100
+    fixed = {field for field in settings if field.startswith(("projector_", "use_"))} | {"vision_feature_levels"}
+    assert report.own_keys == sorted(f"mm_{field}" for field in fixed)
+    convert_checkpoint(tmp_path / "back", tmp_path / "again")
+    trained = {published_name(name): tensor for name, tensor in read(tmp_path / "repo").items()}
+    assert_same(read(tmp_path / "again"), trained)
+    before, after = (contents(tmp_path / name, "config.json")["config.json"] for name in ("repo", "again"))
+    for config in (before, after):
+        config.pop("dtype", None)
+        config["text_config"].pop("dtype", None)
+        config["vision_config"].pop("dtype", None)
+    assert after == before
+
+
+def test_tokens_without_a_row_stay_behind(tmp_path):
+    """The authors' code would look up a row that the embeddings do not have."""
+    write_checkpoint(tmp_path / "source", text={"vocab_size": 300})
+    convert_checkpoint(tmp_path / "source", tmp_path / "repo")
+    export_checkpoint(tmp_path / "repo", tmp_path / "back")
+    before, after = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("source", "back"))
+    assert after.get_vocab() == before.get_vocab()
+    assert after.pad_token is None
+    config = contents(tmp_path / "back", "config.json", "generation_config.json")
+    assert config["config.json"].get("pad_token_id") is None
+    assert "pad_token_id" not in config["generation_config.json"]
+    assert "suppress_tokens" not in config["generation_config.json"]
+    # A row that is kept keeps its token.
+    export_checkpoint(tmp_path / "repo", tmp_path / "whole", vocab_size=320)
+    assert "<image>" in AutoTokenizer.from_pretrained(tmp_path / "whole").get_vocab()

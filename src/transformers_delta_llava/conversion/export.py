@@ -20,7 +20,7 @@ from .errors import ConversionError, listed
 from .key_map import RULES, SOURCE_PROJECTOR, TOWER_TARGET, Rule, Shape
 from .language_models import LANGUAGE_MODELS
 from .shard_writer import Progress, parse_size, same_bits, write_shards
-from .tensor_plan import EMBEDDINGS, HEAD, new_rows
+from .tensor_plan import EMBEDDINGS, HEAD, new_rows, published_name
 from .tokenizer import IMAGE_TOKEN, PAD_TOKEN, TOKENIZER_FILES
 
 
@@ -158,7 +158,8 @@ def released_tensors(checkpoint: Checkpoint, vocab_size: int, vision_tower: bool
     """
     found: dict[str, LazyTensor] = {}
     unknown = []
-    for name, tensor in checkpoint.tensors.items():
+    for given, tensor in checkpoint.tensors.items():
+        name = published_name(given)
         row = next(((source, rule) for rule in _BACK if (source := rule.rename(name)) is not None), None)
         if row is None:
             unknown.append(name)

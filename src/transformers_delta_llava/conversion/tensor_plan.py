@@ -148,13 +148,13 @@ def expected_shapes(config: DeltaLlavaConfig) -> dict[str, tuple[int, ...]]:
             model = DeltaLlavaForConditionalGeneration(config)
     except Exception as error:  # any layer of any language model may refuse a setting
         raise ConversionError(f"No model can be built from the settings in config.json: {one_line(error)}.") from error
-    shapes = {_published(name): tuple(value.shape) for name, value in model.state_dict().items()}
+    shapes = {published_name(name): tuple(value.shape) for name, value in model.state_dict().items()}
     if config.tie_word_embeddings:
         del shapes[HEAD]
     return shapes
 
 
-def _published(name: str) -> str:
+def published_name(name: str) -> str:
     """`name` with the tower's `vision_model.` level, which models in memory may lack."""
     in_memory = "model.vision_tower."
     if name.startswith(in_memory) and not name.startswith(TOWER_TARGET):
