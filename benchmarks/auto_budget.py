@@ -51,7 +51,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         repo = Path(folder) / "easy-vqa"
-        convert_checkpoint(CHECKPOINT, repo, vision_tower=str(CHECKPOINT / "vision-tower"))
+        convert_checkpoint(CHECKPOINT, repo)
         model = DeltaLlavaForConditionalGeneration.from_pretrained(repo).eval()
         processor = DeltaLlavaProcessor.from_pretrained(repo)
     questions = draw_test_questions(arguments.limit)

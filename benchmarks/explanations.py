@@ -47,7 +47,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         repo = Path(folder) / "easy-vqa"
-        convert_checkpoint(CHECKPOINT, repo, vision_tower=str(CHECKPOINT / "vision-tower"))
+        convert_checkpoint(CHECKPOINT, repo)
         model, processor = load_repo(str(repo))
     questions = one_per_picture(load_questions("test"), arguments.pictures)
     rows = [HEAD]

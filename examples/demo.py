@@ -38,8 +38,7 @@ def main() -> None:
     steps = Table("step", "seconds", "result", title="A trained checkpoint becomes a Hub repo")
 
     start = time.perf_counter()
-    command = [sys.executable, "-m", "transformers_delta_llava", "convert", str(CHECKPOINT), str(repo)]
-    _run([*command, "--vision-tower", str(CHECKPOINT / "vision-tower")])
+    _run([sys.executable, "-m", "transformers_delta_llava", "convert", str(CHECKPOINT), str(repo)])
     steps.add_row("delta-llava convert examples/easy-vqa", f"{time.perf_counter() - start:.1f}", _contents(repo))
 
     questions = draw_test_questions(QUESTIONS)

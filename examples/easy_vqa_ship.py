@@ -3,7 +3,7 @@
     delta-llava train examples/recipes/easy-vqa-pretrain.yaml
     delta-llava train examples/recipes/easy-vqa.yaml
     delta-llava evaluate easy-vqa runs/easy-vqa --num-visual-tokens 16 ... --output runs/easy-vqa/easy-vqa.json
-    python examples/easy_vqa_ship.py runs/easy-vqa-pretrain runs/easy-vqa examples/easy-vqa --tokenizer easy-vqa-data/tokenizer
+    python examples/easy_vqa_ship.py runs/easy-vqa-pretrain runs/easy-vqa examples/easy-vqa
 
 In the released code the image is no token: its place in the prompt has no row in the embeddings. So the last row, which
 training here adds for `<image>`, stays behind, and conversion adds one of its own.
@@ -17,16 +17,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors.torch import save_file
-from transformers import PreTrainedConfig
 
-from transformers_delta_llava import DeltaLlavaForConditionalGeneration
-from transformers_delta_llava.conversion.key_map import RULES, Rule, Shape
+from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
+from transformers_delta_llava.conversion import export_checkpoint
 
 
-BACK = tuple(Rule(rule.target, rule.source, rule.shape) for rule in RULES)
-TOWER, TOWER_LEVEL = "model.vision_tower.", "model.vision_tower.vision_model."
-TOKEN_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 LOGGED = ("step", "epoch", "loss", "learning_rate", "grad_norm", "images_per_second", "tokens_per_second")
 
 
@@ -36,79 +31,19 @@ def main() -> None:
     parser.add_argument("pretrain", type=Path, help="folder that delta-llava train wrote in stage 1")
     parser.add_argument("run", type=Path, help="folder that it wrote in stage 2, with easy-vqa.json in it")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="the tokenizer that the recipe names")
     arguments = parser.parse_args()
-    model = DeltaLlavaForConditionalGeneration.from_pretrained(arguments.run)
-    write_checkpoint(model, arguments.tokenizer, arguments.run / "processor_config.json", arguments.output)
+    write_checkpoint(arguments.run, arguments.output)
     write_log({"pretrain": arguments.pretrain, "finetune": arguments.run}, arguments.output)
     scores = json.loads((arguments.run / "easy-vqa.json").read_text(encoding="utf-8"))
     (arguments.output / "results.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    model = DeltaLlavaForConditionalGeneration.from_pretrained(arguments.run)
     (arguments.output / "README.md").write_text(card(model, arguments.output), encoding="utf-8")
 
 
-def write_checkpoint(
-    model: DeltaLlavaForConditionalGeneration, tokenizer: Path, processor_config: Path, output: Path
-) -> None:
-    """Write config, weights and tokenizer in the authors' layout, and the tower's settings in `vision-tower/`.
-
-    Args:
-        model: of the released layout; its last token is the image token.
-        tokenizer: folder of the tokenizer without the image token.
-        processor_config: the processor's settings, for those of the image processor.
-        output: folder to write to.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    rows = model.config.image_token_id
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        source, rule = released_name(name)
-        if rule.shape is Shape.CONV_1X1:
-            tensor = tensor[:, :, None, None]
-        tensors[source] = (tensor[:rows] if source in TOKEN_TABLES else tensor).contiguous()
-    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
-    write_json(released_config(model, rows), output / "config.json")
-    for file in sorted(tokenizer.iterdir()):
-        shutil.copyfile(file, output / file.name)
-    tower = output / "vision-tower"
-    model.config.vision_config.save_pretrained(tower)
-    write_json(json.loads(processor_config.read_text())["image_processor"], tower / "preprocessor_config.json")
-
-
-def released_name(name: str) -> tuple[str, Rule]:
-    """A tensor's name in the authors' checkpoints, and the rule it follows from."""
-    if name.startswith(TOWER) and not name.startswith(TOWER_LEVEL):
-        name = TOWER_LEVEL + name.removeprefix(TOWER)
-    return next((source, rule) for rule in BACK if (source := rule.rename(name)) is not None)
-
-
-def released_config(model: DeltaLlavaForConditionalGeneration, vocab_size: int) -> dict:
-    """`config.json` as the authors' trainer writes it, and the tower levels, for which it has no key."""
-    config = model.config
-    assert isinstance(config.text_config, PreTrainedConfig)
-    return {
-        **config.text_config.to_dict(),
-        "model_type": "llava_llama",
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "vocab_size": vocab_size,
-        "mm_vision_tower": "examples/easy-vqa/vision-tower",
-        "mm_hidden_size": config.vision_config.hidden_size,
-        "mm_projector_type": "delatallava",
-        "use_mm_proj": True,
-        "mm_vision_select_layer": config.vision_feature_layer,
-        "mm_vision_select_feature": "patch",
-        "mm_vision_feature_levels": list(config.vision_feature_levels),
-        "mm_patch_merge_type": "flat",
-        "scale_factor": config.scale_factor,
-        "image_aspect_ratio": "pad",
-        "tokenizer_padding_side": "right",
-        "tokenizer_model_max_length": 512,
-        "tune_mm_mlp_adapter": False,
-        "freeze_mm_mlp_adapter": False,
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-        "mm_projector_lr": None,
-    }
+def write_checkpoint(run: Path, output: Path) -> None:
+    """Export a run without the row of its image token, which is its last."""
+    rows = DeltaLlavaConfig.from_pretrained(run).image_token_id
+    export_checkpoint(run, output, vocab_size=rows, overwrite=True)
 
 
 def write_log(runs: dict[str, Path], output: Path) -> None:
@@ -188,15 +123,10 @@ To make it again:
     delta-llava train examples/recipes/easy-vqa-pretrain.yaml
     delta-llava train examples/recipes/easy-vqa.yaml
     delta-llava evaluate easy-vqa runs/easy-vqa {budgets} --output runs/easy-vqa/easy-vqa.json
-    python examples/easy_vqa_ship.py runs/easy-vqa-pretrain runs/easy-vqa examples/easy-vqa --tokenizer easy-vqa-data/tokenizer
+    python examples/easy_vqa_ship.py runs/easy-vqa-pretrain runs/easy-vqa examples/easy-vqa
 
 Data: [easy-VQA](https://github.com/vzhou842/easy-VQA) by Victor Zhou, MIT. Weights: Apache-2.0, as this repository.
 """
-
-
-def write_json(content: dict, path: Path) -> None:
-    """Write readable JSON."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ MESSAGES = {
 def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """What was said to every fault."""
     folder = tmp_path_factory.mktemp("bad")
-    convert_checkpoint(CHECKPOINT, folder / "repo", vision_tower=str(CHECKPOINT / "vision-tower"))
+    convert_checkpoint(CHECKPOINT, folder / "repo")
     Image.new("RGB", (20, 30)).save(folder / "picture.png")
     model = DeltaLlavaForConditionalGeneration.from_pretrained(folder / "repo").eval()
     processor = DeltaLlavaProcessor.from_pretrained(folder / "repo")

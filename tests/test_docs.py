@@ -32,7 +32,7 @@ PHOTO = ROOT / "examples" / "images" / "chelsea.jpg"
 def easy_vqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped checkpoint, converted."""
     checkpoint, folder = ROOT / "examples" / "easy-vqa", tmp_path_factory.mktemp("repo") / "easy-vqa"
-    convert_checkpoint(checkpoint, folder, vision_tower=str(checkpoint / "vision-tower"))
+    convert_checkpoint(checkpoint, folder)
     return folder
 
 

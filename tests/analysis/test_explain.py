@@ -45,7 +45,7 @@ def noise() -> Image.Image:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     folder = tmp_path_factory.mktemp("easy-vqa") / "repo"
-    convert_checkpoint(CHECKPOINT, folder, vision_tower=str(CHECKPOINT / "vision-tower"))
+    convert_checkpoint(CHECKPOINT, folder)
     model = DeltaLlavaForConditionalGeneration.from_pretrained(folder).eval()
     return model, DeltaLlavaProcessor.from_pretrained(folder)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
-from transformers_delta_llava.conversion import convert_checkpoint
+from transformers_delta_llava.conversion import convert_checkpoint, export_checkpoint
 from transformers_delta_llava.evaluation import answer_questions, draw_test_questions, score_answers
 
 
@@ -16,13 +16,26 @@ CHECKPOINT = Path(__file__).parents[2] / "examples" / "easy-vqa"
 @pytest.fixture(scope="module")
 def repo(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("repo") / "easy-vqa"
-    report = convert_checkpoint(CHECKPOINT, folder, vision_tower=str(CHECKPOINT / "vision-tower"))
+    report = convert_checkpoint(CHECKPOINT, folder)
     assert report.config_keys_unknown == [] and report.warnings == [] and report.tensors_ignored == {}
     return folder
 
 
 def test_the_folder_is_small():
     assert sum(path.stat().st_size for path in CHECKPOINT.rglob("*") if path.is_file()) <= 8_000_000
+
+
+def test_export_gives_back_the_files_that_are_here(repo: Path, tmp_path: Path):
+    export_checkpoint(repo, tmp_path / "back")
+    for file in (tmp_path / "back").rglob("*"):
+        if file.suffix == ".safetensors":
+            assert file.read_bytes() == (CHECKPOINT / file.name).read_bytes()
+        elif file.is_file():
+            here = json.loads((CHECKPOINT / file.relative_to(tmp_path / "back")).read_text())
+            there = json.loads(file.read_text())
+            for values in (here, there):
+                values.pop("transformers_version", None)
+            assert there == here, file.name
 
 
 @pytest.mark.parametrize("budget", [16, 1])

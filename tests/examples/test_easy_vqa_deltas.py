@@ -27,7 +27,7 @@ DELTAS = EXAMPLES / "easy-vqa-deltas"
 def base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("deltas")
     checkpoint = EXAMPLES / "easy-vqa"
-    convert_checkpoint(checkpoint, folder / "repo", vision_tower=str(checkpoint / "vision-tower"))
+    convert_checkpoint(checkpoint, folder / "repo")
     merge_deltas(folder / "repo", folder / "base", rank=3)
     return folder / "base"
 

@@ -18,7 +18,7 @@ CHECKPOINT = ROOT / "examples" / "easy-vqa"
 def repo(tmp_path_factory) -> Path:
     """The shipped easy-VQA checkpoint, converted: 16 visual tokens by default; 64, 4 and 1 besides."""
     folder = tmp_path_factory.mktemp("repo") / "easy-vqa"
-    convert_checkpoint(CHECKPOINT, folder, vision_tower=str(CHECKPOINT / "vision-tower"))
+    convert_checkpoint(CHECKPOINT, folder)
     return folder
 
 
