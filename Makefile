@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest test-engines lint format bench cards clean
+.PHONY: help demo test test-oldest test-newest test-engines lint format bench cards clean
 
 export PYTHON
 BIN := .venv/bin
@@ -11,6 +11,7 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 WORKERS ?= auto
 TESTS ?= tests
+NEWEST_TESTS ?= tests/modeling tests/processing tests/test_hub_surface.py tests/test_remote_code.py tests/test_end_to_end.py
 BENCH ?= projector end_to_end training_step processing scaling deltas
 ENGINES ?= $(patsubst tests/integration/environments/%.txt,%,$(wildcard tests/integration/environments/*.txt))
 
@@ -28,6 +29,13 @@ endif
 
 test-oldest: .venv-oldest/.ready  ## Run the tests on the oldest transformers release supported
 	@$(PYTEST) .venv-oldest/bin/python -m pytest -n $(WORKERS) $(TESTS)
+
+test-newest:  ## Run demo and core tests on what pip installs today (NEWEST_TORCH=1: also the newest torch, gigabytes)
+	@echo "Setting up .venv-newest (a few minutes) ..."
+	@tools/make-venv .venv-newest $(if $(NEWEST_TORCH),/dev/null,constraints-newest.txt)
+	@.venv-newest/bin/python -c 'import torch, transformers; print("transformers", transformers.__version__, "torch", torch.__version__)'
+	@.venv-newest/bin/python examples/demo.py
+	@$(PYTEST) .venv-newest/bin/python -m pytest -n $(WORKERS) $(NEWEST_TESTS)
 
 test-engines: .venv/.ready $(ENGINES:%=.engines/%/.ready)  ## Run the tests of the engines, each in its environment (ENGINES="vllm serve" for some)
 	@DELTA_LLAVA_ENGINES="$(ENGINES)" $(PYTEST) $(BIN)/python -m pytest -v -rs tests/integration
@@ -49,7 +57,7 @@ cards: .venv/.ready  ## Render model_cards/ from the facts beside them
 	@$(BIN)/python tools/render_cards.py
 
 clean:  ## Delete environments, caches and outputs
-	rm -rf .venv .venv-oldest .engines .cache .coverage .mypy_cache .pytest_cache .ruff_cache build dist demo-output
+	rm -rf .venv .venv-oldest .venv-newest .engines .cache .coverage .mypy_cache .pytest_cache .ruff_cache build dist demo-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.ready: constraints.txt

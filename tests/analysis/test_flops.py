@@ -8,6 +8,7 @@ from tests.tiny import TEXT, tiny_config
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.analysis import PARTS, paper_flops, profile_model, shape_config
 from transformers_delta_llava.analysis.flops import decode_flops, prefill_flops, projector_flops, tower_flops
+from transformers_delta_llava.modeling import CACHE_NAME
 
 
 SIGLIP = {
@@ -70,7 +71,7 @@ def test_exact_counts_are_those_of_the_counter(case: str) -> None:
 
     def decode() -> None:
         for _ in range(4):
-            model(inputs_embeds=embeds[:, :1], past_key_values=outputs.past_key_values, use_cache=True)
+            model(inputs_embeds=embeds[:, :1], use_cache=True, cache=outputs[CACHE_NAME])
 
     assert decode_flops(model, 21, 5) == pytest.approx(counted(decode), rel=1e-3)
 
@@ -103,9 +104,9 @@ def test_profile_of_a_small_model() -> None:
         assert set(budget.exact_flops) == set(budget.paper_flops) == set(budget.activation_bytes) == set(PARTS)
     first = result.budgets[0]
     embeds = torch.randn(1, 10 + 144, TEXT["hidden_size"])
-    cache = model(inputs_embeds=embeds, use_cache=True).past_key_values
+    cache = model(inputs_embeds=embeds, use_cache=True)[CACHE_NAME]
     for _ in range(5):
-        model(inputs_embeds=embeds[:, :1], past_key_values=cache, use_cache=True)
+        model(inputs_embeds=embeds[:, :1], cache=cache, use_cache=True)
     held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
     assert first.kv_cache_bytes == held
 

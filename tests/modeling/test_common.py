@@ -23,7 +23,7 @@ from transformers import (
 
 from tests import transformers_tests
 from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaModel
-from transformers_delta_llava.modeling.modeling_delta_llava import CACHE_NAME
+from transformers_delta_llava.modeling import CACHE_NAME
 
 
 try:

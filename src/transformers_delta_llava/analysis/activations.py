@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
-from ..modeling import DeltaLlavaForConditionalGeneration, DeltaLlavaProjector
-from ..modeling.modeling_delta_llava import CACHE_NAME
+from ..modeling import CACHE_NAME, DeltaLlavaForConditionalGeneration, DeltaLlavaProjector
 
 
 class FusedAttention(TorchFunctionMode):

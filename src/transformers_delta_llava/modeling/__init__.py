@@ -1,9 +1,15 @@
 from .configuration_delta_llava import DeltaLlavaConfig
-from .modeling_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaModel, DeltaLlavaPreTrainedModel
+from .modeling_delta_llava import (
+    CACHE_NAME,
+    DeltaLlavaForConditionalGeneration,
+    DeltaLlavaModel,
+    DeltaLlavaPreTrainedModel,
+)
 from .projector_delta_llava import DeltaLlavaProjector, DeltaProjection
 
 
 __all__ = [
+    "CACHE_NAME",
     "DeltaLlavaConfig",
     "DeltaLlavaForConditionalGeneration",
     "DeltaLlavaModel",

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
@@ -14,7 +15,6 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     CausalLMOutputWithPast,
 )
-from transformers.models.auto import modeling_auto
 from transformers.utils import ModelOutput
 
 from .configuration_delta_llava import CLASS_TOKEN_TOWERS, DeltaLlavaConfig
@@ -538,7 +538,7 @@ def _images_per_row(placeholders: list[int], budgets: list[int]) -> list[list[in
 
 # transformers' Trainer shifts labels before it smooths them for the classes listed here, and for no other: without this
 # `label_smoothing_factor` would compare each label with the logits of its own position.
-getattr(modeling_auto, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", {}).setdefault(
+getattr(sys.modules[AutoModelForCausalLM.__module__], "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", {}).setdefault(
     DeltaLlavaConfig.model_type, DeltaLlavaForConditionalGeneration.__name__
 )
 

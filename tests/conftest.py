@@ -1,0 +1,57 @@
+"""On every transformers but the oldest, a deprecation that our code causes fails the test that meets it.
+
+A published repo carries its code. What is deprecated today breaks it later, so it is mended before it is published.
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import transformers
+
+
+_PINS = Path(__file__).parents[1] / "constraints-oldest.txt"
+OLDEST = re.findall(r"transformers==([\d.]+)", _PINS.read_text(encoding="utf-8"))[0]
+# Deprecations that our code cannot avoid, as regular expressions, and why.
+ALLOWED = {
+    r"`gradient_checkpointing_enable` is deprecated": "the only name that the whole span has; tests call it as users do",
+    r"`is_gradient_checkpointing` is deprecated": "PEFT and Trainer read it",
+    r"`torch\.jit\.script.*` is deprecated": "torch.compile itself",
+    r"_compile flag on create_block_mask": "transformers itself, for flex attention",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if transformers.__version__ != OLDEST:
+        for category in ("FutureWarning", "DeprecationWarning"):
+            config.addinivalue_line("filterwarnings", f"error::{category}")
+        for pattern in ALLOWED:
+            config.addinivalue_line("filterwarnings", f"ignore:.*{pattern}")
+
+
+class Deprecations(logging.Handler):
+    """Keeps the messages that announce a deprecation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecated" in record.getMessage():
+            self.messages.append(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def logged_deprecations() -> Iterator[list[str]]:
+    """What transformers logs as deprecated during a test. The test may empty the list; what is left fails it."""
+    if transformers.__version__ == OLDEST:
+        yield []
+        return
+    logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]  # or only the first test would hear of it
+    handler, logger = Deprecations(), logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield handler.messages
+    logger.removeHandler(handler)
+    assert not handler.messages
