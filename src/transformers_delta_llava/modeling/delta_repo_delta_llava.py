@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from transformers import __version__ as transformers_version
-from transformers.utils import cached_file
 
 
 DELTA_WEIGHTS = "deltas.safetensors"
@@ -174,6 +173,13 @@ def _card(title: str, config: dict[str, Any]) -> str:
     )
 
 
+def _find_file(folder_or_repo: str | os.PathLike, name: str, **hub_kwargs: Any) -> Any:
+    """The path of a file in a folder or, downloaded, of a Hub repo."""
+    from transformers.utils import cached_file  # here, so that models load without it
+
+    return cached_file(str(folder_or_repo), name, **hub_kwargs)
+
+
 def read_delta_config(folder_or_repo: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Any]:
     """`delta_config.json` of a folder or Hub repo.
 
@@ -181,7 +187,7 @@ def read_delta_config(folder_or_repo: str | os.PathLike, **hub_kwargs: Any) -> d
         ValueError: it is broken, or of a newer format.
         OSError: there is none.
     """
-    path = cached_file(str(folder_or_repo), DELTA_CONFIG, **hub_kwargs)
+    path = _find_file(folder_or_repo, DELTA_CONFIG, **hub_kwargs)
     try:
         config = json.loads(Path(str(path)).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -205,7 +211,7 @@ def read_delta_tensors(folder_or_repo: str | os.PathLike, **hub_kwargs: Any) -> 
     """
     from safetensors import SafetensorError, safe_open
 
-    path = cached_file(str(folder_or_repo), DELTA_WEIGHTS, **hub_kwargs)
+    path = _find_file(folder_or_repo, DELTA_WEIGHTS, **hub_kwargs)
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}

@@ -62,6 +62,7 @@ class DeltaProjection(nn.Module):
         self.held_deltas: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # the others, at their own ranks
         self.merged_updates: dict[tuple[int, ...], int] = {}
         self.register_buffer("merged_weights", None, persistent=False)
+        self.register_load_state_dict_pre_hook(_unmerge)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -115,9 +116,10 @@ class DeltaProjection(nn.Module):
             self.unmerge()
         return super().train(mode)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.unmerge()
-        super()._load_from_state_dict(*args, **kwargs)
+
+def _unmerge(projection: DeltaProjection, *args: Any) -> None:
+    """Before weights are loaded: the sums would not follow them."""
+    projection.unmerge()
 
 
 class MemoryProjection(DeltaProjection):
