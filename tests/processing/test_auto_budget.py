@@ -287,7 +287,7 @@ def test_auto_can_be_the_default_of_a_processor(processor: Any, make_processor: 
     loaded = DeltaLlavaProcessor.from_pretrained(
         tmp_path, num_visual_tokens="auto", auto_max_loss=0.5, visual_token_budgets=[64, 16, 1]
     )
-    assert (loaded.image_seq_length, loaded.auto_max_loss, loaded.visual_token_budgets) == (4, 0.5, (64, 16, 1))
+    assert (loaded.image_seq_length, loaded.auto_max_loss, loaded.visual_token_budgets) == (4, 0.5, [64, 16, 1])
     images = [board(4), board(8), board(1)]
     expected = [16, 64, 1]
     assert picks(loaded, images, num_visual_tokens=None) == expected

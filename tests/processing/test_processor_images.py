@@ -1,12 +1,20 @@
 """Pictures of every size and kind become the pixel values that the authors' code computes."""
 
+import base64
+import contextlib
+import http.server
+import io
 import os
 import socket
 import subprocess
 import sys
+import threading
+import time
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -14,7 +22,7 @@ from PIL import Image
 from transformers import SiglipImageProcessorPil
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from transformers_delta_llava.processing import pictures_delta_llava
+from transformers_delta_llava.processing import load_chat_template, pictures_delta_llava
 
 
 SIZES = [(40, 30), (30, 40), (33, 32), (28, 28), (64, 64), (1, 1), (1, 7), (500, 3), (3, 501), (777, 1000)]
@@ -109,10 +117,10 @@ def test_siglips_image_processor_works_with_its_own_mean_and_size(make_processor
 @pytest.mark.parametrize(
     "options",
     [
-        {"size": {"height": 20, "width": 20}, "crop_size": {"height": 18, "width": 18}},
-        {"size": 20, "crop_size": 18},
+        {"size": {"height": 36, "width": 36}, "crop_size": {"height": 28, "width": 28}},
+        {"size": 30, "crop_size": 28},
         {"size": {"shortest_edge": 20, "longest_edge": 24}},
-        {"do_resize": False, "do_center_crop": False},
+        {"size": (28, 28), "do_center_crop": False},
         {"image_mean": [0.1, 0.2, 0.3]},
         {"image_mean": 0.5, "image_std": 0.25},
         {"resample": Image.Resampling.BILINEAR},
@@ -189,6 +197,10 @@ def test_pictures_of_floats_are_scaled_not_clipped(raw: Any) -> None:
     np.testing.assert_array_equal(raw(elsewhere)[..., 0], np.rint(ratio * 255).astype(np.uint8))
     assert (raw(Image.new("F", (3, 3), -5.0)) == 0).all()
     assert (raw(Image.new("I", (3, 3), 10**6)) == 0).all()
+    for huge in (3e38, -3e38):  # to which nothing can be added
+        assert (raw(Image.new("F", (3, 3), huge)) == 0).all()
+    far = np.array([[-3e38, 3e38]], np.float32)
+    np.testing.assert_array_equal(raw(Image.fromarray(far), do_pad=False)[0, :, 0], [0, 255])
 
 
 @pytest.mark.parametrize("kind", ["picture", "path", "jpeg path"])
@@ -253,8 +265,6 @@ def test_the_smallest_arrays_and_ambiguous_layouts(raw: Any) -> None:
 
 
 def test_a_url_or_base64_picture_goes_through_transformers(raw: Any, make_picture: Any, tmp_path: Path) -> None:
-    import base64
-
     make_picture(6, 6).save(tmp_path / "a.png")
     data = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
     np.testing.assert_array_equal(raw(f"data:image/png;base64,{data}"), np.asarray(make_picture(6, 6)))
@@ -268,7 +278,13 @@ def test_the_callers_picture_stays_as_it_is(processor: Any, make_picture: Any) -
 
 
 BAD_IMAGES = {
-    "a missing file": ("nowhere.png", "Incorrect image source"),
+    "a missing file": ("nowhere.png", "'nowhere.png' is no file, no URL and no base64 of an image"),
+    "a missing path": (Path("nowhere.png"), "No such file or directory"),
+    "a folder": (".", "is not a file"),
+    "an empty mapping": ({"bytes": None, "path": None}, "without `bytes`, `path` or `url`"),
+    "a data URL without data": ("data:image/png;base64", "no comma"),
+    "a data URL of noise": ("data:image/png;base64,%%%", "not base64"),
+    "a host that does not exist": ("http://no.such.host.invalid/a.png", "cannot be read: "),
     "empty picture": (Image.new("RGB", (0, 5)), r"empty \(0 x 5\)"),
     "empty array": (np.zeros((0, 5, 3), np.uint8), "empty"),
     "NaN": (np.full((4, 4, 3), np.nan), "NaN"),
@@ -281,7 +297,7 @@ BAD_IMAGES = {
     "too large": (np.full((4, 4, 3), 2**20), "beyond 0..1, 0..255 or 0..65535"),
     "text for values": (np.full((4, 4, 3), "a"), "of type <U1"),
     "a number": (7, "of type int"),
-    "bytes": (b"\x89PNG", "of type bytes"),
+    "bytes": (b"\x89PNG", "cannot identify an image in its 4 bytes"),
 }
 
 
@@ -303,11 +319,234 @@ def test_a_broken_file_is_refused_by_its_number(
         processor(images=path, text="<image>")
 
 
-def test_floats_do_not_go_with_do_rescale_false(processor: Any) -> None:
-    # They would come out 255 times too large: here all pictures are 8 bits when the image processor gets them.
-    for kwargs in ({"do_rescale": False}, {"images_kwargs": {"do_rescale": False}}):
-        with pytest.raises(ValueError, match="Image 0 cannot be used: .*do_rescale=False"):
-            processor(images=np.full((4, 4, 3), 0.5), **kwargs)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_floats_that_are_rescaled_already_stay_so(processor: Any, make_picture: Any, dtype: Any) -> None:
+    image = make_picture()
+    expected = processor(images=image, return_tensors="np")["pixel_values"]
+    floats = np.asarray(image).astype(dtype) / 255
+    for kwargs in ({"do_rescale": False}, {"images_kwargs": {"do_rescale": False}}, {}):
+        np.testing.assert_array_equal(
+            processor(images=[floats], return_tensors="np", **kwargs)["pixel_values"], expected
+        )
+        losses = processor.image_losses([floats], **kwargs)
+        assert losses == processor.image_losses(image)
+    with pytest.raises(ValueError, match="image 1 is floats in 0..1, but image 0 is not"):
+        processor(images=[image, floats], do_rescale=False)
+
+
+def test_images_as_files_bytes_and_mappings(raw: Any, make_picture: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    path = tmp_path / "an image.png"
+    make_picture(6, 6).save(path)
+    data = path.read_bytes()
+    encoded = base64.b64encode(data).decode()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    sources = [str(path), path, path.as_uri(), "~/an image.png", Path("~/an image.png"), "an image.png"]
+    sources += [data, bytearray(data), memoryview(data), io.BytesIO(data), encoded, encoded[:60] + "\n" + encoded[60:]]
+    sources += [{"bytes": data, "path": None}, {"bytes": None, "path": str(path)}, {"url": path.as_uri()}]
+    sources += [f"data:{kind};base64,{encoded}" for kind in ("image/png", "", "IMAGE/x-odd;q=1", "text/plain")]
+    sources += [f"data:,{urllib.parse.quote(data)}", f"DATA:image/png;BASE64,{encoded.rstrip('=')}"]
+    for source in sources:
+        np.testing.assert_array_equal(raw(source), np.asarray(make_picture(6, 6)))
+
+
+def test_generators_and_columns_are_lists(processor: Any, make_picture: Any) -> None:
+    images = [make_picture(), make_picture(seed=1)]
+    texts = ["<image>a", "<image>b"]
+    expected = processor(images=images, text=texts, return_tensors="np")
+    column = datasets.Dataset.from_dict({"image": images, "text": texts}).cast_column("image", datasets.Image())
+    objects = np.empty(2, object)
+    objects[:] = images
+    given = [
+        (iter(images), iter(texts)),
+        ((image for image in images), tuple(texts)),
+        (column["image"], column["text"]),
+        (objects, np.array(texts)),
+        (([image] for image in images), texts),
+        ([iter([image]) for image in images], texts),
+    ]
+    for pictures, text in given:
+        found = processor(images=pictures, text=text, return_tensors="np")
+        for name in ("input_ids", "pixel_values"):
+            np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_everything_that_a_call_takes_may_be_in_a_chat(processor: Any, make_picture: Any, tmp_path: Path) -> None:
+    image = make_picture(28, 28)
+    image.save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    array = np.array(image)
+    given = [array, torch.from_numpy(array.transpose(2, 0, 1).copy()), data, io.BytesIO(data), {"bytes": data}, image]
+    expected = processor(images=image, return_tensors="np")["pixel_values"]
+    for source in given:
+        content = [{"type": "image", "image": source}, {"type": "text", "text": "a"}]
+        found = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            chat_template=load_chat_template("vicuna_v1"),
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs={"return_tensors": "np"},
+        )
+        np.testing.assert_array_equal(found["pixel_values"], expected)
+
+
+# Sizes: what the vision tower cannot take, and images so long that they are mostly padding.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"crop_size": {"height": 18, "width": 18}},
+        {"crop_size": 10**6, "size": 10**6},
+        {"size": 20, "do_center_crop": False},
+        {"do_resize": False, "do_center_crop": False},
+        {"size": {"shortest_edge": 10**5}},
+        {"size": {"height": -1, "width": 28}},
+        {"crop_size": {"height": 0, "width": 0}},
+    ],
+)
+def test_sizes_that_the_tower_cannot_take_are_refused(processor: Any, make_picture: Any, options: Any) -> None:
+    for given in (options, {"images_kwargs": options}):
+        with pytest.raises(ValueError, match="the vision tower takes|too large|whole numbers from 1 on"):
+            processor(images=make_picture(50, 20), **given)
+
+
+@pytest.mark.parametrize("name", ["max_length", "pad_to_multiple_of"])
+def test_paddings_beyond_any_model_are_refused(processor: Any, name: str) -> None:
+    for given in ({name: 10**9, "padding": "max_length"}, {"text_kwargs": {name: 10**9}}):
+        with pytest.raises(ValueError, match=f"`{name}=1000000000`: no model reads so many tokens"):
+            processor(text="a", **given)
+
+
+def exact(image: Image.Image, side: int) -> np.ndarray:
+    """`image` in the middle of its black square, which is resized to (side, side, 3), in float64."""
+    length = max(image.size)
+    left, top = (length - image.width) // 2, (length - image.height) // 2
+    weights = bicubic(length, side)
+    rows, columns = weights[:, top : top + image.height], weights[:, left : left + image.width]
+    return np.stack([rows @ channel @ columns.T for channel in np.asarray(image, float).transpose(2, 0, 1)], axis=-1)
+
+
+def bicubic(length: int, side: int) -> np.ndarray:
+    """(side, length) weights of a bicubic filter (a = -0.5) as wide as a pixel of the result."""
+    scale = length / side
+    distance = np.abs((np.arange(length) + 0.5)[None] - ((np.arange(side) + 0.5) * scale)[:, None]) / scale
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    weights = np.where(distance < 1, near, np.where(distance < 2, far, 0))
+    return weights / weights.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("size", [(1200, 40), (40, 1201), (1001, 240), (243, 1003), (3333, 1), (1, 3001)])
+def test_long_images_are_resized_as_if_whole_to_within_a_bound(
+    make_processor: Any, make_image_processor: Any, make_picture: Any, monkeypatch: Any, size: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(pictures_delta_llava, "LONG_SIDE", 1000)
+    image_processor = make_image_processor(do_normalize=False, image_mean=[0, 0, 0])
+    image = make_picture(*size)
+    found = make_processor(image_processor=image_processor)(images=image, return_tensors="np")["pixel_values"][0]
+    error = np.abs(found.transpose(1, 2, 0) * 255 - exact(image, 28).clip(0, 255))
+    assert error.max() <= 8 and error.mean() < 1
+
+
+@pytest.mark.parametrize("do_pad", [True, False])
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@pytest.mark.parametrize("size", [(1, 60000), (60000, 1), (10**7, 1), (1, 10**7), (1, 2000)])
+def test_long_images_take_no_time(
+    make_processor: Any, make_image_processor: Any, kind: str, size: tuple[int, int], do_pad: bool
+) -> None:
+    siglip = SiglipImageProcessorPil(size={"height": 384, "width": 384})
+    processor = make_processor(image_processor=make_image_processor(336) if kind == "clip" else siglip)
+    image = Image.new("RGB", size, "red")
+    start = time.process_time()
+    pixels = processor(images=image, do_pad=do_pad, return_tensors="np")["pixel_values"]
+    assert time.process_time() - start < 2
+    assert pixels.shape == ((1, 3, 336, 336) if kind == "clip" else (1, 3, 384, 384))
+    if not do_pad:
+        red = processor(images=Image.new("RGB", (28, 28), "red"), return_tensors="np")["pixel_values"]
+        assert np.abs(pixels - red).max() < 0.02  # the whole of it is red
+    assert processor.image_losses(image, do_pad=do_pad)[0].keys() == set(processor.visual_token_budgets)
+
+
+@pytest.mark.parametrize("size", [(2, 501), (501, 2), (3, 600)])
+def test_the_middle_of_a_long_image_that_is_not_padded_is_its_middle(
+    make_processor: Any, make_image_processor: Any, monkeypatch: Any, size: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(pictures_delta_llava, "MAX_PIXELS", 4 * 28 * 28 * 100)
+    image_processor = make_image_processor()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
+    found = make_processor(image_processor=image_processor, do_pad=False)(images=image, return_tensors="np")[
+        "pixel_values"
+    ]
+    expected = image_processor(image, return_tensors="np")["pixel_values"]
+    # Where the middle is between two pixels, it moves by one of 28.
+    moved = [np.roll(expected, shift, axis) for axis in (2, 3) for shift in (-1, 0, 1)]
+    assert (
+        min(np.abs(found - other).mean() for other in moved) < 0.2 * np.abs(found - expected[..., ::-1, ::-1]).mean()
+    )
+
+
+# URLs.
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """A server that says 404, or sends a byte now and then, or never stops."""
+
+    def do_GET(self) -> None:
+        if self.path == "/headers":
+            return self.drip(b"HTTP/1.1 200 OK\r\nX: ")
+        self.send_response(404 if self.path == "/missing" else 200)
+        self.end_headers()
+        if self.path == "/image":
+            self.wfile.write(self.server.image)  # type: ignore[attr-defined]
+        elif self.path == "/drip":
+            self.drip(b"")
+        elif self.path == "/endless":
+            self.drip(bytes(2**16), 0)
+
+    def drip(self, first: bytes, pause: float = 0.05) -> None:
+        with contextlib.suppress(OSError):
+            self.wfile.write(first)
+            while not self.server.is_done:  # type: ignore[attr-defined]
+                self.wfile.write(first if pause == 0 else b"a")
+                time.sleep(pause)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(make_picture: Any) -> Any:
+    file = io.BytesIO()
+    make_picture(6, 6).save(file, "PNG")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as running:
+        running.image, running.is_done = file.getvalue(), False  # type: ignore[attr-defined]
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.is_done = True  # type: ignore[attr-defined]
+        running.shutdown()
+
+
+def test_a_url_is_read(raw: Any, make_picture: Any, server: str) -> None:
+    np.testing.assert_array_equal(raw(f"{server}/image"), np.asarray(make_picture(6, 6)))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("missing", "missing answers 404 Not Found"),
+        ("drip", "timed out: it takes longer than 0.5 seconds"),
+        ("headers", "timed out: it takes longer than 0.5 seconds"),
+        ("endless", "sends more than 1 MiB"),
+    ],
+)
+def test_a_url_that_gives_no_image_is_given_up(
+    processor: Any, server: str, monkeypatch: pytest.MonkeyPatch, path: str, message: str
+) -> None:
+    monkeypatch.setattr(pictures_delta_llava, "URL_TOTAL_TIMEOUT", 0.5)
+    monkeypatch.setattr(pictures_delta_llava, "URL_MAX_BYTES", 2**20)
+    with pytest.raises(ValueError, match=f"^Image 0 cannot be used: .*{message}"):
+        processor(images=f"{server}/{path}", text="<image>")
 
 
 def test_a_url_that_keeps_silent_is_given_up(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:

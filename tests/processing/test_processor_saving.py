@@ -16,7 +16,7 @@ from transformers_delta_llava.processing import DeltaLlavaProcessor, load_chat_t
 
 SETTINGS = {
     "num_visual_tokens": 9,
-    "visual_token_budgets": (81, 9, 1),
+    "visual_token_budgets": [81, 9, 1],
     "do_pad": False,
     "image_token": "<picture>",
     "image_seq_length": 81,

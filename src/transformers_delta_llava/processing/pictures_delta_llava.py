@@ -1,32 +1,56 @@
-"""Pictures before the image processor: whatever they come as, decoded to upright 8-bit RGB, and padded to a square."""
+"""Images before the image processor: whatever they come as, decoded to upright 8-bit RGB, and padded to a square."""
 
+import base64
+import binascii
+import contextlib
+import io
 import math
 import os
-from collections.abc import Callable, Sequence
+import ssl
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
-from transformers.image_utils import load_image
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 
-# Rows of a padded picture are resized in strips of about this many pixels, whatever the shape of the picture.
+# Rows of a padded image are resized in strips of about this many pixels, whatever the shape of the image.
 STRIP_PIXELS = 2**22
-# Seconds that a URL may keep silent; by default it may for ever, and a server waits with it.
-URL_TIMEOUT = 30.0
+# Longer than LONG_SIDE pixels and LONG_RATIO times its short side, an image is averaged over blocks before it is resized,
+# BLOCKS of them for each pixel that the tower sees: its square would cost minutes and gigabytes, and hold next to nothing.
+LONG_SIDE, LONG_RATIO, BLOCKS = 2**14, 4, 8
+# The most pixels that an image may have on its way to the tower. Only settings of a call ask for more.
+MAX_PIXELS = 2**26
+# Seconds that a URL may keep silent, and take in all; bytes that it may send. Without, a server could wait for ever.
+URL_TIMEOUT, URL_TOTAL_TIMEOUT, URL_MAX_BYTES = 10.0, 30.0, 100 * 2**20
+# Set in `Image.info` of an image that came as floats in 0..1: it is rescaled even where `do_rescale=False` says that it was.
+RESCALED = "rescaled"
 
 
-def to_rgb(image: Any, index: int, layout: Any = None, rescaled: bool = False) -> Image.Image:
-    """Image number `index` of a call as an upright 8-bit RGB picture, or a ValueError that names it."""
+def to_rgb(image: Any, index: int, layout: Any = None) -> Image.Image:
+    """
+    Image number `index` of a call as an upright 8-bit RGB image.
+
+    Args:
+        image: PIL image, array, tensor, or what `open_image` takes.
+        index: for messages.
+        layout: `"channels_first"` or `"channels_last"` for arrays; by their shape when `None`.
+
+    Raises:
+        ValueError: the image cannot be used; it is named by its number.
+    """
     try:
-        if isinstance(image, (str, os.PathLike)):
-            # A file is opened here, as `load_image` (which fetches URLs and base64) clips 16-bit pictures.
-            image = Image.open(image) if os.path.isfile(image) else load_image(image, timeout=URL_TIMEOUT)
-        if isinstance(image, (np.ndarray, torch.Tensor)):
-            image = _from_array(image, layout, rescaled)
-        if not isinstance(image, Image.Image):
-            raise TypeError(f"it is of type {type(image).__name__}, not a picture, an array, a path or a URL")
+        if isinstance(image, (np.ndarray, torch.Tensor)) or getattr(image, "ndim", 0) >= 2:
+            image = _from_array(image, layout)
+        elif not isinstance(image, Image.Image):
+            image = open_image(image)
         if 0 in image.size:
             raise ValueError(f"it is empty ({image.width} x {image.height})")
         image.load()  # what is wrong with a file shows here
@@ -36,35 +60,146 @@ def to_rgb(image: Any, index: int, layout: Any = None, rescaled: bool = False) -
             values = np.asarray(image)
             if image.mode == "I" and values.min() >= 0 and values.max() < 2**16:
                 values = values.astype(np.uint16)  # "I" is how older Pillow opens 16-bit files, newer as "I;16"
-            image = Image.fromarray(_to_bytes(values, stretch=True))
+            image = _to_image(values, stretch=True)
         if image.mode in ("RGBa", "La"):
             image = image.convert(image.mode.upper())
         elif image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # the same colours as straight to RGB, without Pillow's warning
         return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # whatever Pillow, the file system or the network raises
-        raise ValueError(f"Image {index} cannot be used: {str(error)[:300]}") from error
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"Image {index} cannot be used: {reason}") from error
 
 
-def _from_array(image: Any, layout: Any = None, rescaled: bool = False) -> Image.Image:
-    """An array or tensor, (H, W), (H, W, C) or (C, H, W), as an 8-bit picture; in doubt tensors are (C, H, W)."""
+def open_image(source: Any) -> Image.Image:
+    """
+    The image that `source` names or holds, as Pillow opens it.
+
+    Args:
+        source: a path (`~` is the home folder), a `file:`, `http:`, `https:` or `data:` URL, base64 text, bytes, an open
+            binary file, or a mapping with one of these as `bytes`, `path` or `url`, as `datasets` keeps images.
+
+    Raises:
+        TypeError: it is none of these.
+        ValueError: it names no image, or the URL's server refuses it, takes longer than `URL_TOTAL_TIMEOUT` or sends more
+            than `URL_MAX_BYTES`.
+        OSError: it cannot be read, or Pillow does not know it.
+    """
+    if isinstance(source, Mapping):
+        given = [source[name] for name in ("bytes", "path", "url") if source.get(name) is not None]
+        if not given or isinstance(given[0], Mapping):
+            raise ValueError("it is a mapping without `bytes`, `path` or `url`")
+        source = given[0]
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _open_bytes(bytes(source))
+    if hasattr(source, "read"):
+        return Image.open(source)
+    if isinstance(source, os.PathLike):
+        return _open_file(os.fsdecode(source))
+    if not isinstance(source, str):
+        raise TypeError(f"it is of type {type(source).__name__}, not an image, an array, bytes, a path or a URL")
+    scheme, _, rest = source[:8].lower().partition(":")
+    if scheme in ("http", "https"):
+        return _open_bytes(_download(source))
+    if scheme == "data":
+        return _open_bytes(_from_data_url(source))
+    if scheme == "file" and rest.startswith("/"):
+        return _open_file(urllib.request.url2pathname(urllib.parse.urlsplit(source).path))
+    if os.path.exists(os.path.expanduser(source)):
+        return _open_file(source)
+    try:
+        return _open_bytes(base64.b64decode("".join(source.split()), validate=True))
+    except ValueError as error:
+        raise ValueError(f"{source[:100]!r} is no file, no URL and no base64 of an image") from error
+
+
+def _open_file(path: str) -> Image.Image:
+    path = os.path.expanduser(path)
+    if os.path.exists(path) and not os.path.isfile(path):  # a folder; a pipe could be waited at for ever
+        raise ValueError(f"{path[:200]} is not a file")
+    return Image.open(path)
+
+
+def _open_bytes(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:  # it names an object in memory
+        raise ValueError(f"Pillow cannot identify an image in its {len(data)} bytes") from error
+
+
+def _from_data_url(url: str) -> bytes:
+    """What a `data:` URL holds. Its media type is not read: Pillow finds out by itself, and many name none or a wrong one."""
+    header, comma, payload = url.partition(",")
+    if not comma:
+        raise ValueError("the data URL has no comma, after which its data would stand")
+    data = urllib.parse.unquote_to_bytes(payload)
+    if not header.lower().rstrip().endswith(";base64"):
+        return data
+    data = b"".join(data.split()).translate(bytes.maketrans(b"-_", b"+/"))
+    try:
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"the data URL is not base64: {error}") from error
+
+
+def _download(url: str) -> bytes:
+    """What is at an `http:` or `https:` URL, within the limits above."""
+    end = time.monotonic() + URL_TOTAL_TIMEOUT
+    blocks: list[bytes] = []
+    errors: list[Exception] = []
+
+    def read() -> None:
+        try:
+            context = ssl.create_default_context()
+            with contextlib.suppress(ImportError):  # a system may have no certificates; transformers' own client has
+                context.load_verify_locations(import_module("certifi").where())
+            request = urllib.request.Request(url, headers={"User-Agent": "DeltaLlavaProcessor (Python)"})
+            with urllib.request.urlopen(request, timeout=URL_TIMEOUT, context=context) as response:
+                while (block := response.read1(2**16)) and time.monotonic() < end:
+                    blocks.append(block)
+                    if sum(map(len, blocks)) > URL_MAX_BYTES:
+                        raise ValueError(f"{url[:200]} sends more than {URL_MAX_BYTES >> 20} MiB")
+        except urllib.error.HTTPError as error:
+            errors.append(ValueError(f"{url[:200]} answers {error.code} {error.reason}"))
+        except Exception as error:
+            errors.append(error)
+
+    # In a thread, as even headers can come byte by byte, each of which starts the time of the socket again.
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(URL_TOTAL_TIMEOUT)
+    if thread.is_alive() or (not errors and time.monotonic() >= end):
+        raise ValueError(f"{url[:200]} timed out: it takes longer than {URL_TOTAL_TIMEOUT:g} seconds")
+    if errors:
+        raise ValueError(f"{url[:200]} cannot be read: {errors[0]}") if isinstance(errors[0], OSError) else errors[0]
+    return b"".join(blocks)
+
+
+def _from_array(image: Any, layout: Any = None) -> Image.Image:
+    """An array or tensor, (H, W), (H, W, C) or (C, H, W), as an 8-bit image; in doubt tensors are (C, H, W)."""
     is_tensor = isinstance(image, torch.Tensor)
     if is_tensor:
         image = (image.float() if image.is_floating_point() else image).detach().cpu().numpy()
+    image = np.asarray(image)
     if image.size == 0:
         raise ValueError(f"it is empty (shape {image.shape})")
-    if rescaled and image.dtype.kind == "f":
-        raise ValueError("floats are brought to 0..255 here, so `do_rescale=False` does not fit them")
     if image.ndim == 3:
         first, last = image.shape[0] in (1, 3, 4), image.shape[-1] in (1, 3, 4)
         if layout == "channels_first" or (layout is None and first and (is_tensor or not last)):
             image = np.moveaxis(image, 0, -1)
         if image.shape[-1] in (1, 3, 4):
-            image = image[..., 0] if image.shape[-1] == 1 else image[..., :3]
-            return Image.fromarray(np.ascontiguousarray(_to_bytes(image)))
+            return _to_image(image[..., 0] if image.shape[-1] == 1 else image[..., :3])
     if image.ndim == 2:
-        return Image.fromarray(_to_bytes(image))
+        return _to_image(image)
     raise ValueError(f"its shape {image.shape} is none of (H, W), (H, W, C), (C, H, W) with 1, 3 or 4 channels")
+
+
+def _to_image(values: np.ndarray, stretch: bool = False) -> Image.Image:
+    """An 8-bit image of (H, W) or (H, W, 3) `values`; see `_to_bytes`. It says so where they were floats in 0..1."""
+    image = Image.fromarray(np.ascontiguousarray(_to_bytes(values, stretch)))
+    if values.dtype.kind == "f" and values.min() >= 0 and values.max() <= 1:
+        image.info[RESCALED] = True
+    return image
 
 
 def _to_bytes(values: np.ndarray, stretch: bool = False) -> np.ndarray:
@@ -91,7 +226,10 @@ def _to_bytes(values: np.ndarray, stretch: bool = False) -> np.ndarray:
     if low < start or high > stop:
         if not stretch:
             raise ValueError(f"its values reach from {low:g} to {high:g}, beyond 0..1, 0..255 or 0..65535")
-        start, stop = low, high if high > low else low + 1.0
+        if high == low:
+            return np.zeros(values.shape, np.uint8)
+        # Halved, as the largest floats are too far from the smallest for a float.
+        return np.rint((values / 2.0 - low / 2) / (high / 2 - low / 2) * 255.0).astype(np.uint8)
     return np.rint((values.astype(np.float64) - start) * (255.0 / (stop - start))).astype(np.uint8)
 
 
@@ -101,7 +239,15 @@ def pad_to_square(image: Image.Image, option: Callable[[str], Any]) -> Image.Ima
 
     Source: "pad" of the authors' code: colour `int(mean * 255)` per channel, offset rounded down. Pillow resizes
     horizontally, then vertically, with 8 bits in between. So the square can be resized strip by strip, to the same
-    bits: a picture of 10000 x 10 never becomes one of 10000 x 10000. `option` gives the image processor's settings by name.
+    bits: an image of 10000 x 10 never becomes one of 10000 x 10000. Only an image past `LONG_SIDE` and `LONG_RATIO` is
+    averaged over blocks first, which moves the 8-bit values of the result by at most 8, on the average by less than 1.
+
+    Args:
+        image: RGB, 8 bits.
+        option: gives the image processor's settings by name.
+
+    Raises:
+        ValueError: the square would have more than `MAX_PIXELS`, and is not resized.
     """
     side = max(image.size)
     left, top = (side - image.width) // 2, (side - image.height) // 2
@@ -109,25 +255,114 @@ def pad_to_square(image: Image.Image, option: Callable[[str], Any]) -> Image.Ima
     colour = tuple(int(channel * 255) for channel in np.broadcast_to(0.0 if mean is None else mean, 3))
     size, resample = square_target(option("size")), option("resample")
     if not option("do_resize") or size is None or not isinstance(resample, int):
+        if side * side > MAX_PIXELS:
+            raise ValueError(f"as a square of {side} x {side} pixels it is too large without being resized")
         square = Image.new("RGB", (side, side), colour)
         square.paste(image, (left, top))
         return square
+    extent: float = side  # of the square, in pixels of `image`
+    if is_long(image.size) and (factor := side // (BLOCKS * max(size))) > 1:
+        image, left, top = _average_blocks(image, factor, colour)
+        extent, side = side / factor, -(-side // factor)
     narrow = Image.new("RGB", (size[0], side), colour)
     rows = max(1, STRIP_PIXELS // side)
     for start in range(0, image.height, rows):
         stop = min(start + rows, image.height)
         strip = Image.new("RGB", (side, stop - start), colour)
         strip.paste(image.crop((0, start, image.width, stop)), (left, 0))
-        narrow.paste(strip.resize((size[0], stop - start), resample), (0, top + start))
-    return narrow.resize(size, resample)
+        strip = strip.resize((size[0], stop - start), resample, box=(0, 0, extent, stop - start))
+        narrow.paste(strip, (0, top + start))
+    return narrow.resize(size, resample, box=(0, 0, size[0], extent))
+
+
+def is_long(size: tuple[int, int]) -> bool:
+    """Whether an image of (width, height) `size` is so long that most of its square would be padding."""
+    return max(size) > max(LONG_SIDE, LONG_RATIO * min(size))
+
+
+def _average_blocks(image: Image.Image, factor: int, colour: Sequence[int]) -> tuple[Image.Image, int, int]:
+    """
+    `image` in the middle of its square of `colour`, a pixel for each block of `factor` x `factor`, and (left, top) in blocks.
+
+    Along its length the image fills the square, so blocks begin where it does. Across, a block may hold it in part.
+    """
+    wide = image.width > image.height
+    short, side = sorted(image.size)
+    values = np.asarray(image.reduce((factor, 1) if wide else (1, factor)))
+    start = (side - short) // 2
+    first, last = start // factor, -(-(start + short) // factor)
+    cuts = np.clip(np.arange(first, last + 1) * factor - start, 0, short)
+    sums = np.add.reduceat(values, cuts[:-1], axis=0 if wide else 1, dtype=np.float64)
+    padding = (factor - np.diff(cuts)).reshape((-1, 1, 1) if wide else (1, -1, 1))
+    blocks = np.rint((sums + padding * np.array(colour)) / factor).astype(np.uint8)
+    return Image.fromarray(blocks), 0 if wide else first, first if wide else 0
+
+
+def cut_to_center(image: Image.Image, option: Callable[[str], Any]) -> Image.Image:
+    """
+    What of an `image` that is not padded the image processor has to see, where it is too long to be resized whole.
+
+    `option` gives the image processor's settings by name. Where they cut the center out of an image resized by its short
+    side, that is 16 times the short side; where they resize it to a given shape, `BLOCKS` pixels for each one of that. The
+    result is off by up to one part in 16 of a pixel of the tower, or as in `pad_to_square`.
+    """
+    size, names = square_target(option("size")), set(_entries(option("size")))
+    if size is None or not option("do_resize"):
+        return image
+    short, side = sorted(image.size)
+    wide = image.width > image.height
+    if names == {"width", "height"} and is_long(image.size):
+        factor = max(1, side // (BLOCKS * size[0 if wide else 1]))
+        return image.reduce((factor, 1) if wide else (1, factor))
+    resized = size[0] ** 2 * side // short
+    if names == {"shortest_edge"} and option("do_center_crop") and resized > MAX_PIXELS // 4:
+        start = (side - 16 * short) // 2
+        return image.crop((start, 0, side - start, short) if wide else (0, start, short, side - start))
+    if names != {"width", "height"} and resized > MAX_PIXELS:
+        raise ValueError(f"it is too long to be resized by its short side ({image.width} x {image.height})")
+    return image
 
 
 def square_target(size: Any) -> tuple[int, int] | None:
-    """(width, height) that an image processor's `size` gives a square picture; None where that takes more thought."""
-    size = dict(size) if hasattr(size, "__iter__") else {}
-    if set(size) == {"shortest_edge"}:
-        return size["shortest_edge"], size["shortest_edge"]
-    return (size["width"], size["height"]) if set(size) == {"width", "height"} else None
+    """
+    (width, height) that an image processor's `size` gives a square image; None where that takes more thought.
+
+    Raises:
+        ValueError: it is not made of whole numbers from 1 on.
+    """
+    if isinstance(size, (int, np.integer)):
+        pair: tuple = (size, size)
+    elif isinstance(size, (list, tuple)) and len(size) == 2:
+        pair = (size[1], size[0])  # (height, width), as image processors take it
+    else:
+        entries = _entries(size)
+        if set(entries) not in ({"shortest_edge"}, {"width", "height"}):
+            return None
+        pair = tuple(entries.get(name, entries.get("shortest_edge")) for name in ("width", "height"))
+    if not all(
+        isinstance(length, (int, np.integer)) and not isinstance(length, bool) and length > 0 for length in pair
+    ):
+        raise ValueError(f"a size of {pair[0]} x {pair[1]}: use whole numbers from 1 on")
+    return int(pair[0]), int(pair[1])
+
+
+def _entries(size: Any) -> dict[str, Any]:
+    """What an image processor's `size` gives by name: nothing where it is a number or a pair."""
+    if not hasattr(size, "__iter__") or isinstance(size, (str, list, tuple)):
+        return {}
+    return {name: value for name, value in dict(size).items() if value is not None}
+
+
+def output_size(option: Callable[[str], Any]) -> tuple[int, int] | None:
+    """
+    (width, height) of what an image processor makes of a square, by its settings; None where the image decides.
+
+    Raises:
+        ValueError: a size that is not made of whole numbers from 1 on.
+    """
+    if option("do_center_crop"):
+        return square_target(option("crop_size"))
+    return square_target(option("size")) if option("do_resize") else None
 
 
 def levels_of(pixels: Any, option: Callable[[str], Any]) -> np.ndarray:

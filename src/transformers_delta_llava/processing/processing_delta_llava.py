@@ -5,7 +5,7 @@ one counting function.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import repeat
 from math import isqrt
@@ -13,11 +13,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import BatchFeature, __version__
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .auto_budget_delta_llava import budget_losses, pick_budget
-from .pictures_delta_llava import content_box, levels_of, pad_to_square, to_rgb
+from .pictures_delta_llava import (
+    MAX_PIXELS,
+    RESCALED,
+    content_box,
+    cut_to_center,
+    levels_of,
+    output_size,
+    pad_to_square,
+    square_target,
+    to_rgb,
+)
 
 
 # The word that leaves the number of visual tokens to the picture.
@@ -25,6 +36,8 @@ AUTO = "auto"
 _OWN_OPTIONS = ("num_visual_tokens", "auto_max_loss", "do_pad")
 # From 5.23 on transformers allows for expanded placeholders in its assistant masks.
 MASKS_EXPANDED_PLACEHOLDERS = tuple(int(number) for number in __version__.split(".")[:2]) >= (5, 23)
+# Longer than any model reads: a text padded beyond would only fill the memory.
+MAX_PADDING = 2**20
 
 
 class DeltaLlavaImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -133,15 +146,17 @@ class DeltaLlavaProcessor(ProcessorMixin):
         if _flatten(videos) or _flatten(audio):
             raise ValueError("DeltaLlavaProcessor takes images and text, no videos and no audio.")
         layout = _call_option(kwargs, "images_kwargs", "input_data_format")
-        rescaled = _call_option(kwargs, "images_kwargs", "do_rescale") is False
-        decoded = [to_rgb(image, index, layout, rescaled) for index, image in enumerate(_flatten(images))]
+        images = _to_lists(images)
+        decoded = [to_rgb(image, index, layout) for index, image in enumerate(_flatten(images))]
         if _is_nested(images):
             rest = iter(decoded)
             images = [[next(rest) for _ in _flatten(row)] for row in images]
         else:
             images = decoded
-        if isinstance(text, tuple):
-            text = list(text)
+        if isinstance(text, Iterable) and not isinstance(text, (str, bytes, Mapping)):
+            text = list(text)  # a tuple, a generator, a column of a data set
+        elif text is not None and not isinstance(text, str):
+            raise ValueError(f"`text` must be a string or a list of strings, not of type {type(text).__name__}.")
         images, text, videos, audio = super().prepare_inputs_layout(
             images=images if decoded else None, text=text, videos=videos, audio=audio, **kwargs
         )
@@ -156,8 +171,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
     ) -> None:
         """Refuse texts and images that do not belong together, and arguments that would do nothing without images."""
         if text is not None:
-            if not isinstance(text, list) or not all(isinstance(sample, str) for sample in text):
-                raise ValueError("`text` must be a string or a list of strings.")
+            for row, sample in enumerate(text):
+                _check_text(sample, f"text {row}")
             wanted = [sample.count(self.image_token) for sample in text]
             given = [len(row) for row in images] if _is_nested(images) else []
             rule = f"The number of {self.image_token} tokens in the prompts should be the same as the number of images"
@@ -176,6 +191,10 @@ class DeltaLlavaProcessor(ProcessorMixin):
             _check_share(share)
         if flag is not None:
             _check_flag(flag)
+        for name in ("max_length", "pad_to_multiple_of"):
+            length = _call_option(kwargs, "text_kwargs", name)
+            if isinstance(length, (int, float)) and length > MAX_PADDING:
+                raise ValueError(f"`{name}={length}`: no model reads so many tokens; use at most {MAX_PADDING}.")
 
     def _process_images(
         self,
@@ -191,8 +210,10 @@ class DeltaLlavaProcessor(ProcessorMixin):
         max_loss = self.auto_max_loss if auto_max_loss is None else float(auto_max_loss)
         sizes = [image.size for image in images]
         padded = self.do_pad if do_pad is None else bool(do_pad)
-        if padded:
-            images = [pad_to_square(image, partial(self._image_option, kwargs)) for image in images]
+        kwargs = _with_rescaling(images, kwargs)
+        option = partial(self._image_option, kwargs)
+        taken = self._check_sizes(option)
+        images = [_prepare(image, index, padded, option, taken) for index, image in enumerate(images)]
         image_inputs = self.image_processor(images, **kwargs)
         budgets = [
             pick_budget(self._losses(image_inputs["pixel_values"][index], sizes[index], padded, kwargs), max_loss)
@@ -206,6 +227,24 @@ class DeltaLlavaProcessor(ProcessorMixin):
             data = {**image_inputs, "num_visual_tokens": budgets}
             image_inputs = BatchFeature(data, tensor_type=kwargs.get("return_tensors"))
         return image_inputs, [self.replace_image_token(image_inputs, index) for index in range(len(images))]
+
+    def _check_sizes(self, option: Any) -> tuple[int, int] | None:
+        """
+        (width, height) that the vision tower takes, by the image processor's own settings; None where these leave it open.
+
+        A call that asks for another size is refused here: in the model it would end an engine, and a huge one the machine.
+        """
+        taken = output_size(partial(self._image_option, {}))
+        asked = output_size(option)
+        if taken is not None and asked not in (None, taken):
+            raise ValueError(
+                f"The settings of this call make images of {asked[0]} x {asked[1]} pixels, but the vision tower takes "
+                f"{taken[0]} x {taken[1]}: leave `size`, `crop_size`, `do_resize` and `do_center_crop` as they are."
+            )
+        between = square_target(option("size")) if option("do_resize") else None
+        if between is not None and between[0] * between[1] > MAX_PIXELS:
+            raise ValueError(f"`size` of {between[0]} x {between[1]} is too large: leave it as it is.")
+        return taken
 
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
         """The placeholders of image number `image_idx` among the processed `image_inputs`."""
@@ -242,7 +281,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
             return []
         images = _flatten(images)
         pixels = self(images=images, **{**kwargs, "num_visual_tokens": max(self.visual_token_budgets)})["pixel_values"]
-        options = {**kwargs, **kwargs.get("images_kwargs", {})}
+        options = _with_rescaling(images, {**kwargs, **(kwargs.get("images_kwargs") or {})})
         padded = self.do_pad if options.get("do_pad") is None else bool(options["do_pad"])
         return [self._losses(pixels[index], image.size, padded, options) for index, image in enumerate(images)]
 
@@ -254,7 +293,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
         return budget_losses(levels, self.visual_token_budgets, content)
 
     def _image_option(self, kwargs: dict[str, Any], name: str) -> Any:
-        """An argument of the image processor: of this call, or else its own."""
+        """An argument of the image processor: of this call, or else its own. `kwargs` are the call's."""
         return kwargs[name] if kwargs.get(name) is not None else getattr(self.image_processor, name, None)
 
     def _resolve_budgets(self, num_visual_tokens: Any, num_images: int | None) -> list[int | str]:
@@ -289,8 +328,9 @@ class DeltaLlavaProcessor(ProcessorMixin):
         """As in transformers. Where that leaves expanded images out of the assistant mask, the mask is made here.
 
         Raises:
-            ValueError: as a call, and for a conversation that the template refuses.
+            ValueError: as a call, and for a conversation that is empty, holds no messages, or that the template refuses.
         """
+        _check_conversations(conversation)
         try:
             return self._apply_chat_template(conversation, chat_template, *args, **kwargs)
         except Exception as error:
@@ -333,13 +373,88 @@ def _call_option(kwargs: dict[str, Any], group: str, name: str) -> Any:
     return kwargs[name] if name in kwargs else (kwargs.get(group) or {}).get(name)
 
 
-def _check_budgets(budgets: Any) -> tuple[int, ...]:
+def _prepare(image: Image.Image, index: int, padded: bool, option: Any, taken: tuple[int, int] | None) -> Image.Image:
+    """Image number `index` of a call as the image processor gets it; `taken` is the (width, height) of the vision tower."""
+    try:
+        image = pad_to_square(image, option) if padded else cut_to_center(image, option)
+        if taken is not None and not (option("do_resize") or option("do_center_crop")) and image.size != taken:
+            raise ValueError(
+                f"it is of {image.width} x {image.height} pixels, the vision tower takes {taken[0]} x {taken[1]}; leave "
+                "out `do_resize=False`"
+            )
+    except ValueError as error:
+        raise ValueError(f"Image {index} cannot be used: {error}.") from error
+    return image
+
+
+def _with_rescaling(images: list[Image.Image], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    `kwargs`, with `do_rescale` as the `images` need it, which are 8 bits by now.
+
+    `do_rescale=False` says of floats in 0..1 that they need none; but here they are 8 bits like all others.
+    """
+    floats = [image.info.get(RESCALED, False) for image in images]
+    if kwargs.get("do_rescale") is not False or not any(floats):
+        return kwargs
+    if not all(floats):
+        raise ValueError(
+            f"With `do_rescale=False` image {floats.index(True)} is floats in 0..1, but image {floats.index(False)} is "
+            "not: give them in calls of their own."
+        )
+    return {**kwargs, "do_rescale": True}
+
+
+def _check_conversations(conversation: Any) -> None:
+    """Refuse what is no conversation, nor several, before transformers or a template stumbles over it."""
+    if not isinstance(conversation, (list, tuple)):
+        return  # objects that transformers knows
+    if not conversation:
+        raise ValueError("The conversation is empty: give at least one message.")
+    if any(isinstance(entry, (list, tuple)) for entry in conversation):
+        for entry in conversation:
+            if not isinstance(entry, (list, tuple)) or not entry:
+                raise ValueError("Each conversation of a batch must be a list of messages, and not empty.")
+            _check_conversations(entry)
+        return
+    for place, message in enumerate(conversation):
+        if isinstance(message, Mapping):
+            _check_message(message, place)
+        elif message is None or isinstance(message, (str, bytes, int, float)):
+            raise ValueError(f"Message {place} must have a role and content, but is of type {type(message).__name__}.")
+
+
+def _check_message(message: Mapping, place: int) -> None:
+    if not isinstance(message.get("role"), str):
+        raise ValueError(f"Message {place} has no `role`, such as 'user'.")
+    content = message.get("content")
+    if isinstance(content, str):
+        _check_text(content, f"the content of message {place}")
+    if not isinstance(content, (list, tuple)):
+        return
+    for item in content:
+        if not isinstance(item, Mapping) or not isinstance(item.get("type"), str):
+            known = "Only content of type text and image is known"
+            raise ValueError(f"The chat template refuses the conversation: {known}, not: {str(item)[:200]}")
+        if item["type"] == "text":
+            _check_text(item.get("text"), f"a text of message {place}")
+
+
+def _check_text(text: Any, name: str) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"{name[0].upper()}{name[1:]} must be a string, not of type {type(text).__name__}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name[0].upper()}{name[1:]} holds half a character: {error.reason}.") from error
+
+
+def _check_budgets(budgets: Any) -> list[int]:
     numbers = tuple(budgets) if isinstance(budgets, (list, tuple)) else ()
     if not numbers or not all(map(_is_square, numbers)):
         raise ValueError(
             f"`visual_token_budgets` must be a list of square numbers, such as [144, 36, 4], not {budgets!r}."
         )
-    return tuple(map(int, numbers))
+    return list(map(int, numbers))
 
 
 def _is_square(number: Any) -> bool:
@@ -357,6 +472,14 @@ def _check_share(share: Any) -> float:
     if isinstance(share, bool) or not isinstance(share, (int, float, np.number)) or not 0 <= share <= 1:
         raise ValueError(f"`auto_max_loss` must be a number from 0 to 1, not {share!r}.")
     return float(share)
+
+
+def _to_lists(images: Any) -> Any:
+    """`images` with generators, columns of data sets and the like as lists, at every level."""
+    if isinstance(images, (str, bytes, bytearray, memoryview, Mapping, Image.Image)) or hasattr(images, "read"):
+        return images
+    is_array = hasattr(images, "dtype") and hasattr(images, "shape") and images.dtype != object
+    return images if is_array or not isinstance(images, Iterable) else [_to_lists(entry) for entry in images]
 
 
 def _is_nested(images: Any) -> bool:

@@ -48,7 +48,7 @@ def build_model(
         raise RecipeError(f"model: {' '.join(str(error).split())}") from error
     budget = recipe.budgets[0]
     model.config.scale_factor = model.config.scale_factor_for(budget)
-    processor.visual_token_budgets = model.config.visual_token_budgets
+    processor.visual_token_budgets = list(model.config.visual_token_budgets)
     processor.num_visual_tokens = processor.image_seq_length = budget
     return model, processor
 
