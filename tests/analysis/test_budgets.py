@@ -1,6 +1,8 @@
 """The same question at every budget: right answers beside right budgets, and times that hold what they say."""
 
 import json
+import os
+import socket
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,11 +23,14 @@ from transformers_delta_llava.analysis import (
     budgets,
     compare_budgets,
     drawing,
+    explain,
+    load_config,
     load_picture,
     load_repo,
     write_comparison,
 )
 from transformers_delta_llava.cli.main import main
+from transformers_delta_llava.processing import pictures_delta_llava
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +292,7 @@ def damaged(repo: Path, folder: Path, how: str) -> Path:
     [
         ("another model", "is a llava, not a delta_llava; `delta-llava convert` makes a repo"),
         ("no type", "is no model: its config.json names no model_type."),
-        ("no JSON", "is no model: its config.json names no model_type."),
+        ("no JSON", "is no model: config.json is not valid JSON: "),
         ("no config", "is no model: it has no config.json."),
         ("no processor", "has no processor: its processor_config.json is missing."),
         ("cut weights", "cannot be loaded: "),
@@ -310,8 +315,8 @@ def test_a_repo_that_is_none_is_one_sentence(
     ("changes", "message"),
     [
         ({0: "nowhere/at/all"}, "nowhere/at/all is not a folder, and not a Hub id (owner/name) either."),
-        ({1: "nowhere.jpg"}, "nowhere.jpg: there is no such picture."),
-        ({1: __file__}, f"{__file__} is not a picture that can be read: "),
+        ({1: "nowhere.jpg"}, "nowhere.jpg: there is no such image."),
+        ({1: __file__}, f"{__file__} is not an image that can be read: "),
         ({3: "--num-visual-tokens=5"}, "`num_visual_tokens=5` is not a budget of this model; it has 144, 36, 16"),
         (
             {3: "--num-visual-tokens=-4"},
@@ -348,11 +353,53 @@ def test_a_picture_may_be_a_data_uri_and_a_damaged_one_is_refused(photo: Image.I
     data = Path(photo_path).read_bytes()
     loaded = load_picture("data:image/png;base64," + base64.b64encode(data).decode())
     assert np.array_equal(np.asarray(loaded.convert("RGB")), np.asarray(photo))
-    with pytest.raises(ValueError, match="is not a picture that can be read"):
+    with pytest.raises(ValueError, match="is not an image that can be read"):
         load_picture("data:image/png;base64," + base64.b64encode(data[:60]).decode())
 
 
 def test_a_repo_is_loaded_as_asked(repo: Path) -> None:
     model, processor = load_repo(str(repo), dtype="bfloat16")
     assert model.dtype == torch.bfloat16 and not model.training
-    assert processor.visual_token_budgets == model.config.visual_token_budgets
+    assert tuple(processor.visual_token_budgets) == tuple(model.config.visual_token_budgets)
+
+
+def test_a_prompt_longer_than_the_models_positions_is_refused(repo: Path, photo: Image.Image) -> None:
+    model, processor = load_repo(str(repo))
+    model.config.text_config.max_position_embeddings = 200
+    with pytest.raises(ValueError, match="too long: it has more than 200 tokens"):
+        compare_budgets(model, processor, photo, "a" * 10**6)
+    with pytest.raises(ValueError, match="and the model has 200 positions; shorten it, or use fewer visual tokens"):
+        compare_budgets(model, processor, photo, "a" * 150, [144])
+    with pytest.raises(ValueError, match="too long"):
+        explain(model, processor, photo, "a" * 10**6)
+
+
+def test_a_url_that_keeps_silent_or_answers_404(monkeypatch: Any) -> None:
+    monkeypatch.setattr(pictures_delta_llava, "URL_TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ValueError, match="timed out"):
+        load_picture(f"http://127.0.0.1:{silent.getsockname()[1]}/a.png")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "it has no config.json"),
+        ("{", "config.json is not valid JSON"),
+        ("[" * 10**5, "config.json is not valid JSON"),
+        ('{"model_type": 7}', "names no model_type"),
+        ('{"model_type": "llava"}', "is a llava, not a delta_llava"),
+        ('{"model_type": "delta_llava", "scale_factor": "two"}', "cannot be loaded: "),
+        ('{"model_type": "delta_llava", "vision_config": 3}', "cannot be loaded: "),
+        ('{"model_type": "delta_llava", "text_config": {"model_type": "none"}}', "cannot be loaded: "),
+    ],
+)
+def test_a_folder_that_is_no_model(tmp_path: Path, config: str | None, message: str) -> None:
+    (tmp_path / "processor_config.json").write_text("{}")
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    for load in (load_config, load_repo):
+        with pytest.raises(ValueError, match=message):
+            load(str(tmp_path))
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match="tokenizer.json in .* is not a regular file"):
+        load_config(str(tmp_path))

@@ -60,8 +60,8 @@ def test_json_holds_the_heat(call, repo, photo, on, side) -> None:
     ("changes", "message"),
     [
         ({0: "nowhere/at/all"}, "nowhere/at/all is not a folder, and not a Hub id (owner/name) either."),
-        ({1: "nowhere.jpg"}, "nowhere.jpg: there is no such picture."),
-        ({1: __file__}, f"{__file__} is not a picture that can be read: "),
+        ({1: "nowhere.jpg"}, "nowhere.jpg: there is no such image."),
+        ({1: __file__}, f"{__file__} is not an image that can be read: "),
         ({2: "  "}, "The prompt is empty: ask something about the picture."),
         ({2: "an <image>?"}, "The number of <image> tokens in the prompts should be the same"),
         ({4: "--num-visual-tokens=5"}, "`num_visual_tokens=5` is not a budget of this model; it has 144, 36, 16"),

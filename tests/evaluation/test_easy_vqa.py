@@ -174,3 +174,32 @@ def test_command_measures_auto(saved, tmp_path) -> None:
 def test_bad_choices_are_refused_before_anything_runs(saved, options, message) -> None:
     with pytest.raises(ValueError, match=message):
         CliRunner().invoke(app, ["evaluate", "easy-vqa", saved, "--limit", "4", *options], catch_exceptions=False)
+
+
+def test_a_question_longer_than_the_models_positions_is_refused(model, processor, questions, monkeypatch):
+    monkeypatch.setattr(model.config.text_config, "max_position_embeddings", 180)
+    with pytest.raises(ValueError, match="The prompt is too long: it has 2.. tokens, and the model has 180 positions"):
+        answer_questions(model, processor, questions[:1])
+    with pytest.raises(ValueError, match="The prompt is too long: it has more than 180 tokens"):
+        answer_questions(model, processor, [questions[0]._replace(text="a" * 10**6)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dtype", "int8"], "dtype='int8': use one of"),
+        (["--device", "abacus"], "device='abacus' is not to be had here"),
+        (["--batch-size", "0"], "--batch-size 0: ask at least one"),
+        (["--limit", "0"], "limit=0: ask at least one"),
+    ],
+)
+def test_bad_options_are_refused_in_one_sentence(saved, options, message):
+    error = CliRunner().invoke(app, ["evaluate", "easy-vqa", saved, *options]).exception
+    assert isinstance(error, ValueError) and message in str(error)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    for command in (["evaluate", "easy-vqa"], ["profile"]):
+        error = CliRunner().invoke(app, [*command, str(tmp_path)]).exception
+        assert isinstance(error, ValueError) and "is a llava, not a delta_llava" in str(error)

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
 from transformers_delta_llava.cli.main import main
@@ -73,7 +74,64 @@ def test_other_results_stay(repo):
     assert len(index(repo)) == 6
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", '{"results": {}, "configs": {}}'])
+def written(repo: Path, *reports: dict) -> list[dict]:
+    """The entries of the card's `model-index` after these reports, one after the other, with a load and save between them."""
+    for report in reports:
+        (repo.parent / "results.json").write_text(json.dumps(report))
+        add_results(repo / "README.md", read_results(repo.parent / "results.json"))
+        ModelCard.load(repo / "README.md").save(repo / "README.md")
+    return yaml.safe_load((repo / "README.md").read_text().split("---")[1])["model-index"][0]["results"]
+
+
+def names(entries: list[dict]) -> dict[tuple[str, str], float]:
+    return {(entry["dataset"]["name"], m["name"]): m["value"] for entry in entries for m in entry["metrics"]}
+
+
+@pytest.mark.parametrize("partial_first", [True, False])
+def test_a_part_never_becomes_the_whole(repo, partial_first):
+    whole = {**REPORT, "n-samples": {"gqa": {"original": 12578, "effective": 12578}}}
+    entries = written(repo, *([REPORT, whole] if partial_first else [whole, REPORT]))
+    at = "exact_match at 36 visual tokens"
+    assert {("gqa", at), ("gqa (first 100 questions)", at)} < names(entries).keys()
+    splits = {entry["dataset"]["name"]: entry["dataset"]["split"] for entry in entries}
+    assert splits == {"pope": "test", "gqa": "testdev", "gqa (first 100 questions)": "testdev[:100]"}
+
+
+def test_tasks_on_one_data_set_keep_their_names(repo):
+    data = {"dataset_path": "lmms-lab/POPE", "dataset_name": "Full", "test_split": "test"}
+    tasks = {
+        name: {"accuracy,none": value} for name, value in (("pope_adv", 0.1), ("pope_pop", 0.2), ("pope_random", 0.3))
+    }
+    report = {"results": tasks, "configs": dict.fromkeys(tasks, data)}
+    expected = {("pope_adv", "accuracy"): 0.1, ("pope_pop", "accuracy"): 0.2, ("pope_random", "accuracy"): 0.3}
+    assert names(written(repo, report, report)) == expected
+
+
+def test_nan_is_never_written(repo, caplog):
+    report = {"results": {"t": {"a,none": float("nan"), "b,none": float("-inf"), "c,none": 1}}, "configs": {}}
+    assert names(written(repo, report)) == {("t", "c"): 1}
+    assert "t: a is nan, and is left out" in caplog.text
+    (repo.parent / "results.json").write_text('{"results": {"t": {"a,none": NaN}}, "configs": {}}')
+    with pytest.raises(ValueError, match="results.json holds no number"):
+        read_results(repo.parent / "results.json")
+
+
+@pytest.mark.parametrize("header", ["license: [", "- a", "model-index: 3"])
+def test_a_card_whose_header_cannot_be_read_stays_as_it_is(repo, header):
+    card = f"---\n{header}\n---\nText"
+    (repo / "README.md").write_text(card)
+    with pytest.raises(ValueError, match="README.md"):
+        add_results(repo / "README.md", read_results(repo.parent / "results.json"))
+    assert (repo / "README.md").read_text() == card
+    assert [path.name for path in repo.iterdir()] == ["README.md"]
+
+
+BAD_REPORTS = ["{}", "[]", '{"results": {}, "configs": {}}', "", "{", '{"results": [], "configs": {}}']
+BAD_REPORTS += ['{"results": {"a": 1}, "configs": {}}', '{"results": {"a": {"b": 1}}, "configs": {"a": 3}}']
+BAD_REPORTS += ['{"results": {"a": {"b": 1}}, "configs": {}, "n-samples": {"a": {"effective": "x"}}}', "[" * 10**5]
+
+
+@pytest.mark.parametrize("content", BAD_REPORTS)
 def test_other_files_are_refused(tmp_path, content):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ValueError, match="x.json"):

@@ -61,6 +61,8 @@ def test_what_is_wrong_with_a_question_is_raised_to_who_asked(conversation):
         next(conversation.ask(PICTURE, QUESTION, 7))
     with pytest.raises(ValueError, match="the placeholder of a picture; leave it out"):
         next(conversation.ask(PICTURE, "<image> what?"))
+    with pytest.raises(ValueError, match="The prompt is too long: it has more than 2,048 tokens"):
+        next(conversation.ask(PICTURE, "what? " * 10**5))
     assert list(conversation.ask(PICTURE, QUESTION))[-1].text
 
 

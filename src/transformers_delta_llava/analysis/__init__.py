@@ -9,7 +9,7 @@ from .delta_stats import DeltaRow, delta_stats, write_plot
 from .explain import Explanation, explain
 from .explain_pictures import draw_explanations, draw_heat
 from .flops import PAPER_NOTE, PARTS, SHAPES, BudgetProfile, ModelProfile, paper_flops, profile_model, shape_config
-from .loading import load_picture, load_repo
+from .loading import load_config, load_picture, load_repo
 from .plot import bar_plot, line_plot
 from .roofline import Floor, roofline
 
@@ -35,6 +35,7 @@ __all__ = [
     "explain",
     "extract_deltas",
     "line_plot",
+    "load_config",
     "load_picture",
     "load_repo",
     "merge_deltas",

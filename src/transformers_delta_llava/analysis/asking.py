@@ -9,6 +9,7 @@ from PIL import Image
 
 from ..modeling import DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
+from ..utils.prompt_length import check_prompt, check_texts
 
 
 def encode_question(
@@ -17,6 +18,7 @@ def encode_question(
     prompt: str,
     num_visual_tokens: int | str | None = None,
     auto_max_loss: float | None = None,
+    max_tokens: int | None = None,
 ) -> Any:
     """
     Inputs, a batch of one, of one turn in the processor's chat template: the picture, then the prompt.
@@ -27,19 +29,23 @@ def encode_question(
         prompt: what to ask.
         num_visual_tokens: a budget or `"auto"`; the processor's default when `None`.
         auto_max_loss: what `"auto"` may lose; the processor's default when `None`.
+        max_tokens: of the prompt with its visual tokens, from `max_prompt_tokens`; any number when `None`.
 
     Raises:
-        ValueError: a budget that the processor does not have, or a picture that cannot be used.
+        ValueError: a budget that the processor does not have, an image that cannot be used, or a prompt that is longer.
     """
+    check_texts([prompt], processor.tokenizer, max_tokens)
     content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
     options = {"num_visual_tokens": num_visual_tokens, "auto_max_loss": auto_max_loss, "return_tensors": "pt"}
-    return processor.apply_chat_template(
+    inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         processor_kwargs=options,
     )
+    check_prompt(inputs["input_ids"].shape[1], max_tokens)
+    return inputs
 
 
 def count_visual_tokens(processor: DeltaLlavaProcessor, inputs: Any) -> int:

@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..modeling import DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
+from ..utils.prompt_length import max_prompt_tokens
 from .asking import count_visual_tokens, encode_question
 
 
@@ -94,18 +95,19 @@ def compare_budgets(
         on_run: called after each run, warm-ups included: (1 + repeats) times per budget.
 
     Raises:
-        ValueError: a budget that the processor does not have, a length or a number of runs below 1, or a picture that
-            cannot be used.
+        ValueError: a budget that the processor does not have, a length or a number of runs below 1, an image that
+            cannot be used, or a prompt longer than the model's positions.
     """
     for name, number in (("max_new_tokens", max_new_tokens), ("repeats", repeats)):
         if number < 1:
             raise ValueError(f"{name}={number}: use at least 1.")
     (losses,) = processor.image_losses(image)
+    most = max_prompt_tokens(model.config)
     inputs: dict[int, Any] = {}
     for budget in budgets or processor.visual_token_budgets:
-        encoded = encode_question(processor, image, prompt, budget, auto_max_loss)
+        encoded = encode_question(processor, image, prompt, budget, auto_max_loss, most)
         inputs.setdefault(count_visual_tokens(processor, encoded), encoded.to(model.device, model.dtype))
-    picked = count_visual_tokens(processor, encode_question(processor, image, prompt, "auto", auto_max_loss))
+    picked = count_visual_tokens(processor, encode_question(processor, image, prompt, "auto", auto_max_loss, most))
 
     timed: dict[int, list[_Watch]] = {budget: [] for budget in inputs}
     for repeat in range(1 + repeats):

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..modeling import DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
+from ..utils.prompt_length import max_prompt_tokens
 from .asking import answer_ids, count_visual_tokens, encode_question, find_token, token_text
 
 
@@ -70,12 +71,14 @@ def explain(
 
     Raises:
         ValueError: an empty prompt, an empty answer, a token that the answer does not have, another `on`, a length below
-            1, a budget that the processor does not have, a picture that cannot be used, or gradients that are not
-            finite in the model's dtype.
+            1, a budget that the processor does not have, an image that cannot be used, a prompt longer than the model's
+            positions, or gradients that are not finite in the model's dtype.
     """
     check_question(prompt, on, max_new_tokens)
     with _evaluating(model), torch.inference_mode(False):
-        inputs = encode_question(processor, picture, prompt, num_visual_tokens).to(model.device, model.dtype)
+        most = max_prompt_tokens(model.config)
+        inputs = encode_question(processor, picture, prompt, num_visual_tokens, max_tokens=most)
+        inputs = inputs.to(model.device, model.dtype)
         ids = answer_ids(model, inputs, max_new_tokens)
         budget = count_visual_tokens(processor, inputs)
         place = find_token(processor, ids, token, budget)

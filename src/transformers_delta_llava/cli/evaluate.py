@@ -41,18 +41,16 @@ def easy_vqa(
     output: Annotated[Path | None, typer.Option(help="JSON file to write the numbers to.")] = None,
 ) -> None:
     """Accuracy on easy-VQA's test questions, beside what one gets from the question alone."""
-    import torch  # these take seconds to import, which `--help` need not wait for
-
+    from ..analysis import load_repo  # takes seconds to import, which `--help` need not wait for
     from ..evaluation import answer_questions, draw_test_questions, load_questions, majority_answers, score_answers
-    from ..modeling import DeltaLlavaForConditionalGeneration
-    from ..processing import DeltaLlavaProcessor
 
+    if batch_size < 1:
+        raise ValueError(f"--batch-size {batch_size}: ask at least one question at a time.")
     console = Console()
     questions = draw_test_questions(limit)
     truths = [question.answer for question in questions]
     blind = score_answers(truths, majority_answers(load_questions("train"), questions))
-    loaded = DeltaLlavaForConditionalGeneration.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
-    processor = DeltaLlavaProcessor.from_pretrained(model)
+    loaded, processor = load_repo(model, device, dtype)
 
     table = Table(
         "",

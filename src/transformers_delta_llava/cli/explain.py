@@ -48,6 +48,7 @@ def explain(
     from ..analysis.drawing import check_output, write_picture
     from ..analysis.explain import check_question, default_budgets
     from ..analysis.explain_pictures import SUFFIXES
+    from ..utils.prompt_length import max_prompt_tokens
 
     check_output(output, SUFFIXES)
     check_question(prompt, on, max_new_tokens)
@@ -55,8 +56,8 @@ def explain(
     picture = analysis.load_picture(image)
     loaded, processor = analysis.load_repo(model, device, dtype)
     wanted = [number_or_word(word) for word in dict.fromkeys(num_visual_tokens or [])]
-    for budget in wanted:
-        encode_question(processor, picture, prompt, budget)  # refuses what it is not, before anything runs
+    for budget in wanted:  # refuses what it is not, before anything runs
+        encode_question(processor, picture, prompt, budget, max_tokens=max_prompt_tokens(loaded.config))
     talk = Console(stderr=True)
     found = [
         analysis.explain(loaded, processor, picture, prompt, budget, number_or_word(token), on, max_new_tokens)

@@ -43,10 +43,9 @@ def profile(
     """Operations, parameters and memory of each part at every budget, from the config alone: no weights are read."""
     import torch  # takes seconds to import, which `--help` need not wait for
 
-    from ..analysis import PAPER_NOTE, SHAPES, bar_plot, profile_model, roofline, shape_config
-    from ..modeling import DeltaLlavaConfig
+    from ..analysis import PAPER_NOTE, SHAPES, bar_plot, load_config, profile_model, roofline, shape_config
 
-    config = shape_config(model) if model in SHAPES else DeltaLlavaConfig.from_pretrained(model)
+    config = shape_config(model) if model in SHAPES else load_config(model)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype={dtype!r}: use float32, bfloat16 or float16.")
     if (flops_per_second is None) != (bytes_per_second is None):

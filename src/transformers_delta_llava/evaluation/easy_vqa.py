@@ -13,6 +13,7 @@ import torch
 
 from ..modeling import DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
+from ..utils.prompt_length import check_prompt, check_texts, max_prompt_tokens
 
 
 MAX_NEW_TOKENS = 8  # no answer needs more
@@ -97,11 +98,15 @@ def answer_questions(
         on_budgets: called with the visual tokens that each image of a batch got.
 
     Raises:
-        ValueError: a budget that the model does not have, or a loss that is no share.
+        ValueError: a budget that the model does not have, a loss that is no share, or a question that is longer than the
+            model's positions.
     """
     model.eval()
+    most = max_prompt_tokens(model.config)
     answers: list[str] = []
     for batch in _batches(questions, batch_size):
+        for question in batch:
+            check_texts([question.text], processor.tokenizer, most)
         inputs = processor.apply_chat_template(
             [_conversation(question) for question in batch],
             add_generation_prompt=True,
@@ -109,6 +114,7 @@ def answer_questions(
             return_dict=True,
             processor_kwargs=_options(num_visual_tokens=num_visual_tokens, auto_max_loss=auto_max_loss),
         ).to(model.device, model.dtype)
+        check_prompt(inputs["input_ids"].shape[1], most)
         if on_budgets is not None:
             told = inputs.get("num_visual_tokens")
             on_budgets([processor.image_seq_length] * len(batch) if told is None else told.tolist())

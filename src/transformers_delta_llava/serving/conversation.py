@@ -14,6 +14,7 @@ from ..analysis import Explanation, explain
 from ..analysis.asking import count_visual_tokens, encode_question
 from ..modeling import DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
+from ..utils.prompt_length import max_prompt_tokens
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Conversation:
         The answer, each time longer, and at last whole. Who stops iterating stops the model after its next token.
 
         Raises:
-            ValueError: no question, a budget that the model does not have, or what the processor refuses.
+            ValueError: no question, one that is longer than the model's positions, a budget that the model does not
+                have, or what the processor refuses.
             Exception: whatever generation raises in its thread.
         """
         if not question.strip():
@@ -77,7 +79,10 @@ class Conversation:
             try:
                 with self._one_at_a_time:
                     stream.started = time.perf_counter()
-                    inputs = encode_question(self.processor, picture, question.strip(), num_visual_tokens)
+                    most = max_prompt_tokens(self.model.config)
+                    inputs = encode_question(
+                        self.processor, picture, question.strip(), num_visual_tokens, max_tokens=most
+                    )
                     stream.visual_tokens = count_visual_tokens(self.processor, inputs)
                     self.model.generate(
                         **inputs.to(self.model.device, self.model.dtype),

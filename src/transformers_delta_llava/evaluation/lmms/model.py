@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ...modeling import DeltaLlavaForConditionalGeneration
 from ...processing import DeltaLlavaProcessor
+from ...utils.prompt_length import check_prompt, max_prompt_tokens
 
 
 # What a task that says nothing about its answers gets.
@@ -34,7 +35,7 @@ class DeltaLlavaLmms(lmms):
         max_batch_size: accepted because lmms-eval passes it; not used.
 
     Raises:
-        ValueError: a budget that the model does not have.
+        ValueError: a budget that the model does not have; later, a prompt longer than the model's positions.
     """
 
     is_simple = False  # it wants conversations, not a text and a list of pictures
@@ -94,6 +95,7 @@ class DeltaLlavaLmms(lmms):
         inputs = self.processor.apply_chat_template(
             conversations, add_generation_prompt=True, tokenize=True, return_dict=True, processor_kwargs=options
         ).to(self.device, self.model.dtype)
+        check_prompt(inputs["input_ids"].shape[1], max_prompt_tokens(self.model.config))
         settings = batch[0][2]
         stops = _stop_strings(settings.get("until"))
         output = self.model.generate(**inputs, **_generation_settings(settings))

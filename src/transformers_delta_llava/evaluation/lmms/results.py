@@ -1,46 +1,94 @@
 """Results that lmms-eval wrote, as the `model-index` of a model card: what the Hub shows beside a model."""
 
-import json
+import logging
+import math
+import os
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
+from pydantic import Field
+
+from ...utils.errors import DeltaLlavaError, one_line
+from ...utils.validation import FileModel, read_model
 
 
 # Where lmms-eval is asked for none, it still writes these.
 NO_METRICS = ("alias", "samples", "submission")
 
 
+class _Task(FileModel):
+    """What a results file says of the data of a task."""
+
+    dataset_path: str | None = None
+    dataset_name: str | None = None
+    test_split: str | None = None
+
+
+class _Questions(FileModel):
+    """How many questions a task has, and how many of them were asked."""
+
+    original: int | None = None
+    effective: int | None = None
+
+
+class _Run(FileModel):
+    """How lmms-eval was called."""
+
+    model_args: Any = None
+
+
+class _Report(FileModel):
+    """A `*_results.json` of lmms-eval."""
+
+    results: dict[str, dict[str, Any]]
+    configs: dict[str, _Task]
+    questions: dict[str, _Questions] = Field(default={}, alias="n-samples")
+    config: _Run = _Run()
+    lmms_eval_version: str | None = None
+
+
 def read_results(path: Path) -> list[EvalResult]:
     """
-    The numbers in a `*_results.json` of lmms-eval, one for each task and metric.
+    The numbers in a `*_results.json` of lmms-eval, one for each task and metric. NaN and infinity are left out.
+
+    A part of a data set has a name and a split of its own (`test[:200]`), and every task a configuration of its own: the
+    card's `model-index` keeps one name for all metrics of the same data set, configuration and split.
 
     Raises:
-        ValueError: the file is none of lmms-eval's.
+        DeltaLlavaError: the file is none of lmms-eval's, or holds no number.
+        OSError: it cannot be read.
     """
-    report = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(report, dict) or not {"results", "configs"} <= report.keys():
-        raise ValueError(f"{path.name} is not a results file of lmms-eval: it has no 'results' and 'configs'.")
-    arguments = str((report.get("config") or {}).get("model_args") or "")
-    tokens = [part.partition("=")[2] for part in arguments.split(",") if part.startswith("num_visual_tokens=")]
+    report = read_model(path, _Report)
+    tokens = [
+        part.partition("=")[2].strip()
+        for part in str(report.config.model_args or "").split(",")
+        if part.strip().startswith("num_visual_tokens=")
+    ]
     at = f" at {tokens[0]} visual tokens" if tokens else ""
-    version = report.get("lmms_eval_version")
+    version = report.lmms_eval_version
     found = []
-    for task, numbers in report["results"].items():
-        config = report["configs"].get(task, {})
-        counted = (report.get("n-samples") or {}).get(task, {})
-        part = counted.get("effective") if counted.get("effective") != counted.get("original") else None
+    for task, numbers in report.results.items():
+        data = report.configs.get(task, _Task())
+        asked = report.questions.get(task, _Questions())
+        part = asked.effective if asked.effective != asked.original else None
+        split = data.test_split if part is None else f"{data.test_split or ''}[:{part}]"
+        configuration = task if data.dataset_name in (None, task) else f"{data.dataset_name}, {task}"
         for key, value in numbers.items():
             metric = key.split(",")[0]
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or "_stderr" in metric or metric in NO_METRICS:
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or "_stderr" in metric or metric in NO_METRICS:
+                continue
+            if not math.isfinite(value):
+                logging.getLogger(__name__).warning("%s: %s is %s, and is left out", task, metric, value)
                 continue
             found.append(
                 EvalResult(
                     task_type="image-text-to-text",
-                    dataset_type=str(config.get("dataset_path") or task),
+                    dataset_type=data.dataset_path or task,
                     dataset_name=task if part is None else f"{task} (first {part} questions)",
-                    dataset_config=config.get("dataset_name"),
-                    dataset_split=config.get("test_split"),
+                    dataset_config=configuration,
+                    dataset_split=split,
                     metric_type=metric,
                     metric_name=metric + at,
                     metric_value=value,
@@ -49,25 +97,37 @@ def read_results(path: Path) -> list[EvalResult]:
                 )
             )
     if not found:
-        raise ValueError(f"{path.name} holds no number.")
+        raise DeltaLlavaError(f"{path.name} holds no number.")
     return found
 
 
 def add_results(card: Path, results: list[EvalResult]) -> None:
     """
-    Put `results` into the `model-index` of the card in file `card`; those of the same data set and metric are replaced.
+    Put `results` into the `model-index` of the card in file `card`; those of the same task, part and metric are replaced.
 
     Raises:
-        FileNotFoundError: there is no card.
+        DeltaLlavaError: the card's header cannot be read.
+        OSError: there is no card, or it cannot be written; it is as it was then.
     """
-    loaded = ModelCard.load(card)
-    kept = [old for old in loaded.data.eval_results or [] if not any(_same(old, new) for new in results)]
-    loaded.data.eval_results = kept + results
-    if loaded.data.get("model_name") is None:
-        loaded.data["model_name"] = card.resolve().parent.name
-    loaded.save(card)
+    text = card.read_text(encoding="utf-8")
+    try:
+        loaded = ModelCard(text)
+    except Exception as error:  # whatever YAML or huggingface_hub raises
+        raise DeltaLlavaError(f"The header of {card.name} cannot be read: {one_line(error)}.") from error
+    data: Any = loaded.data
+    new = {_what(result): result for result in results}
+    kept = [old for old in data.eval_results or [] if _what(old) not in new]
+    data.eval_results = kept + list(new.values())
+    if data.get("model_name") is None:
+        data["model_name"] = card.resolve().parent.name
+    draft = card.with_name(f".{os.getpid()}-{card.name}")
+    try:
+        loaded.save(draft)
+        draft.replace(card)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
-def _same(one: EvalResult, other: EvalResult) -> bool:
-    names = ("dataset_type", "dataset_name", "dataset_config", "dataset_split", "metric_name")
-    return all(getattr(one, name) == getattr(other, name) for name in names)
+def _what(result: EvalResult) -> tuple[str | None, ...]:
+    """What a result measures: the task, with the part of it that was asked, and the metric, with its visual tokens."""
+    return result.dataset_type, result.dataset_name, result.metric_name
