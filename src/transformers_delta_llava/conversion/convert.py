@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..modeling import DeltaLlavaConfig
+from ..modeling.delta_repo_delta_llava import dtype_name
 from ..utils.files import read_json, write_json
 from ..utils.hub import hub_id_of, public_name
 from ..utils.output_folder import REPORT_FILE, atomic_folder, check_output
@@ -242,7 +243,7 @@ def _model_card(read: _Source, config: DeltaLlavaConfig, name: str, cast: torch.
         vision_tower=read.tower.name,
         base_models=read.base_models,
         conversion=Conversion(
-            cast_to=str(cast).removeprefix("torch.") if cast is not None else None,
+            cast_to=dtype_name(cast) if cast is not None else None,
             new_rows=config.text_config.vocab_size - read.rows,
             new_tokens=read.token_ids.added,
         ),
@@ -273,7 +274,7 @@ def _report(
         trained_vocab_size=read.rows,
         tokens_added=read.token_ids.added,
         chat_template=Path(read.chat_template).name,
-        dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in plan.tensors.values())),
+        dtypes=dict(Counter(dtype_name(tensor.dtype) for tensor in plan.tensors.values())),
         tensors_used=len(read.checkpoint.tensors) - len(plan.ignored),
         tensors_ignored=plan.ignored,
         tensors_written=len(plan.tensors),
