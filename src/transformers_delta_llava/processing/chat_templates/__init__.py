@@ -94,7 +94,9 @@ def _llama_3(default_system: str, start: str = "") -> Conversation:
 
 
 CONVERSATIONS = {
-    "vicuna_v1": Conversation(_CURIOUS, system=("", " "), user=("USER: ", " "), assistant="ASSISTANT:", gap=" ", end="</s>"),
+    "vicuna_v1": Conversation(
+        _CURIOUS, system=("", " "), user=("USER: ", " "), assistant="ASSISTANT:", gap=" ", end="</s>"
+    ),
     "llama_2": _inst(_LLAMA_2, later_user="<s>"),
     "llava_llama_2": _inst(_LANGUAGE_AND_VISION, later_user="<s>"),
     "mistral_instruct": _inst("", later_user=""),
@@ -106,9 +108,7 @@ CONVERSATIONS = {
         "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
     ),
     "chatml": _chatml("You are a helpful assistant.", after="\n"),  # `qwen_1_5` in LLaVA-NeXT
-    "qwen3": _chatml(
-        "You are a helpful assistant.", after="\n", user="\n\n", assistant="\n<think>\n\n</think>\n\n\n"
-    ),
+    "qwen3": _chatml("You are a helpful assistant.", after="\n", user="\n\n", assistant="\n<think>\n\n</think>\n\n\n"),
     "phi_3": Conversation(
         system=("<|system|>\n", "<|end|>\n"),
         user=("<|user|>\n", "<|end|>\n"),
@@ -126,7 +126,12 @@ CONVERSATIONS = {
     "plain": Conversation(user=("", "\n"), end="\n", captions=True),
 }
 _SEPARATORS = str.maketrans("", "", "-_.")
-_OTHER_NAMES = {"v1": "vicuna_v1", "mistral": "mistral_instruct", "mistral_direct": "chatml_direct", "qwen_1_5": "chatml"}
+_OTHER_NAMES = {
+    "v1": "vicuna_v1",
+    "mistral": "mistral_instruct",
+    "mistral_direct": "chatml_direct",
+    "qwen_1_5": "chatml",
+}
 
 
 def find_conversation(name: str) -> str | None:
@@ -155,6 +160,8 @@ def adapt_template(template: str, end: str) -> str:
         template: The Jinja source.
         end: What the template writes behind an answer to end it.
     """
+    if _part("messages") in template:
+        return template  # adapted before, or one of ours
     if "{% generation" in template or "{%- generation" in template:
         return _part("messages") + "{%- set messages = chat.messages %}\n" + template
     template = template.removesuffix("\n")  # as Jinja does at the end of a source
