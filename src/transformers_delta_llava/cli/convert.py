@@ -106,9 +106,9 @@ def convert(
         say(f"left out {name}: {reason}")
     say(
         f"{report.tensors_written} tensors ({report.tensors_used} from {report.source}), "
-        f"{report.visual_tokens} visual tokens per image\n"
-        f"chat template: {report.chat_template} ({report.chat_template_reason})"
+        f"{report.visual_tokens} visual tokens per image"
     )
+    say(f"chat template: {report.chat_template} ({report.chat_template_reason})")
     typer.echo(report.output)
     if push_to_hub is not None:
         try:
