@@ -53,7 +53,7 @@ def test_overrides_change_a_recipe(recipe_file: Path) -> None:
         ("data.path=none.json", r"data\.path=none\.json: there is no such file"),
         ("data.path=rows.csv", r"data\.path=rows\.csv: name a \.json or \.jsonl file"),
         ("data.images=./nowhere", r"data\.images=\./nowhere: there is no such folder"),
-        ("data.chat_template=vicuna", r"data\.chat_template=vicuna: use one of vicuna_v1, plain"),
+        ("data.chat_template=vicuna", r"data\.chat_template=vicuna: use one of vicuna_v1, llama_2"),
         ("data.on_error=ignore", r"data\.on_error='ignore': use one of fail, skip"),
         ("data.max_length=0", r"data\.max_length=0: use a whole number"),
         ("data.dataset=./x", r"data must have one of path .* and dataset"),
