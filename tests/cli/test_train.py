@@ -8,7 +8,7 @@ import pytest
 
 from tests.training.tiny_run import recipe_content, write_data, write_model
 from transformers_delta_llava.cli.main import main
-from transformers_delta_llava.training.yaml_files import write_yaml
+from transformers_delta_llava.training.recipe import write_yaml
 
 
 @pytest.fixture
@@ -36,9 +36,12 @@ def test_the_folder_is_printed(monkeypatch: Any, capsys: Any, recipe: Path) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("visual_token=1", "delta-llava: visual_token is no key of a recipe; did you mean visual_tokens."),
-        ("data.path=none.json", "delta-llava: data.path=none.json: there is no such file."),
-        ("arguments.lr=1", "delta-llava: arguments.lr is no training argument of transformers."),
+        (
+            "visual_token=1",
+            "delta-llava: recipe.yaml: visual_token is not a key of a recipe; did you mean visual_tokens.",
+        ),
+        ("data.path=none.json", "delta-llava: recipe.yaml: data.path: there is no file 'none.json'."),
+        ("arguments.lr=1", "delta-llava: recipe.yaml: arguments: lr is not an argument of TrainingArguments."),
     ],
 )
 def test_a_bad_recipe_is_one_sentence(monkeypatch: Any, capsys: Any, recipe: Path, change: str, message: str) -> None:

@@ -10,7 +10,8 @@ import pytest
 from tests.training.tiny_run import make_picture, make_rows, write_data, write_rows
 from transformers_delta_llava.training import DataError, DataRecipe, row_index
 from transformers_delta_llava.training.data import DatasetRows, JsonRows, open_rows
-from transformers_delta_llava.training.rows import RowError, to_messages
+from transformers_delta_llava.training.errors import RowError
+from transformers_delta_llava.training.rows import to_messages
 
 
 def turn(speaker: str, value: Any) -> dict[str, Any]:
@@ -51,10 +52,28 @@ def test_an_answer_to_nothing_is_dropped() -> None:
         ({"conversations": [turn("gpt", "Hi")]}, "no answer"),
         ({"conversations": [turn("human", "Hi"), turn("gpt", " ")]}, "empty answer"),
         ({"conversations": [turn("human", "Hi"), turn("human", "Ho"), turn("gpt", "x")]}, "turn 2 is from the user"),
-        ({"conversations": [turn("human", "Hi"), turn("bing", "x")]}, "a turn from 'bing'"),
-        ({"conversations": [turn("human", "Hi"), turn("gpt", None)]}, "has no text"),
+        (
+            {"conversations": [turn("human", "Hi"), turn("bing", "x")]},
+            r"conversations\.1\.from='bing': input should be 'human'",
+        ),
+        ({"conversations": [turn("human", "Hi"), turn("gpt", None)]}, r"conversations\.1\.value.*=None: input"),
         ({"conversations": [turn("human", "Hi"), turn("gpt", "<image>")]}, "<image> in a turn of the assistant"),
-        ({"conversations": ["Hi"]}, "not an object"),
+        ({"conversations": ["Hi"]}, r"conversations\.0='Hi': input should be a valid dictionary"),
+        ({"conversations": "Hi"}, r"conversations='Hi': input should be a valid list"),
+        ({"messages": [{"role": ["user"], "content": "Hi"}]}, r"role=\['user'\]: input should be 'human'"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, r"content.*text is missing"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, r"content.*'video'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "url": "a.png"}]}]}, r"image\.url='a\.png'"),
+        ({"conversations": [turn("human", "\ud83d"), turn("gpt", "x")]}, "half a character"),
+        ({"system": 3, "conversations": [turn("human", "Hi"), turn("gpt", "x")]}, "system=3"),
+        (
+            {"system": "A", "conversations": [turn("system", "B"), turn("human", "Hi"), turn("gpt", "x")]},
+            "and a system",
+        ),
+        ({"tools": ["x"], "conversations": [turn("human", "Hi"), turn("gpt", "x")]}, "it has tools"),
+        ({"video": "a.mp4", "conversations": [turn("human", "<video>"), turn("gpt", "x")]}, "it has video"),
+        ({"image": "a", "images": ["a"], "conversations": [turn("human", "<image>"), turn("gpt", "x")]}, "both image"),
+        ({"conversations": [turn("human", "a")], "messages": [turn("human", "a")]}, "both conversations and messages"),
         ({"conversations": [turn("human", "<image> Hi"), turn("gpt", "x")]}, "1 <image> and 0 images"),
         ({"image": "a.png", "conversations": [turn("human", "Hi"), turn("gpt", "x")]}, "0 <image> and 1 images"),
         (
@@ -66,6 +85,14 @@ def test_an_answer_to_nothing_is_dropped() -> None:
 def test_a_row_that_cannot_be_used_says_why(row: Any, reason: str) -> None:
     with pytest.raises(RowError, match=reason):
         to_messages(row)
+
+
+@pytest.mark.parametrize("key", ["conversations", "messages"])
+def test_the_system_text_of_a_row_opens_its_conversation(key: str) -> None:
+    row = {"system": "Be brief.", key: [turn("human", "Hi"), turn("gpt", "Yes?")]}
+    messages = to_messages(row)
+    assert [message["role"] for message in messages] == ["system", "user", "assistant"]
+    assert messages[0]["content"] == [{"type": "text", "text": "Be brief."}]
 
 
 @pytest.mark.parametrize("chunk", [7, 64, 2**20])
@@ -88,7 +115,40 @@ def test_a_json_array_is_cut_into_its_rows(tmp_path: Path, monkeypatch: Any, chu
         assert [content[start:stop] for start, stop, _ in found] == [data for _, _, data in found]
 
 
-@pytest.mark.parametrize("content", ['{"a": 1}', "[{} {", '[{"a": 1}', '[{"a": tru}, {}]' + " " * 40, ""])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("chunk", [5, 2**20])
+def test_a_row_that_is_not_json_spoils_no_other(tmp_path: Path, monkeypatch: Any, suffix: str, chunk: int) -> None:
+    monkeypatch.setattr(row_index, "CHUNK_BYTES", chunk)
+    good = json.dumps({"conversations": [turn("human", 'Hi "\\'), turn("gpt", "x")]})
+    deep = '{"id": ' + "[" * 20_000 + "]" * 20_000 + "}"
+    surrogate = good.replace("Hi", r"\ud800")
+    bad = [
+        ('{"a": tru}', "not JSON"),
+        (deep, "nested too deep"),
+        (surrogate, "half a character"),
+        ("3", "of type int"),
+    ]
+    bad += [('{"id": ' + "9" * 5000 + "}", "not JSON"), (good.replace("gpt", "\\ud800"), "from="), ("[1, 2]", "list")]
+    lines = [good, *(line for line, _ in bad), good]
+    text = "\n".join(lines) if suffix == ".jsonl" else f"[{', '.join(lines)}]"
+    (tmp_path / f"rows{suffix}").write_text(text)
+    rows = JsonRows(tmp_path / f"rows{suffix}")
+    assert rows.index.numbers.tolist() == [0, len(lines) - 1]
+    assert len(rows.messages(1)) == 2
+    for (_, reason), (name, given) in zip(bad, rows.index.bad):
+        assert reason in given and name.isprintable(), (name, given)
+
+
+def test_a_damaged_index_is_built_again(tmp_path: Path) -> None:
+    file = write_data(tmp_path / "data", 4)
+    JsonRows(file, tmp_path / "data", tmp_path / "cache")
+    (index,) = (tmp_path / "cache").iterdir()
+    for content in (index.read_bytes()[:-40], b"", b"x" * 100):
+        index.write_bytes(content)
+        assert len(JsonRows(file, tmp_path / "data", tmp_path / "cache")) == 4
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', "[{} {", '[{"a": 1}', '["a', ""])
 def test_a_broken_array_is_named(tmp_path: Path, content: str) -> None:
     file = tmp_path / "rows.json"
     file.write_text(content)
@@ -140,7 +200,7 @@ def test_unusable_rows_are_counted_and_named(tmp_path: Path) -> None:
         assert [name for name, _ in rows.index.bad] == ["row 2 (id r2)", "row 4 (id r4)", "row 5", "row 7 (id r7)"]
         reasons = [reason for _, reason in rows.index.bad]
         assert "none.png does not exist" in reasons[0] and "no answer" in reasons[1]
-        assert "no JSON" in reasons[2] and "1 <image> and 2 images" in reasons[3]
+        assert "not JSON" in reasons[2] and "1 <image> and 2 images" in reasons[3]
         assert rows.name(3) == "row 6 (id r6)"
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from tests.training.tiny_run import recipe_content, write_data, write_model
 from transformers_delta_llava.training import load_recipe, make_recipe, train
-from transformers_delta_llava.training.yaml_files import write_yaml
+from transformers_delta_llava.training.recipe import write_yaml
 
 
 ROOT = Path(__file__).parents[2]

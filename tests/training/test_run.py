@@ -3,21 +3,25 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.training.tiny_run import make_processor, make_tokenizer, recipe_content, write_data, write_model
 from transformers_delta_llava.training import RecipeError, make_recipe, train
+from transformers_delta_llava.training.recipe import write_yaml
 from transformers_delta_llava.training.run import make_trainer
 from transformers_delta_llava.training.trainer import merge_adapter
-from transformers_delta_llava.training.yaml_files import write_yaml
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +282,140 @@ def test_two_pretrained_parts_become_a_model(folder: Path, tmp_path: Path) -> No
     torch.testing.assert_close(language.norm.weight, source["model.norm.weight"])
 
 
+def checkpoints_of(folder: Path, out: Path, **arguments: Any) -> dict[str, Any]:
+    """Trains to step 2 with a checkpoint after each; returns the recipe, which goes on to step 3."""
+    arguments = {"output_dir": str(out), "save_strategy": "steps", "save_steps": 1, **arguments}
+    content = recipe_content(folder, train=["projector"], arguments={**arguments, "max_steps": 2})
+    train(make_recipe(content))
+    content["arguments"]["max_steps"] = 3
+    return content
+
+
+def test_a_run_that_diverges_ends_there_and_saves_nothing_of_it(folder: Path, tmp_path: Path) -> None:
+    arguments = {"learning_rate": 1e30, "save_strategy": "steps", "save_steps": 1, "max_steps": 8}
+    with pytest.raises(
+        RecipeError, match=r"At step \d+ \d+ of \d+ trained tensors hold .* Lower arguments.learning_rate"
+    ):
+        run(folder, tmp_path, train=["projector"], arguments=arguments)
+    assert not (tmp_path / "model.safetensors").exists()
+    for checkpoint in tmp_path.glob("checkpoint-*/model.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(checkpoint).values())
+
+
+def test_weights_that_are_not_numbers_are_not_saved_as_the_finished_model(folder: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(make_recipe(recipe_content(folder, arguments={"output_dir": str(tmp_path)})))
+    next(trainer.model.model.multi_modal_projector.parameters()).data.view(-1)[0] = float("inf")
+    for save in (trainer.save_model, lambda: trainer.save_final(str(tmp_path), None)):
+        with pytest.raises(RecipeError, match="1 of .* trained tensors"):
+            save()
+
+
+def test_a_checkpoint_without_optimizer_is_not_gone_on_from(folder: Path, tmp_path: Path) -> None:
+    content = checkpoints_of(folder, tmp_path, save_only_model=True)
+    with pytest.raises(RecipeError, match=r"checkpoint-2 lacks the optimizer's state.*as model.path"):
+        train(make_recipe(content), resume=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+)
+def test_a_damaged_checkpoint_is_named(folder: Path, tmp_path: Path, name: str) -> None:
+    content = checkpoints_of(folder, tmp_path)
+    file = tmp_path / "checkpoint-2" / name
+    for damaged in (file.read_bytes()[: file.stat().st_size // 2], b"", b"[1, {"):
+        file.write_bytes(damaged)
+        with pytest.raises(
+            RecipeError, match=r"cannot go on from .*checkpoint-2 \(.*--resume goes on from the one before"
+        ):
+            train(make_recipe(content), resume=True)
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    train(make_recipe(content), resume=True)
+
+
+@pytest.mark.parametrize("writer", ["safetensors", "torch"])
+def test_a_full_disk_is_one_sentence_and_loses_no_checkpoint(
+    folder: Path, tmp_path: Path, monkeypatch: Any, writer: str
+) -> None:
+    """As the two libraries report it: one by text alone, the other not at all."""
+    content = checkpoints_of(folder, tmp_path)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        if writer == "safetensors":
+            raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 512 vs 406")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.modeling_utils, "safe_save_file", full) if writer == "safetensors" else None
+        patch.setattr(torch, "save", full) if writer == "torch" else None
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+        with pytest.raises(RecipeError, match=r"The disk of .* is full, at step 3.*from .*checkpoint-2 with --resume"):
+            train(make_recipe(content), resume=True)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+    assert not list(tmp_path.glob(".unfinished-*"))
+    train(make_recipe(content), resume=True)
+
+
+def test_a_finished_folder_holds_no_weights_of_an_earlier_run(folder: Path, tmp_path: Path) -> None:
+    stale = ("model-00001-of-00002.safetensors", "model.safetensors.index.json")
+    for name in stale:
+        (tmp_path / name).write_text("{}")
+    run(folder, tmp_path, train=["projector"], arguments={"max_steps": 1})
+    assert (tmp_path / "model.safetensors").is_file() and not any((tmp_path / name).exists() for name in stale)
+
+
+def test_no_file_of_a_run_holds_the_token(folder: Path, tmp_path: Path) -> None:
+    token = "hf_" + "s" * 30
+    run(
+        folder, tmp_path, train=["projector"], arguments={"hub_token": token, "max_steps": 1, "save_strategy": "epoch"}
+    )
+    assert list(tmp_path.glob("checkpoint-*/optimizer.pt"))
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and token.encode() in path.read_bytes()] == []
+
+
+def test_the_projector_has_a_learning_rate_of_its_own(folder: Path, tmp_path: Path) -> None:
+    content = recipe_content(folder, arguments={"output_dir": str(tmp_path), "weight_decay": 0.1, "max_steps": 2})
+    trainer = make_trainer(make_recipe({**content, "projector_lr": 1e-5}))
+    trainer.train()
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    rates: dict[float, set[str]] = {}
+    for group in trainer.optimizer.param_groups:
+        rates.setdefault(group["initial_lr"], set()).update(names[id(parameter)] for parameter in group["params"])
+    assert rates.keys() == {1e-3, 1e-5}
+    assert all("multi_modal_projector" in name for name in rates[1e-5])
+    assert not any("multi_modal_projector" in name for name in rates[1e-3])
+    assert sum(map(len, rates.values())) == sum(parameter.requires_grad for parameter in trainer.model.parameters())
+
+
+def test_label_smoothing_in_a_recipe_begins_at_the_models_own_loss(folder: Path, tmp_path: Path) -> None:
+    losses = {}
+    for factor in (0.0, 1e-6, 0.5):
+        arguments = {"label_smoothing_factor": factor, "max_steps": 1, "gradient_accumulation_steps": 2}
+        out = run(folder, tmp_path / str(factor), train=["projector"], arguments=arguments)
+        log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+        losses[factor] = log[0]["loss"]
+    assert losses[1e-6] == pytest.approx(losses[0.0], abs=1e-4) and losses[0.5] != pytest.approx(losses[0.0], abs=1e-4)
+
+
+def test_qlora_trains_beside_a_quantized_language_model_and_ends_in_a_whole_one(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    content = recipe_content(folder, train=["projector", "lora"], lora={"r": 4, "lora_dropout": 0.0})
+    content["model"]["quantization_config"] = {"load_in_4bit": True}
+    content["arguments"] |= {"output_dir": str(tmp_path / "out"), "save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(make_recipe(content))
+    kinds = {name: type(p).__name__ for name, p in trainer.model.named_parameters() if "lora_" not in name}
+    quantized = {name.split(".")[3] for name, kind in kinds.items() if kind == "Params4bit"}
+    assert quantized == {"language_model"}
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters() if p.requires_grad)
+    out = train(make_recipe(content))
+    assert changed(folder / "model", out) == {"multi_modal_projector", "deltas", "language_model"}
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    content["arguments"] |= {
+        "output_dir": str(tmp_path / "again"),
+        "resume_from_checkpoint": str(out / "checkpoint-2"),
+    }
+    assert_equal(out, train(make_recipe(content)))
+
+
 def test_two_configs_become_a_model(folder: Path, tmp_path: Path) -> None:
     from tests.tiny import TEXT, VISION
 
@@ -305,4 +443,4 @@ def test_lora_needs_a_model_to_adapt(folder: Path, tmp_path: Path) -> None:
     content = recipe_content(folder, arguments={"output_dir": str(tmp_path)})
     content |= {"model": {"vision": "org/clip", "language": "org/llama"}, "train": ["lora"]}
     with pytest.raises(RecipeError, match="name it as model.path"):
-        train(make_recipe(content))
+        make_recipe(content)

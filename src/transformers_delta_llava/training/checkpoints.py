@@ -1,5 +1,6 @@
 """Checkpoints: Hub folders that `from_pretrained` loads, and that a run goes on from to the last bit."""
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,9 +33,17 @@ def save_hub_folder(
     """
     if dtype is not None:
         state_dict = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state_dict.items()}
+    config = model.config
+    for head, embeddings in DeltaLlavaForConditionalGeneration._tied_weights_keys.items():
+        one, other = state_dict.get(head), state_dict.get(embeddings)
+        tied = config.text_config.tie_word_embeddings or config.tie_word_embeddings
+        if tied and one is not None and other is not None and not torch.equal(one, other):
+            # One of the two was trained alone, by LoRA's `modules_to_save`; tied, the other would replace it.
+            config = copy.deepcopy(config)
+            config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
     # An empty model of the plain class: FSDP and PEFT change the class, and so what save_pretrained writes.
     with torch.device("meta"):
-        shell = DeltaLlavaForConditionalGeneration(model.config)
+        shell = DeltaLlavaForConditionalGeneration(config)
     shell.to(dtype or torch.float32)
     shell.generation_config = model.generation_config
     shell.save_pretrained(folder, state_dict=state_dict)
@@ -77,6 +86,28 @@ def _read(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         with safe_open(folder / file, framework="pt") as weights:
             for name in weights.keys():
                 yield name, weights.get_tensor(name)
+
+
+def check_resumable(folder: str | Path) -> None:
+    """
+    Refuse a checkpoint that transformers would go on from with a new optimizer, schedule or random numbers.
+
+    Raises:
+        RecipeError: it lacks one of them.
+    """
+    folder = Path(folder)
+    parts = {  # written by transformers, accelerate's FSDP, DeepSpeed
+        "trainer's state": ("trainer_state.json",),
+        "optimizer's state": ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"),
+        "schedule": ("scheduler.pt", "global_step*"),
+        "random numbers": ("rng_state*.pth",),
+    }
+    for part, patterns in parts.items():
+        if not any(True for pattern in patterns for _ in folder.glob(pattern)):
+            raise RecipeError(
+                f"{folder} lacks the {part}, so the run cannot go on from it (arguments.save_only_model leaves it out): "
+                "begin a new run with it as model.path, in another output_dir."
+            )
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:

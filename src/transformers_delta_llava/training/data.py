@@ -2,14 +2,15 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from .errors import DataError
+from ..utils.errors import one_line, shorten
+from .errors import DataError, RowError
 from .recipe import DataRecipe
 from .row_index import RowIndex, build_index, cached_index, iterate_json_rows
-from .rows import RowError, check_caption, image_names, to_messages
+from .rows import check_caption, image_names, to_messages
 
 
 class Rows(Protocol):
@@ -64,7 +65,7 @@ class JsonRows:
 
     def _image_path(self, name: Any) -> str:
         if not isinstance(name, str):
-            raise RowError(f"its image is {name!r}, not the name of a file")
+            raise RowError(f"its image is {shorten(name)}, not the name of a file")
         return os.path.join(self.images, name) if self.images else name
 
     def _build(self) -> RowIndex:
@@ -73,15 +74,17 @@ class JsonRows:
     def _measure(self, data: bytes) -> tuple[int, int]:
         try:
             row = json.loads(data)
+        except RecursionError:
+            raise RowError("it is nested too deep") from None
         except ValueError as error:
-            raise RowError(f"it is no JSON ({error})") from error
+            raise RowError(f"it is not JSON ({one_line(error)})") from error
         messages = to_messages(row)
         if self.captions:
             check_caption(messages)
         for name in image_names(row):
             path = self._image_path(name)
             if not os.path.isfile(path):
-                raise RowError(f"its image {path} does not exist")
+                raise RowError(f"its image {shorten(path)} does not exist")
         return sum(_text_length(message) for message in messages), len(image_names(row))
 
 
@@ -113,23 +116,25 @@ class DatasetRows:
     def messages(self, place: int) -> list[dict[str, Any]]:
         """The conversation, with its pictures."""
         row = self.dataset[int(self.index.numbers[place])]
-        return to_messages({"messages": _clean(row["messages"])}, image_names({"images": row.get("images")}))
+        return self._read(row)
 
     def _light_rows(self) -> Iterator[tuple[int, int, Any]]:
         """Every row with its images undecoded."""
-        dataset = self.dataset.select_columns(
-            [name for name in ("id", "messages", "images") if name in self.dataset.column_names]
-        )
+        columns = ("id", "system", "messages", "images")
+        dataset = self.dataset.select_columns([name for name in columns if name in self.dataset.column_names])
         if "images" in dataset.column_names:
             dataset = dataset.cast_column("images", _undecoded(dataset.features["images"]))
         return ((0, 0, row) for row in dataset)
 
     def _measure(self, row: dict[str, Any]) -> tuple[int, int]:
-        images = image_names({"images": row.get("images")})
-        messages = to_messages({"messages": _clean(row["messages"])}, images)
+        messages = self._read(row)
         if self.captions:
             check_caption(messages)
-        return sum(_text_length(message) for message in messages), len(images)
+        return sum(_text_length(message) for message in messages), len(image_names({"images": row.get("images")}))
+
+    def _read(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        known = {"system": row.get("system"), "messages": row["messages"]}
+        return to_messages(known, image_names({"images": row.get("images")}))
 
 
 def open_rows(recipe: DataRecipe) -> Rows:
@@ -161,10 +166,12 @@ def _load_dataset(source: str, split: str) -> Any:
     except ImportError as error:
         raise DataError("data.dataset needs `datasets`: pip install 'transformers-delta-llava[train]'.") from error
     folder = Path(source).expanduser()
-    saved: Callable[[str], bool] = lambda name: (folder / name).is_file()  # noqa: E731
-    if not (saved("state.json") or saved("dataset_dict.json")):
-        return datasets.load_dataset(source, split=split)
-    dataset = datasets.load_from_disk(str(folder))
+    try:
+        if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            return datasets.load_dataset(source, split=split)
+        dataset = datasets.load_from_disk(str(folder))
+    except Exception as error:  # of every kind: the library does not check what it reads
+        raise DataError(f"data.dataset={source} cannot be loaded: {one_line(error)}.") from error
     if isinstance(dataset, dict):
         if split not in dataset:
             raise DataError(f"data.split={split}: the dataset has {', '.join(dataset)}.")
@@ -182,29 +189,17 @@ def _undecoded(feature: Any) -> Any:
     return type(feature)(_undecoded(inner)) if inner is not None else feature
 
 
-def _clean(messages: Any) -> Any:
-    """Messages without the empty fields that Arrow puts into every content item."""
-    if not isinstance(messages, list):
-        return messages
-    return [
-        {**message, "content": [{k: v for k, v in item.items() if v is not None} for item in message["content"]]}
-        if isinstance(message.get("content"), list)
-        else message
-        for message in messages
-    ]
-
-
 def _text_length(message: dict[str, Any]) -> int:
     return sum(len(item["text"]) for item in message["content"] if item["type"] == "text")
 
 
 def _row_name(number: int, row: Any) -> str:
-    given = f" (id {row['id']})" if isinstance(row, dict) and row.get("id") is not None else ""
+    given = f" (id {shorten(row['id'], 100)})" if isinstance(row, dict) and row.get("id") is not None else ""
     return f"row {number}{given}"
 
 
 def _json_row_name(number: int, data: bytes) -> str:
     try:
         return _row_name(number, json.loads(data))
-    except ValueError:
+    except (ValueError, RecursionError):
         return _row_name(number, None)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from ..utils.errors import one_line
 from .data import Rows
 from .encoding import ConversationEncoder
 from .errors import DataError
@@ -52,8 +53,8 @@ class TrainingDataset(Dataset):
             try:
                 sample = self.encoder(self.rows.messages(place), budget)
                 return {**sample, "budget": budget, "num_skipped": skipped}
-            except (ValueError, OSError) as error:
-                self._skip(place, " ".join(str(error).split()), error)
+            except Exception as error:  # of every kind: images and texts are strangers'
+                self._skip(place, one_line(error), error)
             skipped += 1
             place = self._next(place)
             if skipped == MOST_SKIPPED or place == request[0]:

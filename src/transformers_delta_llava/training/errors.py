@@ -1,9 +1,15 @@
-"""Errors that a user can mend."""
+"""Errors of training that a user can act on."""
+
+from ..utils.errors import DeltaLlavaError
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot be run as it stands. The message is one sentence that names the key and what would do."""
+class RecipeError(DeltaLlavaError):
+    """A recipe, or a run of one, that cannot go on as it stands."""
 
 
-class DataError(ValueError):
-    """Data that cannot be trained on. The message names the row."""
+class DataError(DeltaLlavaError):
+    """Data that cannot be trained on. The text names the row."""
+
+
+class RowError(DataError):
+    """A row that cannot be trained on. The text is the reason, without the row's name."""

@@ -1,5 +1,6 @@
 """The model and the processor that a recipe names."""
 
+import inspect
 import json
 import tempfile
 import warnings
@@ -11,18 +12,20 @@ import transformers
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
 from transformers.image_processing_base import ImageProcessingMixin
 
-from ..conversion.chat_templates import read_chat_template
 from ..conversion.generation import fit_generation_config, keep_valid_flags
+from ..conversion.hub_repo import read_chat_template
 from ..conversion.language_models import LANGUAGE_MODELS
 from ..conversion.tokenizer import TokenIds, add_tokens, load_tokenizer
 from ..modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
+from ..utils.errors import one_line
 from .errors import RecipeError
 from .recipe import ModelRecipe, Recipe
 
@@ -44,8 +47,8 @@ def build_model(
         model, processor = make(recipe, dtype)
         for budget in recipe.budgets:
             model.config.scale_factor_for(budget)
-    except (ValueError, OSError, ImportError) as error:
-        raise RecipeError(f"model: {' '.join(str(error).split())}") from error
+    except Exception as error:  # of every kind: configs and weights are strangers'
+        raise RecipeError(f"model: {one_line(error)}.") from error
     budget = recipe.budgets[0]
     model.config.scale_factor = model.config.scale_factor_for(budget)
     processor.visual_token_budgets = list(model.config.visual_token_budgets)
@@ -59,24 +62,33 @@ def _dtype(model: ModelRecipe, arguments: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
 
 
-def _options(model: ModelRecipe) -> dict[str, Any]:
-    return {} if model.attn_implementation is None else {"attn_implementation": model.attn_implementation}
+def _options(model: ModelRecipe, dtype: torch.dtype) -> dict[str, Any]:
+    options: dict[str, Any] = {"dtype": dtype}
+    if model.attn_implementation is not None:
+        options["attn_implementation"] = model.attn_implementation
+    if (quantization := model.quantization_config) is not None:
+        known = set(inspect.signature(BitsAndBytesConfig.__init__).parameters)
+        for name in quantization:
+            if name not in known:
+                raise ValueError(f"quantization_config.{name} is not an argument of BitsAndBytesConfig")
+        options["quantization_config"] = BitsAndBytesConfig(
+            **{"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype, **quantization}
+        )
+    return options
 
 
 def _load(recipe: Recipe, dtype: torch.dtype) -> tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:
     """A Delta-LLaVA."""
     path = str(recipe.model.path)
     config = DeltaLlavaConfig.from_pretrained(path, **recipe.model.config)
-    model = DeltaLlavaForConditionalGeneration.from_pretrained(
-        path, config=config, dtype=dtype, **_options(recipe.model)
-    )
+    model = DeltaLlavaForConditionalGeneration.from_pretrained(path, config=config, **_options(recipe.model, dtype))
     saved = DeltaLlavaProcessor.from_pretrained(path)
     tokenizer = saved.tokenizer
     pad_images = saved.do_pad if recipe.data.pad_images is None else recipe.data.pad_images
     template = read_chat_template(recipe.data.chat_template, tokenizer)
     processor = _processor(saved.image_processor, tokenizer, template, recipe, pad_images)
     count = max(tokenizer.get_vocab().values()) + 1
-    _fit_generation(model, processor, TokenIds(config.image_token_id, tokenizer.pad_token_id, count, []))
+    _fit_generation(model, tokenizer, TokenIds(config.image_token_id, tokenizer.pad_token_id, count, []), recipe)
     return model, processor
 
 
@@ -90,7 +102,7 @@ def _join(recipe: Recipe, dtype: torch.dtype) -> tuple[DeltaLlavaForConditionalG
     )
     if recipe.model.attn_implementation is not None:
         model.set_attn_implementation(recipe.model.attn_implementation)
-    _fit_generation(model, processor, ids)
+    _fit_generation(model, processor.tokenizer, ids, recipe)
     return model, processor
 
 
@@ -108,8 +120,8 @@ def _create(recipe: Recipe, dtype: torch.dtype) -> tuple[DeltaLlavaForConditiona
         text_config.setdefault(name, getattr(tokenizer, name))
     config = DeltaLlavaConfig(vision_config, text_config, image_token_id=ids.image, **recipe.model.config)
     with torch.device("cpu"):
-        model = DeltaLlavaForConditionalGeneration._from_config(config, dtype=dtype, **_options(recipe.model))
-    _fit_generation(model, processor, ids)
+        model = DeltaLlavaForConditionalGeneration._from_config(config, **_options(recipe.model, dtype))
+    _fit_generation(model, tokenizer, ids, recipe)
     return model, processor
 
 
@@ -166,12 +178,14 @@ def _load_image_processor(source: str) -> Any:
         return getattr(transformers, f"{name}Pil").from_dict(settings)
 
 
-def _fit_generation(model: DeltaLlavaForConditionalGeneration, processor: DeltaLlavaProcessor, ids: TokenIds) -> None:
+def _fit_generation(
+    model: DeltaLlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, ids: TokenIds, recipe: Recipe
+) -> None:
     """Generation settings that end answers as the format does, and that can be saved (Vicuna's own cannot)."""
     config, dropped = keep_valid_flags(model.generation_config.to_dict())
     if dropped:
         warnings.warn(
             f"generation_config.json: left out what transformers refuses there: {sorted(dropped)}.", stacklevel=2
         )
-    fit_generation_config(config, processor.tokenizer, ids, model.config.text_config, processor.chat_template)
+    fit_generation_config(config, tokenizer, ids, model.config.text_config, recipe.data.chat_template)
     model.generation_config = config

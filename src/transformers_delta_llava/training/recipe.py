@@ -1,23 +1,76 @@
 """A training run as data: what a recipe may say, and the check of what it says."""
 
-import dataclasses
-import difflib
+import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..processing import CHAT_TEMPLATES
+from ..utils.errors import one_line, shorten, suggestion
+from ..utils.files import read_text
+from ..utils.validation import validate
+from .arguments import check_arguments, check_lora
 from .errors import RecipeError
-from .yaml_files import parse_value, read_yaml
 
 
-TRAINABLE = ("vision_tower", "projector", "deltas", "language_model", "lora")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+MAX_VALUES = 10_000  # of a recipe, aliases counted each time: a few lines of YAML can stand for billions
+MAX_RECIPE_BYTES = 2**20
+# Never written to a file: what is named like a secret, and what looks like one.
+SECRET_NAME = re.compile(r"(^|_)(api_?key|secret|password|(hub|auth|access|hf)_token)$|^token$")
+SECRET_VALUE = re.compile(r"\bhf_\w{16,}|://[^/\s:@]*:[^/\s@]+@")
 
 
-@dataclass
-class ModelRecipe:
+def _existing_source(source: str) -> str:
+    """A folder must be there; anything else may be on the Hub."""
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if not source or looks_local and not Path(source).expanduser().exists():
+        raise ValueError(f"there is no folder {source!r}")
+    return source
+
+
+def _existing_file(path: str) -> str:
+    if not Path(path).expanduser().is_file():
+        raise ValueError(f"there is no file {path!r}")
+    return path
+
+
+def _existing_folder(path: str) -> str:
+    if not Path(path).expanduser().is_dir():
+        raise ValueError(f"there is no folder {path!r}")
+    return path
+
+
+def _budgets(value: Any) -> Any:
+    """A number of visual tokens, or several."""
+    budgets = value if isinstance(value, list) and value else [value]
+    if any(type(budget) is not int or budget < 1 for budget in budgets):
+        raise ValueError(f"{shorten(value)} is not a number of tokens per image, such as 144, nor a list of them")
+    return value
+
+
+Source = Annotated[str, AfterValidator(_existing_source)]
+Options = dict[str, Any]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Values keep their YAML type, and unknown keys are refused."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _know_all_keys(cls, values: Any) -> Any:
+        for key in values if isinstance(values, dict) else ():
+            if key not in cls.model_fields:
+                raise ValueError(f"{shorten(key)} is not a key of a recipe{suggestion(key, list(cls.model_fields))}")
+        return values
+
+
+class ModelRecipe(Section):
     """Where the model comes from: a Delta-LLaVA (`path`), two pretrained parts, or two configs (untrained).
 
     Args:
@@ -30,22 +83,39 @@ class ModelRecipe:
         dtype: of the weights that are not trained; `auto` is bfloat16 or float16 where the arguments say so, else
             float32. Trained weights are float32 always, and compute in the precision that the arguments name.
         attn_implementation: as in `from_pretrained`.
+        quantization_config: arguments of `BitsAndBytesConfig`, for QLoRA: the language model's linear layers are
+            quantized; tower, projector and head are not.
     """
 
-    path: str | None = None
-    vision: str | None = None
-    language: str | None = None
-    vision_config: dict[str, Any] | None = None
-    text_config: dict[str, Any] | None = None
-    tokenizer: str | None = None
-    image_processor: str | None = None
-    config: dict[str, Any] = field(default_factory=dict)
-    dtype: str = "auto"
+    path: Source | None = None
+    vision: Source | None = None
+    language: Source | None = None
+    vision_config: Options | None = None
+    text_config: Options | None = None
+    tokenizer: Source | None = None
+    image_processor: Source | None = None
+    config: Options = {}
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attn_implementation: str | None = None
+    quantization_config: Options | None = None
+
+    @model_validator(mode="after")
+    def _name_one_model(self) -> "ModelRecipe":
+        pairs = (("vision", "language"), ("vision_config", "text_config"))
+        given = [pair for pair in (("path",), *pairs) if any(getattr(self, name) is not None for name in pair)]
+        if len(given) != 1:
+            raise ValueError("give one of: path; vision and language; vision_config and text_config")
+        for name in given[0]:
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} is missing: {' and '.join(given[0])} go together")
+        if self.text_config is not None and self.tokenizer is None:
+            raise ValueError("tokenizer is missing: name the folder of the tokenizer that text_config is for")
+        if self.quantization_config is not None and self.path is None:
+            raise ValueError("quantization_config needs a path: QLoRA adapts a Delta-LLaVA that exists")
+        return self
 
 
-@dataclass
-class DataRecipe:
+class DataRecipe(Section):
     """What is trained on.
 
     Args:
@@ -61,36 +131,65 @@ class DataRecipe:
         cache: folder of the row index.
     """
 
-    path: str | None = None
-    dataset: str | None = None
+    path: Annotated[str, AfterValidator(_existing_file)] | None = None
+    dataset: Source | None = None
     split: str = "train"
-    images: str | None = None
+    images: Annotated[str, AfterValidator(_existing_folder)] | None = None
     chat_template: str = "vicuna_v1"
-    max_length: int = 2048
+    max_length: Count = 2048
     pad_images: bool | None = None
-    on_error: str = "fail"
+    on_error: Literal["fail", "skip"] = "fail"
     cache: str = "~/.cache/transformers-delta-llava"
 
+    @model_validator(mode="after")
+    def _name_one_source(self) -> "DataRecipe":
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("give one of: path (a LLaVA JSON or JSONL file); dataset (of `datasets`)")
+        if self.path is not None and Path(self.path).suffix not in (".json", ".jsonl"):
+            raise ValueError(f"path={self.path}: name a .json or .jsonl file in LLaVA's format")
+        if self.chat_template not in CHAT_TEMPLATES and not Path(self.chat_template).is_file():
+            known = ", ".join(CHAT_TEMPLATES)
+            raise ValueError(f"chat_template={self.chat_template}: use one of {known}, or a Jinja file")
+        return self
 
-@dataclass
-class Recipe:
+
+class Recipe(Section):
     """A training run.
 
     Args:
         model: where the model comes from.
         data: what is trained on.
-        train: what is trained, some of `TRAINABLE`.
+        train: what is trained.
         visual_tokens: visual tokens per image, or several budgets, of which every step takes one by chance.
+        projector_lr: learning rate of the projector, where it is not `arguments.learning_rate`.
         lora: arguments of PEFT's `LoraConfig`, if `train` names `lora`.
         arguments: arguments of transformers' `TrainingArguments`.
     """
 
     model: ModelRecipe
     data: DataRecipe
-    train: list[str]
-    visual_tokens: int | list[int]
-    lora: dict[str, Any] = field(default_factory=dict)
-    arguments: dict[str, Any] = field(default_factory=dict)
+    train: Annotated[
+        list[Literal["vision_tower", "projector", "deltas", "language_model", "lora"]], Field(min_length=1)
+    ]
+    visual_tokens: Annotated[int | list[int], BeforeValidator(_budgets)]
+    projector_lr: Annotated[float, Field(gt=0)] | None = None
+    lora: Annotated[Options, AfterValidator(check_lora)] = {}
+    arguments: Annotated[Options, AfterValidator(check_arguments)]
+
+    @model_validator(mode="after")
+    def _train_what_is_there(self) -> "Recipe":
+        if "lora" not in self.train:
+            if self.lora:
+                raise ValueError("lora is given but train does not name it: add lora to train, or leave it out")
+            if self.model.quantization_config is not None:
+                raise ValueError("model.quantization_config needs train: [lora]: quantized weights cannot be trained")
+        elif "language_model" in self.train:
+            raise ValueError("train names language_model and lora, which adapts it: leave one of them out")
+        elif self.model.path is None:
+            raise ValueError("train names lora, which adapts a Delta-LLaVA that exists: name it as model.path")
+        if self.projector_lr is not None and not {"projector", "deltas"} & set(self.train):
+            raise ValueError("projector_lr is given but train names neither projector nor deltas: leave it out")
+        return self
 
     @property
     def budgets(self) -> tuple[int, ...]:
@@ -98,11 +197,8 @@ class Recipe:
         return (self.visual_tokens,) if isinstance(self.visual_tokens, int) else tuple(self.visual_tokens)
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as `load_recipe` reads it, without what is unset."""
-        return {
-            key: {name: item for name, item in value.items() if item is not None} if isinstance(value, dict) else value
-            for key, value in dataclasses.asdict(self).items()
-        }
+        """The recipe as `load_recipe` reads it, without what is unset, and without secrets."""
+        return _without_secrets(self.model_dump(exclude_none=True))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -114,152 +210,98 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         overrides: changes, each `key=value` with dots in the key (`arguments.max_steps=10`); values are YAML.
 
     Raises:
-        RecipeError: a file that is missing or no YAML, an unknown key, a bad value, a missing file.
+        RecipeError: a file that is missing or not YAML, an unknown key, a bad value, a missing file.
     """
-    content = read_yaml(path)
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"There is no recipe {path}.")
+    content = _parse(read_text(path, MAX_RECIPE_BYTES), str(path))
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} holds no key: value pairs.")
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
-            raise RecipeError(f"--set {override}: write it as key=value, for example visual_tokens=36.")
-        _set(content, key.strip().split("."), parse_value(text, key), override)
-    return make_recipe(content)
+            raise RecipeError(f"--set {shorten(override)}: write it as key=value, for example visual_tokens=36.")
+        _set(content, key.strip().split("."), _parse(text, key), override)
+    return make_recipe(content, path.name)
 
 
-def make_recipe(content: dict[str, Any]) -> Recipe:
+def make_recipe(content: dict[str, Any], name: str = "recipe") -> Recipe:
     """
     The recipe of a dictionary such as a YAML file holds.
+
+    Args:
+        content: the dictionary.
+        name: what to call the recipe in messages.
 
     Raises:
         RecipeError: an unknown key, a bad value, or a file that is not there.
     """
-    content = dict(content)
-    for name, section in (("model", ModelRecipe), ("data", DataRecipe)):
-        content[name] = _section(section, content.get(name), name)
-    for name in ("train", "visual_tokens"):
-        if name not in content:
-            hint = f"a list of {', '.join(TRAINABLE)}" if name == "train" else "a number, for example 144"
-            raise RecipeError(f"{name} is missing: give {hint}.")
-    recipe = _section(Recipe, content, "")
-    _check_model(recipe.model)
-    _check_data(recipe.data)
-    _check_train(recipe)
-    _check_budgets(recipe)
-    for name in ("lora", "arguments"):
-        if not isinstance(getattr(recipe, name), dict):
-            raise RecipeError(f"{name}={getattr(recipe, name)!r}: write key: value pairs below it.")
-    from .arguments import check_arguments  # transformers' TrainingArguments take a while to import
-
-    check_arguments(recipe.arguments)
-    return recipe
+    return validate(Recipe, content, name, RecipeError)
 
 
-def _section(section: type, content: Any, name: str) -> Any:
-    """A dataclass from a dictionary, which may hold its fields only."""
-    place = f"{name}." if name else ""
-    if not isinstance(content, dict):
-        raise RecipeError(f"{name or 'The recipe'} must be key: value pairs, not {content!r}.")
-    fields = [item.name for item in dataclasses.fields(section)]
-    for key in content:
-        if key not in fields:
-            raise RecipeError(f"{place}{key} is no key of a recipe{suggestion(key, fields)}.")
-    return section(**content)
+def write_yaml(content: dict[str, Any], path: Path) -> None:
+    """Write key: value pairs in their order."""
+    import yaml
+
+    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def suggestion(key: Any, known: Sequence[str]) -> str:
-    """What may have been meant by an unknown key."""
-    close = difflib.get_close_matches(str(key), known, n=1)
-    return f"; did you mean {close[0]}" if close else f"; there are {', '.join(known)}" if len(known) < 20 else ""
+def _parse(text: str, name: str) -> Any:
+    """A YAML value of plain types."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise RecipeError("Recipes need PyYAML: pip install 'transformers-delta-llava[train]'.") from error
+
+    class Loader(yaml.SafeLoader):
+        """YAML 1.1, but for `1e-3`, which is a number to everyone else."""
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
+    try:
+        return _plain(yaml.load(text, Loader=Loader), [0])
+    except RecursionError:
+        raise RecipeError(f"{shorten(name)} is nested too deep.") from None
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise RecipeError(f"{shorten(name)} is not YAML that a recipe can hold: {one_line(error)}.") from error
+
+
+def _plain(value: Any, count: list[int]) -> Any:
+    """A copy of `value`, in which nothing is shared; `count` holds how many values there were before it."""
+    count[0] += 1
+    if count[0] > MAX_VALUES:
+        raise ValueError(f"it has more than {MAX_VALUES:,} values")
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise ValueError(f"the key {shorten(key)} is a {type(key).__name__}, not text; put it in quotes")
+        return {key: _plain(inner, count) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner, count) for inner in value]
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise ValueError(f"{shorten(value)} is a {type(value).__name__}; put it in quotes to make it text")
+    if isinstance(value, int) and abs(value) >= 2**63 or isinstance(value, float) and math.isnan(value):
+        raise ValueError("a number in it is out of range")
+    return value
 
 
 def _set(content: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
     for key in keys[:-1]:
         content = content.setdefault(key, {})
         if not isinstance(content, dict):
-            raise RecipeError(f"--set {override}: {key} holds a value, so there is nothing below it to set.")
+            raise RecipeError(f"--set {shorten(override)}: {key} holds a value, so there is nothing below it to set.")
     content[keys[-1]] = value
 
 
-def _check_model(model: ModelRecipe) -> None:
-    ways = {
-        "path": model.path is not None,
-        "vision and language": model.vision is not None or model.language is not None,
-        "vision_config and text_config": model.vision_config is not None or model.text_config is not None,
-    }
-    if sum(ways.values()) != 1:
-        raise RecipeError(f"model must have one of: path; vision and language; {list(ways)[-1]}.")
-    for first, second in (("vision", "language"), ("vision_config", "text_config")):
-        if (getattr(model, first) is None) != (getattr(model, second) is None):
-            missing = first if getattr(model, first) is None else second
-            raise RecipeError(f"model.{missing} is missing: {first} and {second} go together.")
-    if model.text_config is not None and model.tokenizer is None:
-        raise RecipeError("model.tokenizer is missing: name the folder of the tokenizer that text_config is for.")
-    for name in ("config", "vision_config", "text_config"):
-        if not isinstance(getattr(model, name) or {}, dict):
-            raise RecipeError(f"model.{name}={getattr(model, name)!r}: write key: value pairs below it.")
-    for name in ("path", "vision", "language", "tokenizer", "image_processor"):
-        _check_source(f"model.{name}", getattr(model, name))
-    _check_choice("model.dtype", model.dtype, DTYPES)
-
-
-def _check_data(data: DataRecipe) -> None:
-    if (data.path is None) == (data.dataset is None):
-        raise RecipeError("data must have one of path (a LLaVA JSON or JSONL file) and dataset (of `datasets`).")
-    if data.path is not None:
-        if Path(data.path).suffix not in (".json", ".jsonl"):
-            raise RecipeError(f"data.path={data.path}: name a .json or .jsonl file in LLaVA's format.")
-        if not Path(data.path).expanduser().is_file():
-            raise RecipeError(f"data.path={data.path}: there is no such file.")
-    _check_source("data.dataset", data.dataset)
-    if data.images is not None and not Path(data.images).expanduser().is_dir():
-        raise RecipeError(f"data.images={data.images}: there is no such folder.")
-    if data.chat_template not in CHAT_TEMPLATES and not Path(data.chat_template).is_file():
-        raise RecipeError(
-            f"data.chat_template={data.chat_template}: use one of {', '.join(CHAT_TEMPLATES)}, or a file."
-        )
-    _check_choice("data.on_error", data.on_error, ("fail", "skip"))
-    if not is_whole(data.max_length) or data.max_length < 1:
-        raise RecipeError(f"data.max_length={data.max_length!r}: use a whole number of at least 1.")
-    if data.pad_images not in (None, True, False):
-        raise RecipeError(f"data.pad_images={data.pad_images!r}: use true or false, or leave it out.")
-
-
-def _check_train(recipe: Recipe) -> None:
-    if not isinstance(recipe.train, list) or not recipe.train:
-        raise RecipeError(f"train={recipe.train!r}: give a list of {', '.join(TRAINABLE)}.")
-    for name in recipe.train:
-        _check_choice("train", name, TRAINABLE)
-    if "lora" in recipe.train and "language_model" in recipe.train:
-        raise RecipeError("train names language_model and lora, which adapts it: leave one of them out.")
-    if recipe.lora and "lora" not in recipe.train:
-        raise RecipeError("lora is given but train does not name it: add lora to train, or leave the section out.")
-
-
-def _check_budgets(recipe: Recipe) -> None:
-    if isinstance(recipe.visual_tokens, (list, int)) and recipe.budgets:
-        bad = [budget for budget in recipe.budgets if not is_whole(budget) or budget < 1]
-        if not bad:
-            return
-    raise RecipeError(
-        f"visual_tokens={recipe.visual_tokens!r}: give a number of tokens per image, for example 144, or a list of them."
-    )
-
-
-def _check_source(name: str, source: str | None) -> None:
-    """A folder must be there; anything else may be on the Hub."""
-    if source is None:
-        return
-    if not isinstance(source, str) or not source:
-        raise RecipeError(f"{name}={source!r}: name a folder or a Hub id.")
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
-    if looks_local and not Path(source).expanduser().exists():
-        raise RecipeError(f"{name}={source}: there is no such folder.")
-
-
-def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise RecipeError(f"{name}={value!r}: use one of {', '.join(choices)}.")
-
-
-def is_whole(value: Any) -> bool:
-    """Whether a value is an integer, and not a truth value."""
-    return isinstance(value, int) and not isinstance(value, bool)
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: _without_secrets(inner)
+            for key, inner in value.items()
+            if not SECRET_NAME.search(key.lower()) and not (isinstance(inner, str) and SECRET_VALUE.search(inner))
+        }
+    if isinstance(value, list):
+        return [_without_secrets(v) for v in value if not (isinstance(v, str) and SECRET_VALUE.search(v))]
+    return value

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import re
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,11 @@ from .errors import DataError
 CHUNK_BYTES = 4 * 2**20
 MAX_ROW_BYTES = 64 * 2**20
 COLUMNS = ("numbers", "starts", "stops", "lengths", "images")
-FORMAT = 1  # of the cached index; a change makes old ones unread
+OPENING = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[")
+# A whole string, one that the chunk cuts off (without group 1), or a sign.
+TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*(?:(")|\\?\Z)|[][{},]', re.DOTALL)
+QUOTE, COMMA = b'",'
+FORMAT = 2  # of the cached index; a change makes old ones unread
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,10 @@ def iterate_json_rows(path: Path) -> Iterator[tuple[int, int, bytes]]:
     """
     (start, stop, bytes) of every row of a JSON array or a JSONL file, a few megabytes in memory at a time.
 
+    Rows are told apart by brackets, quotes and commas alone: one that is not JSON comes out as it is.
+
     Raises:
-        DataError: an array that is no JSON. A broken line of a JSONL file comes out as it is.
+        DataError: the file is not an array, or ends before the array does.
     """
     if path.suffix == ".jsonl":
         with path.open("rb") as file:
@@ -63,38 +71,35 @@ def iterate_json_rows(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _iterate_array(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """The decoder runs over bytes as Latin-1, one character each, so its positions are bytes whatever the encoding."""
-    decoder = json.JSONDecoder()
     with path.open("rb") as file:
-        buffer, base, position, opened = "", 0, 0, False
-        at_end = False
-        while True:
-            while position < len(buffer) and buffer[position] in " \t\r\n,\ufeff\xef\xbb\xbf":
-                position += 1
-            if not opened and position < len(buffer):
-                if buffer[position] != "[":
-                    raise DataError(f"{path} is no JSON array of rows; name a file of rows, one a line, .jsonl.")
-                opened, position = True, position + 1
-                continue
-            if opened and position < len(buffer) and buffer[position] == "]":
-                return
-            if position < len(buffer):
-                try:
-                    _, stop = decoder.raw_decode(buffer, position)
-                    if stop < len(buffer) or at_end:
-                        yield base + position, base + stop, buffer[position:stop].encode("latin-1")
-                        position = stop
-                        continue
-                except json.JSONDecodeError as error:
-                    cut = error.msg.startswith("Unterminated string") or error.pos > len(buffer) - 16
-                    if at_end or not cut or len(buffer) - position > MAX_ROW_BYTES:
-                        place = f"byte {base + error.pos}"
-                        raise DataError(f"{path} is broken at {place}: {error.msg}.") from error
-            if at_end:
-                raise DataError(f"{path} ends before its array does.")
-            chunk = file.read(CHUNK_BYTES)
-            at_end = not chunk
-            buffer, base, position = buffer[position:] + chunk.decode("latin-1"), base + position, 0
+        buffer, base, depth, row, position = b"", 0, 0, 0, 0  # `row`: where the row that is being read begins
+        while chunk := file.read(CHUNK_BYTES):
+            buffer, base, position, row = buffer[row:] + chunk, base + row, position - row, 0
+            if not depth:
+                opened = OPENING.match(buffer)
+                if opened is None:
+                    raise DataError(f"{path} is not a JSON array of rows; name a file of rows, one a line, .jsonl.")
+                depth, row, position = 1, opened.end(), opened.end()
+            for token in TOKEN.finditer(buffer, position):
+                kind = buffer[token.start()]
+                if kind == QUOTE:
+                    if token.group(1) is None:  # the string goes on in the next chunk
+                        position = token.start()
+                        break
+                    continue
+                depth += (kind in b"[{") - (kind in b"]}")
+                if not depth or depth == 1 and kind == COMMA:
+                    data = buffer[row : token.start()]
+                    if data.strip():
+                        yield base + row, base + token.start(), data
+                    row = token.end()
+                if not depth:
+                    return
+            else:
+                position = len(buffer)
+            if len(buffer) - row > MAX_ROW_BYTES:
+                raise DataError(f"{path} has a row of more than {MAX_ROW_BYTES:,} bytes at byte {base + row}.")
+    raise DataError(f"{path} ends before its array does.")
 
 
 def build_index(
@@ -126,10 +131,12 @@ def cached_index(folder: Path, key: list[Any], build: Callable[[], RowIndex]) ->
     """The index kept in `folder` under `key`, or a new one, kept from now on (where the folder can be written)."""
     digest = hashlib.sha256(json.dumps([FORMAT, *key], default=str).encode()).hexdigest()[:24]
     path = folder / f"rows-{digest}.npz"
-    if path.is_file():
+    try:
         with np.load(path, allow_pickle=False) as saved:
             bad = [(name, reason) for name, reason in json.loads(saved["bad"].tobytes())]
             return RowIndex(**{name: saved[name] for name in COLUMNS}, bad=bad)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass  # there is none, or it is damaged
     index = build()
     try:
         folder.mkdir(parents=True, exist_ok=True)

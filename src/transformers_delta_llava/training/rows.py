@@ -2,26 +2,84 @@
 
 A row in LLaVA's format is `{"id", "image": name or list of names, "conversations": [{"from", "value"}, ...]}`, with
 `<image>` in the human's values. A row of a Hugging Face dataset is `{"messages": [{"role", "content"}], "images"}`.
-Both become messages of a chat template: each turn's images first, then its text, as LLaVA's own training moves them.
+Either may have a `system` text. Both become messages of a chat template: each turn's images first, then its text, as
+LLaVA's own training moves them.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, AliasChoices, BaseModel, Field, ValidationError
+
+from ..utils.errors import one_line
+from .errors import RowError
 
 
 IMAGE_TOKEN = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+# What rows of other formats say, and these cannot: a row that has one would be trained on in part.
+FOREIGN = ("tools", "video", "videos", "audio", "audios")
 
 
-class RowError(ValueError):
-    """A row that cannot be trained on; the message is the reason, without the row's name."""
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds half a character (a lone surrogate)") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+
+
+class _Text(BaseModel):
+    type: Literal["text"]
+    text: Text
+
+
+class _Image(BaseModel):
+    """A placeholder: which image it is follows from the row's own list."""
+
+    type: Literal["image"]
+    image: None = None
+    url: None = None
+    path: None = None
+
+
+class _Turn(BaseModel):
+    speaker: Literal["human", "user", "gpt", "assistant", "system"] = Field(
+        validation_alias=AliasChoices("from", "role")
+    )
+    content: Text | list[Annotated[_Text | _Image, Field(discriminator="type")]] = Field(
+        validation_alias=AliasChoices("value", "content")
+    )
+
+    def read(self) -> tuple[str, str, int]:
+        """Role, text without placeholders, and number of images."""
+        role, text, count = ROLES[self.speaker], self.content, 0
+        if isinstance(text, list):
+            count = sum(item.type == "image" for item in text)
+            text = "\n".join(item.text for item in text if isinstance(item, _Text))
+        placeholders = text.count(IMAGE_TOKEN)
+        if count + placeholders and role != "user":
+            raise RowError(f"it has {IMAGE_TOKEN} in a turn of the {role}")
+        if placeholders:
+            text = text.replace(IMAGE_TOKEN, "").strip()
+        return role, text, count + placeholders
+
+
+class _Row(BaseModel):
+    system: Text | None = None
+    conversations: list[_Turn] | None = None
+    messages: list[_Turn] | None = None
 
 
 def image_names(row: dict[str, Any]) -> list[Any]:
-    """The images of a row: names, or pictures."""
-    images = row.get("image", row.get("images"))
-    if images is None or images == "":
-        return []
+    """The images of a row: names, or PIL images."""
+    given = [row[key] for key in ("image", "images") if row.get(key) not in (None, "", [])]
+    if len(given) > 1:
+        raise RowError("it has both image and images")
+    images = given[0] if given else []
     return list(images) if isinstance(images, (list, tuple)) else [images]
 
 
@@ -36,13 +94,27 @@ def to_messages(row: Any, images: Sequence[Any] | None = None) -> list[dict[str,
         images: what to put in place of the row's images, in order.
 
     Raises:
-        RowError: no conversation, no answer, an unknown role, or images that do not fit the placeholders.
+        RowError: no conversation, no answer, an unknown role, images that do not fit the placeholders, or something
+            that is not what it should be.
     """
     if not isinstance(row, dict):
         raise RowError(f"it is of type {type(row).__name__}, not an object")
-    turns = [_turn(turn) for turn in row.get("conversations") or row.get("messages") or []]
+    for key in FOREIGN:
+        if row.get(key):
+            raise RowError(f"it has {key}, which cannot be trained on")
+    try:
+        parsed = _Row.model_validate(row)
+    except ValidationError as error:
+        raise RowError(one_line(error)) from error
+    if parsed.conversations and parsed.messages:
+        raise RowError("it has both conversations and messages")
+    turns = [turn.read() for turn in parsed.conversations or parsed.messages or []]
     if not turns:
         raise RowError("it has no conversation")
+    if parsed.system:
+        if turns[0][0] == "system":
+            raise RowError("it has a system text and a system turn")
+        turns.insert(0, ("system", parsed.system, 0))
     opening = 1 if turns[0][0] == "system" else 0
     if len(turns) > opening and turns[opening][0] == "assistant":
         del turns[opening]
@@ -74,31 +146,6 @@ def check_caption(messages: list[dict[str, Any]]) -> None:
     turns = [message for message in messages if message["role"] != "system"]
     if len(turns) > 2 or all(item["type"] == "text" for item in turns[0]["content"]):
         raise RowError("it is no caption of an image, which the plain format is for")
-
-
-def _turn(turn: Any) -> tuple[str, str, int]:
-    """Role, text without placeholders, and number of images."""
-    if not isinstance(turn, dict):
-        raise RowError("a turn of its conversation is not an object")
-    name, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if name not in ROLES:
-        raise RowError(f"it has a turn from {name!r}; there are {', '.join(ROLES)}")
-    count = 0
-    if isinstance(content, (list, tuple)):
-        kinds = [item.get("type") if isinstance(item, dict) else item for item in content]
-        if set(kinds) - {"image", "text"}:
-            raise RowError("it has content that is neither text nor image")
-        count = kinds.count("image")
-        content = "\n".join(str(item["text"]) for item in content if item["type"] == "text")
-    if not isinstance(content, str):
-        raise RowError("a turn of its conversation has no text")
-    role = ROLES[name]
-    found = content.count(IMAGE_TOKEN)
-    if count + found and role != "user":
-        raise RowError(f"it has {IMAGE_TOKEN} in a turn of the {role}")
-    if found:
-        content = content.replace(IMAGE_TOKEN, "").strip()
-    return role, content, count + found
 
 
 def _check_turns(turns: list[tuple[str, str, int]]) -> None:

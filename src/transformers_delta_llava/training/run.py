@@ -1,23 +1,25 @@
 """A training run, from recipe to finished model."""
 
+import errno
 import logging
+import shutil
 from pathlib import Path
 
 import torch
 from transformers import TrainingArguments, set_seed
 
+from ..utils.errors import DeltaLlavaError, one_line
 from .arguments import make_arguments
-from .checkpoints import last_checkpoint
+from .checkpoints import check_resumable, last_checkpoint
 from .collator import Collator
 from .data import Rows, open_rows
 from .dataset import TrainingDataset, record_skipped
 from .encoding import ConversationEncoder
 from .errors import RecipeError
 from .models import build_model
-from .recipe import Recipe
+from .recipe import Recipe, write_yaml
 from .trainable import select_trainable, trains_vision
 from .trainer import DeltaLlavaTrainer
-from .yaml_files import write_yaml
 
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,21 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     arguments = trainer.args
     output_dir = Path(str(arguments.output_dir))
     checkpoint = arguments.resume_from_checkpoint or (last_checkpoint(output_dir) if resume else None)
+    if checkpoint:
+        check_resumable(checkpoint)
+    try:
+        return _run(recipe, trainer, checkpoint)
+    except DeltaLlavaError:
+        raise
+    except Exception as error:
+        if sentence := _explain(error, trainer, checkpoint):
+            raise RecipeError(sentence) from error
+        raise
+
+
+def _run(recipe: Recipe, trainer: DeltaLlavaTrainer, checkpoint: str | None) -> Path:
+    arguments = trainer.args
+    output_dir = Path(str(arguments.output_dir))
     result = trainer.train(resume_from_checkpoint=checkpoint)
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     trainer.save_final(str(output_dir), dtype)
@@ -55,6 +72,39 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     return output_dir
 
 
+def _explain(error: Exception, trainer: DeltaLlavaTrainer, checkpoint: str | None) -> str | None:
+    """What a user can do about an error of a run, or None if it is not theirs."""
+    output_dir = Path(str(trainer.args.output_dir))
+    if _is_disk_full(error, output_dir):
+        for folder in output_dir.glob("checkpoint-*"):  # cut off: it is of no use, and takes space
+            if not (folder / "trainer_state.json").is_file() and trainer.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+        last = last_checkpoint(output_dir)
+        then = f"then go on from {last} with --resume" if last else "then begin anew"
+        return f"The disk of {output_dir} is full, at step {trainer.state.global_step}: free some space, {then}."
+    if isinstance(error, ImportError):
+        return f"The run needs something that is not installed: {one_line(error)}."
+    if checkpoint and not trainer.began and not isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"The run cannot go on from {checkpoint} ({type(error).__name__}: {one_line(error)}): it was written with "
+            "another recipe, or is damaged; without that folder --resume goes on from the one before."
+        )
+    return None
+
+
+def _is_disk_full(error: BaseException | None, folder: Path) -> bool:
+    """Whether writing failed for want of space; safetensors and PyTorch tell by text alone, or not at all."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left" in str(error) or "os error 28" in str(error):
+            return True
+        if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
+            return shutil.disk_usage(folder).free < 2**20
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def make_trainer(recipe: Recipe, resume: bool = False) -> DeltaLlavaTrainer:
     """
     Everything that a run needs, ready to train; see `train`.
@@ -64,7 +114,7 @@ def make_trainer(recipe: Recipe, resume: bool = False) -> DeltaLlavaTrainer:
     """
     arguments = make_arguments(recipe.arguments)
     output_dir = Path(str(arguments.output_dir))
-    _check_run(recipe, arguments, resume)
+    _check_run(arguments, resume)
     set_seed(arguments.seed)
     model, processor = build_model(recipe, arguments)
     with arguments.main_process_first(desc="index of the data"):  # the others read its cache
@@ -74,32 +124,34 @@ def make_trainer(recipe: Recipe, resume: bool = False) -> DeltaLlavaTrainer:
         _record_left_out(rows, output_dir / SKIPPED_ROWS, resume)
     encoder = ConversationEncoder(processor, recipe.data.max_length, recipe.data.pad_images)
     dataset = TrainingDataset(rows, encoder, recipe.data.on_error, output_dir / SKIPPED_ROWS)
+    trained = select_trainable(model, recipe.train, recipe.lora)
     collator = Collator(
         processor.tokenizer.pad_token_id,
         processor.image_token_id,
-        encoder.blank_image() if trains_vision(recipe.train) else None,
+        encoder.blank_image() if trains_vision(trained) else None,
         min(model.config.visual_token_budgets),
     )
-    trained = select_trainable(model, recipe.train, recipe.lora)
-    return DeltaLlavaTrainer(
+    trainer = DeltaLlavaTrainer(
         model=trained,
         args=arguments,
         data_collator=collator,
         train_dataset=dataset,
         processing_class=processor,
         budgets=recipe.budgets,
+        projector_lr=recipe.projector_lr,
     )
+    if recipe.model.quantization_config is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise RecipeError("model.quantization_config: run QLoRA under torchrun, without FSDP and DeepSpeed.")
+    return trainer
 
 
-def _check_run(recipe: Recipe, arguments: TrainingArguments, resume: bool) -> None:
+def _check_run(arguments: TrainingArguments, resume: bool) -> None:
     output_dir = str(arguments.output_dir)
     if arguments.n_gpu > 1:
         raise RecipeError(
             f"This process sees {arguments.n_gpu} GPUs: launch one process for each (torchrun --nproc_per_node "
             f"{arguments.n_gpu} -m transformers_delta_llava train ...), or set CUDA_VISIBLE_DEVICES=0."
         )
-    if "lora" in recipe.train and recipe.model.path is None:
-        raise RecipeError("train names lora, which adapts a Delta-LLaVA that exists: name it as model.path.")
     if last_checkpoint(output_dir) and not resume and not arguments.resume_from_checkpoint:
         raise RecipeError(
             f"arguments.output_dir={output_dir} holds checkpoints of an earlier run: go on with --resume, or name "

@@ -1,6 +1,7 @@
 """Errors that a user can act on, and how any error becomes one sentence."""
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Iterable, Sequence
 
 from pydantic import ValidationError
 
@@ -46,6 +47,12 @@ def format_names(names: Iterable[str], limit: int = 20) -> str:
     ordered = [shorten(name) for name in sorted(names)]
     rest = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
     return ", ".join(ordered[:limit]) + rest
+
+
+def suggestion(name: object, known: Sequence[str]) -> str:
+    """What may have been meant by an unknown name, as the end of a sentence."""
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f"; did you mean {close[0]}" if close else f"; there are {', '.join(known)}" if len(known) < 20 else ""
 
 
 def _describe_validation(error: ValidationError, limit: int = 3) -> str:
