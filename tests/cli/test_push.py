@@ -12,6 +12,8 @@ from PIL import Image
 import transformers_delta_llava
 from examples.make_checkpoint import write_checkpoint
 from tests.hub_server import TOKEN, HubServer
+from transformers_delta_llava.cli import push as push_command
+from transformers_delta_llava.conversion import ConversionError
 
 
 REPO = "org/delta-llava-tiny"
@@ -129,9 +131,12 @@ def test_wrong_options(call, checkpoint, arguments, message):
 
 
 def test_a_push_that_fails_after_the_conversion_says_where_the_repo_is(call, checkpoint, tmp_path, monkeypatch):
-    (tmp_path / "model.jinja").write_text("no picture here")
+    def fail(*arguments, **options):
+        raise ConversionError("The Hub is down.")
+
+    monkeypatch.setattr(push_command, "push_folder", fail)
     monkeypatch.chdir(tmp_path)
-    code, out, err = call("convert", checkpoint, "--chat-template", "model.jinja", "--push-to-hub", REPO, "--dry-run")
+    code, out, err = call("convert", checkpoint, "--push-to-hub", REPO, "--dry-run")
     assert (code, out) == (2, "delta-llava-tiny\n")
-    assert "delta-llava-tiny does not load: " in err
+    assert "The Hub is down; the converted repo is in delta-llava-tiny" in err
     assert f"`delta-llava push delta-llava-tiny {REPO}` publishes it." in err

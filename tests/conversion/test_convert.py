@@ -238,7 +238,7 @@ def test_only_a_hub_id_is_published_as_base_model(name, published, tmp_path):
 def test_no_path_of_this_machine_is_published(source, edit_config, tmp_path):
     write_tower(tmp_path / "towers" / "my-tower")
     write_tokenizer(tmp_path / "tokenizers" / "mine")
-    (tmp_path / "mine.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    (tmp_path / "mine.jinja").write_text("{% for m in messages %}{{ '<image>' }}{{ m.content[1].text }}{% endfor %}")
     edit_config(_name_or_path=str(tmp_path / "base"), mm_vision_tower=str(tmp_path / "towers" / "my-tower"))
     paths = {"tokenizer": tmp_path / "tokenizers" / "mine", "chat_template": str(tmp_path / "mine.jinja")}
     report = convert_checkpoint(source, tmp_path / "out", **paths)

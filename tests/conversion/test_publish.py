@@ -218,9 +218,9 @@ def fewer_placeholders(folder):
     [
         (truncate, "does not load"),
         (drop_tensor, "its weights have missing keys"),
-        (fewer_placeholders, "writes 4 placeholders for a picture, its model wants 16"),
+        (fewer_placeholders, "writes 4 placeholders for an image, its model wants 16"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "does not load"),
-        (lambda folder: (folder / "config.json").write_text("{"), "does not load"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json is not valid JSON"),
         (lambda folder: (folder / "projector_delta_llava.py").unlink(), "lacks projector_delta_llava.py"),
         (
             lambda folder: (folder / "modeling_delta_llava.py").write_text("import os"),

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..modeling import DeltaLlavaConfig
+from ..utils.errors import explain_errors
 from ..utils.files import read_json, write_json
 from ..utils.hub import hub_id_of, public_name
 from ..utils.output_folder import REPORT_FILE, atomic_folder, check_output
@@ -21,6 +22,7 @@ from .key_map import TOWER_TARGET, NameMap, delta_rank, map_names
 from .language_models import default_chat_template
 from .model_card import Conversion, ModelCard
 from .other_projectors import describe_other_projector
+from .repo_check import check_repo
 from .report import ConversionReport, sha256_of
 from .shard_writer import Progress, parse_size, verify_shards, write_shards
 from .sources import BaseModel, open_trained, read_source
@@ -29,6 +31,8 @@ from .tokenizer import TOKENIZER_FILES, TokenIds, add_tokens, has_tokenizer, loa
 from .vision_tower import VisionTower, adapt_to_weights, find_vision_tower, load_vision_tower
 
 
+# Tokens of a tokenizer that were not trained, beside those that conversion adds: some authors add a few and never resize.
+_MOST_NEW_ROWS = 1024
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -142,7 +146,8 @@ def convert_checkpoint(
         write_code(folder)
         write_config(config, folder)
         write_processor(config, read.tower.image_processor, read.config.keys.image_aspect_ratio == "pad", folder)
-        save_tokenizer(read.tokenizer, folder, read.config.keys.tokenizer_model_max_length)
+        with explain_errors("The tokenizer cannot be written"):
+            save_tokenizer(read.tokenizer, folder, read.config.keys.tokenizer_model_max_length)
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
         warnings = _write_generation_config(read, config, folder)
         (folder / "README.md").write_text(
@@ -150,6 +155,7 @@ def convert_checkpoint(
         )
         report = _report(read, config, plan, output, weight_files, warnings, source_hashes.result())
         write_json(report.to_dict(), folder / REPORT_FILE)
+        check_repo(folder, output.name)
     return report
 
 
@@ -203,7 +209,17 @@ def _read_source(
         raise ConversionError(
             f"{folder.name} brings no tokenizer; pass the folder or Hub id of its language model's with --tokenizer."
         )
-    text_tokenizer = load_tokenizer(str(tokenizer or folder), config.text_config, config.family.sentencepiece_class)
+    with explain_errors(f"The tokenizer of {public_name(str(tokenizer or folder))} cannot be used"):
+        text_tokenizer = load_tokenizer(
+            str(tokenizer or folder), config.text_config, config.family.sentencepiece_class
+        )
+        token_ids = add_tokens(text_tokenizer)
+    rows = checkpoint.tensors[SOURCE_EMBEDDINGS].shape[0]
+    if token_ids.count - rows > _MOST_NEW_ROWS:
+        raise ConversionError(
+            f"The tokenizer has ids up to {token_ids.count - 1:,}, but the checkpoint was trained with {rows:,} rows: it is "
+            "not the tokenizer of this checkpoint; pass the right one with --tokenizer."
+        )
     return _Source(
         folder=folder,
         config=config,
@@ -212,7 +228,7 @@ def _read_source(
         names=names,
         tower=tower,
         tokenizer=text_tokenizer,
-        token_ids=add_tokens(text_tokenizer),
+        token_ids=token_ids,
         chat_template=chat_template or default_chat_template(config.settings),
     )
 

@@ -8,8 +8,9 @@ from transformers import PreTrainedTokenizerBase
 from .. import modeling, processing
 from ..modeling import DeltaLlavaConfig
 from ..processing import CHAT_TEMPLATES, load_chat_template
-from ..utils.errors import one_line
-from ..utils.files import write_json
+from ..utils.errors import explain_errors
+from ..utils.files import read_text, write_json
+from ..utils.templates import check_template, time_limit
 from .errors import ConversionError
 from .tokenizer import IMAGE_TOKEN
 
@@ -60,11 +61,8 @@ def read_chat_template(name_or_file: str, tokenizer: PreTrainedTokenizerBase) ->
     if not path.is_file():
         names = ", ".join(CHAT_TEMPLATES)
         raise ConversionError(f"The chat template {name_or_file} is neither a file nor one of {names}.")
-    template = path.read_text(encoding="utf-8")
-    try:
+    template, what = read_text(path), f"The chat template {path.name}"
+    check_template(template, what)
+    with explain_errors(f"{what} does not render a conversation"), time_limit(what):
         tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], chat_template=template, tokenize=False)
-    except Exception as error:  # a template may raise anything
-        raise ConversionError(
-            f"The chat template {path.name} does not render a conversation: {one_line(error)}."
-        ) from error
     return template

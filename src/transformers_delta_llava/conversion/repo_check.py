@@ -9,8 +9,11 @@ from transformers.utils import logging
 from .. import modeling, processing
 from ..modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
-from ..utils.errors import one_line
+from ..utils.errors import explain_errors
+from ..utils.files import read_json, refuse_special_files
+from ..utils.templates import check_template, time_limit
 from .errors import ConversionError, listed
+from .settings import check_sizes
 
 
 # Files that run code when they are loaded; safetensors hold the weights.
@@ -36,28 +39,26 @@ def repo_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def check_repo(folder: Path) -> None:
+def check_repo(folder: Path, name: str | None = None) -> None:
     """Load `folder` as its users will, without reading the weights' values and without running code of the folder.
 
     The model is built on the meta device, so a repo of any size is checked in seconds: every weight must be there, in
-    its shape, and no other; the processor must answer a chat about a picture with the model's number of placeholders.
+    its shape, and no other; the processor must answer a chat about an image with the model's number of placeholders.
+
+    Args:
+        folder: the repo.
+        name: what errors call it; by default the folder's name.
 
     Raises:
         ConversionError: one sentence on what does not load.
     """
-    try:
+    name = name or folder.name
+    refuse_special_files(folder)
+    with explain_errors(f"{name} does not load"):
+        check_sizes(read_json(folder / "config.json"), f"config.json of {name}")
         config = DeltaLlavaConfig.from_pretrained(folder)
-        _check_weights(folder)
-        found = _count_placeholders(folder, config)
-    except ConversionError:
-        raise
-    except Exception as error:  # every part of a repo raises errors of its own kind
-        raise ConversionError(f"{folder.name} does not load: {one_line(error)}.") from error
-    if found != config.num_visual_tokens:
-        raise ConversionError(
-            f"{folder.name} is not published: its processor writes {found} placeholders for a picture, "
-            f"its model wants {config.num_visual_tokens}."
-        )
+        _check_weights(folder, name)
+        _check_processor(folder, name, config)
 
 
 def _stays(name: Path) -> bool:
@@ -79,7 +80,7 @@ def _check_code(files: dict[str, Path]) -> None:
     )
 
 
-def _check_weights(folder: Path) -> None:
+def _check_weights(folder: Path, name: str) -> None:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report of missing weights is one table, ours one sentence
     bars = logging.is_progress_bar_enabled()
@@ -95,17 +96,30 @@ def _check_weights(folder: Path) -> None:
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             names = listed((name if isinstance(name, str) else name[0] for name in info[kind]), limit=5)
-            raise ConversionError(
-                f"{folder.name} is not published: its weights have {kind.replace('_', ' ')} ({names})."
-            )
+            raise ConversionError(f"{name} does not load: its weights have {kind.replace('_', ' ')} ({names}).")
 
 
-def _count_placeholders(folder: Path, config: DeltaLlavaConfig) -> int:
+def _check_processor(folder: Path, name: str, config: DeltaLlavaConfig) -> None:
+    """Ask about an image, as every chat does."""
     processor = DeltaLlavaProcessor.from_pretrained(folder)
+    words_by_id: dict[int, str] = {}
+    for word, token_id in processor.tokenizer.get_vocab().items():
+        if (other := words_by_id.setdefault(token_id, word)) != word:
+            raise ConversionError(f"{name} does not load: its tokenizer has {listed((other, word))} under one id.")
+    template, what = processor.chat_template, f"The chat template of {name}"
+    check_template(template if isinstance(template, str) else "", what)
     question = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
-    ids = processor(images=Image.new("RGB", (40, 30)), text=prompt)["input_ids"]
-    return sum(token == config.image_token_id for token in ids[0])
+    with time_limit(what):
+        prompt = processor.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
+    inputs = processor(images=Image.new("RGB", (40, 30)), text=prompt, return_tensors="pt")
+    found = int((inputs["input_ids"] == config.image_token_id).sum())
+    if found != config.num_visual_tokens:
+        raise ConversionError(
+            f"{name} does not load: its processor writes {found} placeholders for an image, its model wants "
+            f"{config.num_visual_tokens}."
+        )
+    if not inputs["pixel_values"].isfinite().all():
+        raise ConversionError(f"{name} does not load: its image processor turns an image into NaN or Inf.")
 
 
 def _refuse(what: str, names: object) -> None:

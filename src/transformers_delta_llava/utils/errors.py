@@ -1,7 +1,8 @@
 """Errors that a user can act on, and how any error becomes one sentence."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from pydantic import ValidationError
 
@@ -53,6 +54,26 @@ def suggestion(name: object, known: Sequence[str]) -> str:
     """What may have been meant by an unknown name, as the end of a sentence."""
     close = difflib.get_close_matches(str(name), known, n=1)
     return f"; did you mean {close[0]}" if close else f"; there are {', '.join(known)}" if len(known) < 20 else ""
+
+
+@contextmanager
+def explain_errors(what: str) -> Iterator[None]:
+    """Whatever a library raises in the block becomes one sentence, `what: reason`.
+
+    Rust libraries panic with an exception that is not an `Exception`. What the machine refuses (a full disk, a permission,
+    memory) is raised as it is.
+
+    Raises:
+        DeltaLlavaError: on any other error.
+    """
+    try:
+        yield
+    except (DeltaLlavaError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise DeltaLlavaError(f"{what}: {one_line(error)}.") from error
 
 
 def _describe_validation(error: ValidationError, limit: int = 3) -> str:

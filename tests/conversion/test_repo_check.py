@@ -1,0 +1,116 @@
+"""A conversion ends in a repo that loads and answers, or in no repo: what `push` checks is checked before it appears."""
+
+import json
+import shutil
+
+import pytest
+
+from transformers_delta_llava.conversion import ConversionError, convert_checkpoint
+from transformers_delta_llava.conversion.repo_check import check_repo
+
+
+@pytest.fixture
+def source(pristine, tmp_path):
+    shutil.copytree(pristine, tmp_path / "given")
+    return tmp_path / "given" / "llava-tiny"
+
+
+def edit(path, change):
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def give_one_id_to_two_words(tokenizer):
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second, *_ = vocabulary
+    vocabulary[first] = vocabulary[second]
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("../vision-tower/preprocessor_config.json", lambda values: values.update(image_mean=[0.5])),
+        ("../vision-tower/preprocessor_config.json", lambda values: values.update(image_std=[0, 0, 0])),
+        ("../vision-tower/preprocessor_config.json", lambda values: values.update(rescale_factor="x")),
+        ("../vision-tower/preprocessor_config.json", lambda values: values.update(resample=99)),
+        ("tokenizer_config.json", lambda values: values.update(split_special_tokens=True)),
+        (
+            "tokenizer.json",
+            lambda values: values.update(
+                truncation={"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 9}
+            ),
+        ),
+        ("tokenizer.json", give_one_id_to_two_words),
+    ],
+)
+def test_a_source_that_makes_no_repo_that_loads(source, tmp_path, file, change):
+    (source / "../vision-tower/preprocessor_config.json").write_text("{}")
+    edit(source / file, change)
+    try:
+        convert_checkpoint(source, tmp_path / "out", vision_tower=source.parent / "vision-tower")
+    except ConversionError as error:
+        assert len(str(error)) < 600 and "\n" not in str(error)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["given"]
+    else:
+        pytest.fail(str(check_repo(tmp_path / "out")))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("no image here", "out does not load: .*(0 placeholders|image)"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "takes more than 5 seconds",
+        ),
+        ("{{ 9 ** 9 ** 9 }}", r"computes powers \(\*\*\)"),
+        ("{% for %}", "is not a template: "),
+        (1_000_001 * " ", "has more than 1,000,000 characters"),
+    ],
+)
+def test_a_template_that_makes_no_repo_that_loads(source, tmp_path, template, message):
+    (tmp_path / "x.jinja").write_text(template)
+    with pytest.raises(ConversionError, match=message):
+        convert_checkpoint(source, tmp_path / "out", chat_template=str(tmp_path / "x.jinja"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["given", "x.jinja"]
+
+
+def test_a_tokenizer_of_another_checkpoint(source, tmp_path):
+    edit(source / "tokenizer.json", lambda values: values["model"]["vocab"].update(word=1_000_000))
+    with pytest.raises(ConversionError, match=r"ids up to 1,000,000, but the checkpoint was trained with 320 rows"):
+        convert_checkpoint(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "message"),
+    [
+        ("config.json", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: input should be less than"),
+        ("config.json", {"num_hidden_layers": "4"}, "num_hidden_layers='4': input should be a valid integer"),
+        ("config.json", {"hidden_size": 10**12}, "hidden_size=1000000000000: input should be less than"),
+        ("../vision-tower/config.json", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000"),
+        ("../vision-tower/config.json", {"image_size": 10**9}, "image_size=1000000000"),
+    ],
+)
+def test_sizes_are_read_before_anything_is_built(source, tmp_path, file, values, message):
+    edit(source / file, lambda settings: settings.update(values))
+    with pytest.raises(ConversionError, match=message):
+        convert_checkpoint(source, tmp_path / "out", vision_tower=source.parent / "vision-tower")
+
+
+def test_a_tokenizer_that_panics_or_cannot_be_written(source, tmp_path, monkeypatch):
+    from transformers_delta_llava.conversion import convert
+
+    class Panic(BaseException):
+        pass
+
+    def fail(*arguments):
+        raise Panic("No space left on device (os error 28)")
+
+    monkeypatch.setattr(convert, "save_tokenizer", fail)
+    with pytest.raises(ConversionError, match="The tokenizer cannot be written: No space left"):
+        convert_checkpoint(source, tmp_path / "out")
+    monkeypatch.setattr(convert, "add_tokens", fail)
+    with pytest.raises(ConversionError, match="The tokenizer of llava-tiny cannot be used: No space left"):
+        convert_checkpoint(source, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["given"]
