@@ -29,7 +29,9 @@ def is_public_torch(name: str) -> bool:
 def test_every_name_is_in_the_table_and_every_line_of_it_is_needed() -> None:
     touched = {name for name in surface(HUB_FILES) if not is_public_torch(name)}
     names = listed() - {"torch.*"}
-    assert not sorted(touched - names), "add them to the table with the reason why they can be trusted, or do without them"
+    assert not sorted(touched - names), (
+        "add them to the table with the reason why they can be trusted, or do without them"
+    )
     if transformers.__version__ != OLDEST:  # which lacks some that the others have
         assert not sorted(names - touched), "nothing touches these any more"
 

@@ -1,7 +1,10 @@
 """`delta-llava serve`: transformers' own server, asked through the `openai` client."""
 
 import json
+import socket
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,11 +22,12 @@ pytestmark = needs("serve")
 
 
 SERVER, CLIENT = read_blocks("engines.md", "transformers serve")
+PIXEL = "data:;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAACAkQBADs="
+WITH_IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": PIXEL}}]}
 # What the page starts the server with; the repo's own default is 16.
 SERVER_BUDGET = 4
-# `transformers serve` limits neither pictures nor text, passes over content and settings of kinds that it does not know, and
-# decodes films before the model is asked.
-OWN_WAYS = {"many pictures": (200,), "long text": (200,), "content": (200,), "option": (200,), "video": (500,)}
+# `transformers serve` limits no number of images that fits the model's positions, and passes over settings that it does not know.
+OWN_WAYS = {"many pictures": (200,), "option": (200,), "marker in text": (200,), "roles": (200,)}
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +103,87 @@ def test_200_malformed_requests(engine, server, repo, questions, cases, expected
     assert not answered, "\n".join(answered)
     assert server.is_alive
     assert chat(engine, server, repo, [request(cases[0])])[0]["text"] == expected_texts[0]
+
+
+def post(server, repo, **more) -> tuple[int, str]:
+    body = {"model": str(repo), "max_tokens": 4, "messages": [{"role": "user", "content": "what shape?"}], **more}
+    return server.post("/v1/chat/completions", json.dumps(body).encode())
+
+
+def said(server, repo, **more) -> str:
+    status, text = post(server, repo, **more)
+    assert status == 200, text
+    return json.loads(text)["choices"][0]["message"]["content"]
+
+
+def test_what_other_servers_take(server, repo, questions):
+    first, second = ({"role": role, "content": "what shape is"} for role in ("user", "user"))
+    joined = [{"type": "text", "text": "what shape is"}, {"type": "text", "text": "in the image?"}]
+    assert said(server, repo, messages=[first, {**second, "content": "in the image?"}]) == said(
+        server, repo, messages=[{"role": "user", "content": joined}]
+    )
+    both = [{"role": role, "content": "Answer in one word."} for role in ("developer", "system")]
+    answers = [said(server, repo, messages=[message, first]) for message in both]
+    assert answers[0] == answers[1]
+    whole = said(server, repo, max_tokens=12)
+    stopped = said(server, repo, max_tokens=12, stop=[whole[:1]])
+    assert whole.startswith(stopped) and len(stopped) <= len(whole)
+    tokenizer = DeltaLlavaProcessor.from_pretrained(repo).tokenizer
+    token = tokenizer.encode("red", add_special_tokens=False)[-1]
+    assert said(server, repo, logit_bias={str(token): 100}, max_tokens=2) == tokenizer.decode([token, token])
+    data = data_url(questions[0].image).partition(",")[2]
+    urls = [f"data:image/png;base64,{data}", f"data:;base64,{data}", f"data:application/x-odd;base64,{data}", data]
+    text = {"type": "text", "text": questions[0].text}
+    parts = [[{"type": "image_url", "image_url": {"url": url}}, text] for url in urls]
+    assert len({said(server, repo, messages=[{"role": "user", "content": content}]) for content in parts}) == 1
+    assert said(server, repo, max_tokens=10**6)  # as far as there are positions
+
+
+LOOP = "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": "shape " * 10**5}]}, "The prompt is too long"),
+        ({"chat_template_kwargs": {"chat_template": LOOP}}, "chat_template is unknown"),
+        ({"chat_template_kwargs": {"processor_kwargs": {"size": {"shortest_edge": 10**6}}}}, "size is unknown"),
+        ({"chat_template_kwargs": {"processor_kwargs": {"padding": "max_length", "max_length": 10**9}}}, "unknown"),
+        ({"chat_template_kwargs": {"padding": "max_length", "max_length": 10**9}}, "is unknown"),
+        ({"chat_template_kwargs": {"do_pad": "perhaps"}, "messages": [WITH_IMAGE]}, "`do_pad` must be True or False"),
+        ({"generation_config": json.dumps({"num_beams": 10**6})}, "num_beams=1000000"),
+        ({"seed": 10**30}, "seed"),
+    ],
+)
+def test_what_would_stop_the_server_is_refused_at_once(server, repo, more, message):
+    start = time.monotonic()
+    status, text = post(server, repo, **more)
+    assert status == 400 and message in json.loads(text)["error"]["message"], text
+    assert time.monotonic() - start < 20
+
+
+def test_a_url_that_keeps_silent_or_is_the_servers_own_stops_nobody(server, repo):
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(2) as pool:
+        urls = [f"http://127.0.0.1:{silent.getsockname()[1]}/a.png", f"{server.url}/v1/models"]
+        images = [[{"type": "image_url", "image_url": {"url": url}}] for url in urls]
+        waiting = [pool.submit(post, server, repo, messages=[{"role": "user", "content": image}]) for image in images]
+        time.sleep(0.5)
+        start = time.monotonic()
+        assert said(server, repo)
+        assert time.monotonic() - start < 9 and not waiting[0].done()
+        for result, message in zip(waiting, ("timed out", "cannot identify an image")):
+            status, text = result.result()
+            assert status == 400 and message in text
+
+
+def test_other_endpoints_are_measured_too(server, repo):
+    long = "shape " * 10**5
+    for path, name in (("completions", "prompt"), ("responses", "input")):
+        status, text = server.post(f"/v1/{path}", json.dumps({"model": str(repo), name: long}).encode())
+        assert status == 400 and "The prompt is too long" in text, (path, text[:500])
+        status, text = server.post(f"/v1/{path}", json.dumps({"model": str(repo), name: "what shape?"}).encode())
+        assert status == 200, (path, text[:500])
 
 
 def test_a_budget_that_the_model_does_not_have_is_refused_at_once(engine, repo):

@@ -100,7 +100,7 @@ def open_image(source: Any) -> Image.Image:
         raise TypeError(f"it is of type {type(source).__name__}, not an image, an array, bytes, a path or a URL")
     scheme, _, rest = source[:8].lower().partition(":")
     if scheme in ("http", "https"):
-        return _open_bytes(_download(source))
+        return _open_bytes(download(source))
     if scheme == "data":
         return _open_bytes(_from_data_url(source))
     if scheme == "file" and rest.startswith("/"):
@@ -142,8 +142,18 @@ def _from_data_url(url: str) -> bytes:
         raise ValueError(f"the data URL is not base64: {error}") from error
 
 
-def _download(url: str) -> bytes:
-    """What is at an `http:` or `https:` URL, within the limits above."""
+def download(url: str, max_bytes: int | None = None) -> bytes:
+    """
+    What is at an `http:` or `https:` URL.
+
+    Args:
+        url: it may lead to others.
+        max_bytes: by default `URL_MAX_BYTES`.
+
+    Raises:
+        ValueError: it answers with an error, sends more, or takes longer than `URL_TOTAL_TIMEOUT`.
+    """
+    limit = URL_MAX_BYTES if max_bytes is None else max_bytes
     end = time.monotonic() + URL_TOTAL_TIMEOUT
     blocks: list[bytes] = []
     errors: list[Exception] = []
@@ -157,8 +167,8 @@ def _download(url: str) -> bytes:
             with urllib.request.urlopen(request, timeout=URL_TIMEOUT, context=context) as response:
                 while (block := response.read1(2**16)) and time.monotonic() < end:
                     blocks.append(block)
-                    if sum(map(len, blocks)) > URL_MAX_BYTES:
-                        raise ValueError(f"{url[:200]} sends more than {URL_MAX_BYTES >> 20} MiB")
+                    if sum(map(len, blocks)) > limit:
+                        raise ValueError(f"{url[:200]} sends more than {limit >> 20} MiB")
         except urllib.error.HTTPError as error:
             errors.append(ValueError(f"{url[:200]} answers {error.code} {error.reason}"))
         except Exception as error:
