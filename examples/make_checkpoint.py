@@ -1,7 +1,7 @@
 """Write small checkpoints in the format of the authors' training code, from a seed.
 
-No trained Delta-LLaVA weights have been published, so the demo and the tests make their own: every tensor has the name
-and the layout of the released code and random values. What such a model says is noise; what it exercises is everything
+The tests need many checkpoints, and small ones: every tensor has the name and the layout of the released code and random
+values. What such a model says is noise; what it exercises is everything
 between a checkpoint folder and an answer.
 
     python examples/make_checkpoint.py OUTPUT

@@ -53,6 +53,8 @@ def test_budgets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_conversion(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(folder / "llava-v1.5-7b-144")
+    linked = {"mm_projector_type": "mlp2x_gelu", "_name_or_path": "NousResearch/Hermes-4.3-36B"}
+    write_checkpoint(folder / "DeltaLLaVA-36B-144", model_type="llava_seed_oss", config=linked)
     run_page("conversion.md", monkeypatch)
     assert (folder / "llava-v1.5-7b-144-again" / "config.json").is_file()
     assert (folder / "projector-alone" / "mm_projector.bin").is_file()

@@ -22,7 +22,7 @@ VOCABULARY_MULTIPLE = 64
 OWN_PREFIX = "mm_"
 
 _TRAINING = "only the authors' training reads it"
-_ANYRES = "only pictures cut into tiles need it, which the released projector does not support"
+_ANYRES = "only images cut into tiles need it, which the released projector does not support"
 _DTYPE = "every tensor keeps the dtype that it is stored in"
 _GENERATION = "a generation setting of transformers 4; those that count are in generation_config.json"
 _OLD = "transformers 4 wrote it into every config; none of these language models reads it"
