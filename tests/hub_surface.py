@@ -83,7 +83,7 @@ class _Module:
         name = path[-1]
         theirs = path[0] in (*THEIRS, "super") or (
             name not in self.own
-            and path[0] not in self.imported.values()
+            and path[0] not in {name.split(".")[0] for name in self.imported.values()}
             and not (len(path) == 1 and hasattr(builtins, name))
             and not any(hasattr(kind, name) for kind in PLAIN_TYPES)
         )
