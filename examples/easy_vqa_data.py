@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from transformers_delta_llava.evaluation import Question, load_questions
-from transformers_delta_llava.processing import load_chat_template
+from transformers_delta_llava.processing.chat_templates import CONVERSATIONS
 
 
 SHAPES = ("circle", "rectangle", "triangle")
@@ -146,7 +146,7 @@ def swap_red_and_blue(image: Image.Image) -> Image.Image:
 
 def write_tokenizer(folder: Path, questions: list[Question]) -> int:
     """Write a byte-level BPE tokenizer with Llama's special tokens, trained on the prompts; returns its size."""
-    system = load_chat_template("vicuna_v1").split("{{- '", 1)[1].split("' if", 1)[0].replace("\\'", "'")
+    system = CONVERSATIONS["vicuna_v1"].default_system + " "
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

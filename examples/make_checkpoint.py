@@ -69,6 +69,7 @@ TEXT_TYPES = {
     "llava_llama": "llama",
     "llava_mistral": "mistral",
     "llava_gemma": "gemma",
+    "llava_Phi3": "phi3",
     "llava_phi3": "phi3",
     "llava_seed_oss": "seed_oss",
     "llava_qwen": "qwen2",

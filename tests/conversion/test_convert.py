@@ -236,13 +236,16 @@ def test_only_a_hub_id_is_published_as_base_model(name, published, tmp_path):
 
 
 def test_no_path_of_this_machine_is_published(source, edit_config, tmp_path):
-    write_tower(tmp_path / "towers" / "my-tower")
+    tower = tmp_path / "towers" / "my-tower" / (40 * "c")  # as the Hub's client names a download
+    write_tower(tower)
     write_tokenizer(tmp_path / "tokenizers" / "mine")
-    (tmp_path / "mine.jinja").write_text("{% for m in messages %}{{ '<image>' }}{{ m.content[1].text }}{% endfor %}")
-    edit_config(_name_or_path=str(tmp_path / "base"), mm_vision_tower=str(tmp_path / "towers" / "my-tower"))
+    template = "{% for m in messages %}{% for item in [m.content] if item is string %}{{ item }}{% else %}<image>\n"
+    (tmp_path / "mine.jinja").write_text(template + "{{ m.content[1].text }}{% endfor %}{% endfor %}")
+    edit_config(_name_or_path=str(tmp_path / "base"), mm_vision_tower=str(tower))
     paths = {"tokenizer": tmp_path / "tokenizers" / "mine", "chat_template": str(tmp_path / "mine.jinja")}
     report = convert_checkpoint(source, tmp_path / "out", **paths)
     assert report.chat_template == "mine.jinja"
+    assert report.vision_tower == "my-tower"
     assert report.base_models == []
     for path in (tmp_path / "out").iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path.name

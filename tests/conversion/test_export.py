@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from examples.make_checkpoint import TEXT_TYPES, write_checkpoint
 from tests.tiny import tiny_config, tiny_processor
@@ -149,6 +149,12 @@ def test_a_trained_model_of_any_shape(tmp_path, settings):
     report = export_checkpoint(tmp_path / "repo", tmp_path / "back")
     assert report.vocab_size == 100
     fixed = {field for field in settings if field.startswith(("projector_", "use_"))} | {"vision_feature_levels"}
+    written = contents(tmp_path / "back", "config.json")["config.json"]
+    # In the words of transformers 4, which would not read `rope_parameters`, and start from defaults.
+    assert "rope_parameters" not in written and written["torch_dtype"] == "float32"
+    rope = config.text_config.rope_parameters
+    assert written["rope_theta"] == rope["rope_theta"]
+    assert written["rope_scaling"] == ({"rope_type": "linear", "factor": 2.0} if "factor" in rope else None)
     assert report.own_keys == sorted(f"mm_{field}" for field in fixed)
     convert_checkpoint(tmp_path / "back", tmp_path / "again")
     trained = {published_name(name): tensor for name, tensor in read(tmp_path / "repo").items()}
@@ -166,7 +172,7 @@ def test_tokens_without_a_row_stay_behind(tmp_path):
     write_checkpoint(tmp_path / "source", text={"vocab_size": 300})
     convert_checkpoint(tmp_path / "source", tmp_path / "repo")
     export_checkpoint(tmp_path / "repo", tmp_path / "back")
-    before, after = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("source", "back"))
+    before, after = (PreTrainedTokenizerFast.from_pretrained(tmp_path / name) for name in ("source", "back"))
     assert after.get_vocab() == before.get_vocab()
     assert after.pad_token is None
     config = contents(tmp_path / "back", "config.json", "generation_config.json")
@@ -175,4 +181,4 @@ def test_tokens_without_a_row_stay_behind(tmp_path):
     assert "suppress_tokens" not in config["generation_config.json"]
     # A row that is kept keeps its token.
     export_checkpoint(tmp_path / "repo", tmp_path / "whole", vocab_size=320)
-    assert "<image>" in AutoTokenizer.from_pretrained(tmp_path / "whole").get_vocab()
+    assert "<image>" in PreTrainedTokenizerFast.from_pretrained(tmp_path / "whole").get_vocab()

@@ -8,6 +8,7 @@ from transformers import AutoConfig, GenerationConfig
 from examples.make_checkpoint import write_tokenizer
 from transformers_delta_llava.conversion.generation import fit_generation_config, read_generation_config
 from transformers_delta_llava.conversion.tokenizer import add_tokens, load_tokenizer
+from transformers_delta_llava.processing import load_chat_template
 
 
 TEXT = AutoConfig.for_model("llama", vocab_size=384, eos_token_id=2, bos_token_id=1)
@@ -70,7 +71,7 @@ def test_none_is_fine(tmp_path):
 def test_tokens(tokenizer):
     ids = add_tokens(tokenizer)
     config = GenerationConfig(suppress_tokens=[5])
-    fit_generation_config(config, tokenizer, ids, TEXT, "vicuna_v1")
+    fit_generation_config(config, tokenizer, ids, TEXT, load_chat_template("vicuna_v1"))
     assert (config.eos_token_id, config.bos_token_id, config.pad_token_id) == (2, 1, ids.pad)
     assert config.suppress_tokens == [5, ids.image, ids.pad]
 
@@ -79,14 +80,16 @@ def test_a_padding_token_of_the_model_is_not_suppressed(tokenizer):
     tokenizer.pad_token = "</s>"
     ids = add_tokens(tokenizer)
     config = GenerationConfig()
-    fit_generation_config(config, tokenizer, ids, AutoConfig.for_model("llama", vocab_size=320), "vicuna_v1")
+    fit_generation_config(
+        config, tokenizer, ids, AutoConfig.for_model("llama", vocab_size=320), load_chat_template("vicuna_v1")
+    )
     assert config.suppress_tokens == [ids.image]
 
 
 def test_the_end_of_a_turn_ends_an_answer(tokenizer):
     tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
     config = GenerationConfig(eos_token_id=9)
-    fit_generation_config(config, tokenizer, add_tokens(tokenizer), TEXT, "chatml")
+    fit_generation_config(config, tokenizer, add_tokens(tokenizer), TEXT, load_chat_template("chatml"))
     assert config.eos_token_id == [9, 2, tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
@@ -94,5 +97,5 @@ def test_no_end_at_all(tokenizer):
     tokenizer.eos_token = None
     config = GenerationConfig()
     text = AutoConfig.for_model("llama", vocab_size=384, eos_token_id=None)
-    fit_generation_config(config, tokenizer, add_tokens(tokenizer), text, "gemma")
+    fit_generation_config(config, tokenizer, add_tokens(tokenizer), text, load_chat_template("gemma"))
     assert config.eos_token_id is None

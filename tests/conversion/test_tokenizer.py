@@ -112,6 +112,16 @@ def _released_encoding(tokenizer, prompt):
     return ids
 
 
+# Text of every kind before, between and behind images.
+WITH_IMAGES = [
+    "USER: <image>\nwhat is in  the picture? ASSISTANT: a cat</s>USER: <image>\n<image>\nwhat?",
+    "<image>a cat\n",
+    "<image><image>1 cat</s><image>",
+    "USER: <image> what?</s>USER: <image>  a",
+    "<image></s>a<image>\u2581cat<image>\n\n\u00e9<image>\u00a0a",
+]
+
+
 # The settings that such folders come with; without any, the authors' version of transformers meant the last one.
 @pytest.mark.parametrize(
     ("settings", "mark_after_end"),
@@ -132,12 +142,15 @@ def test_a_folder_with_only_a_sentencepiece_model(sentencepiece_file, tmp_path, 
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     assert has_tokenizer(tmp_path)
     tokenizer = load_tokenizer(str(tmp_path), text_config, "LlamaTokenizer")
-    prompt = "USER: <image>\nwhat is in  the picture? ASSISTANT: a cat</s>USER: <image>\n<image>\nwhat?"
-    expected = _released_encoding(tokenizer, prompt)
+    expected = [_released_encoding(tokenizer, prompt) for prompt in WITH_IMAGES]
     ids = add_tokens(tokenizer)
     save_tokenizer(tokenizer, tmp_path / "saved", None)
     saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
-    assert [ids.image if i is None else i for i in expected] == saved(prompt).input_ids
+    for prompt, pieces in zip(WITH_IMAGES, expected):
+        assert [ids.image if i is None else i for i in pieces] == saved(prompt).input_ids, prompt
+    # A repo's tokenizer is not changed again.
+    assert add_tokens(again := load_tokenizer(str(tmp_path / "saved"), text_config, None)).added == []
+    assert again.backend_tokenizer.to_str() == saved.backend_tokenizer.to_str()
 
     plain = "USER: what is in  the picture?\n\nASSISTANT: \u00e9"
     original = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))

@@ -1,22 +1,24 @@
-"""Every template renders what LLaVA's conversation format of that name produces. The expected prompts are literal."""
+"""Every template renders the authors' prompts character by character, here and in JavaScript."""
 
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jinja2
 import pytest
+from filelock import FileLock
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from transformers_delta_llava.processing import CHAT_TEMPLATES, load_chat_template
+from transformers_delta_llava.processing.chat_templates import adapt_template
 
 
 IMAGE = {"type": "image"}
-VICUNA = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the user's questions."
-)
-LLAMA = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-    "provides, and assist the user with a variety of tasks using natural language."
-)
+GOLDEN = json.loads((Path(__file__).parents[1] / "reference" / "golden_prompts.json").read_text(encoding="utf-8"))
 
 
 def text(content: str) -> dict[str, str]:
@@ -32,157 +34,268 @@ def assistant(content: Any) -> dict[str, Any]:
 
 
 SYSTEM = {"role": "system", "content": "Be brief."}
-# Name, messages, add_generation_prompt.
-CHATS: dict[str, tuple[list[dict[str, Any]], bool]] = {
-    "text": ([user("Hello?")], True),
-    "one turn": ([user(IMAGE, text("What?"))], True),
-    "answered": ([user(IMAGE, text("What?")), assistant("A cat.")], False),
-    "two turns": ([user(IMAGE, text("What?")), assistant([text("A cat.")]), user("Sure?")], True),
-    "system": ([SYSTEM, user(IMAGE, text("What?")), assistant("A cat."), user("Sure?")], True),
-    "image last": ([user(text("What is this? "), IMAGE)], True),
-    "two images": ([user(text("Compare"), IMAGE, text("these."), IMAGE)], True),
-    "image in a string": ([user("Look: <image> What?")], True),
-    "only an image": ([user(IMAGE)], True),
+VICUNA_TAIL = "<image>\nWhat? ASSISTANT: A cat.</s>USER: Sure? ASSISTANT:"
+CHATML_TAIL = (
+    "<|im_start|>user\n<image>\nWhat?<|im_end|><|im_start|>assistant\nA cat.<|im_end|><|im_start|>user\nSure?<|im_end|>"
+    "<|im_start|>assistant\n"
+)
+LLAMA_3_TAIL = (
+    "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n<image>\n"
+    "What?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nA cat.<|eot_id|><|start_header_id|>user<|end_header_id|>"
+    "\n\nSure?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+)
+# The chat "system" of `CHATS`, which no golden prompt has.
+WITH_SYSTEM = {
+    "vicuna_v1": "Be brief. USER: " + VICUNA_TAIL,
+    "llama_2": "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n<image>\nWhat? [/INST] A cat. </s><s>[INST] Sure? [/INST]",
+    "mistral_instruct": "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n<image>\nWhat? [/INST] A cat. </s>[INST] Sure? [/INST]",
+    "llama3": "<|begin_of_text|>" + LLAMA_3_TAIL,
+    "hermes-4": LLAMA_3_TAIL,
+    "chatml_direct": "<|im_start|>system\nBe brief.<|im_end|>" + CHATML_TAIL,
+    "chatml": ("<|im_start|>system\nBe brief.<|im_end|>" + CHATML_TAIL).replace("<|im_end|>", "<|im_end|>\n"),
+    "phi_3": "<|system|>\nBe brief.<|end|>\n<|user|>\n<image>\nWhat?<|end|>\n<|assistant|>\nA cat.<|end|>\n<|user|>\nSure?"
+    "<|end|>\n<|assistant|>\n",
+    "gemma": "<start_of_turn>user\nBe brief.\n\n<image>\nWhat?<end_of_turn>\n<start_of_turn>model\nA cat.<end_of_turn>\n<eos>"
+    "<start_of_turn>user\nSure?<end_of_turn>\n<start_of_turn>model\n",
+    "plain": "<image>\nWhat?\nA cat.\nSure?\n",
 }
-EXPECTED = {
-    "vicuna_v1": {
-        "text": VICUNA + " USER: Hello? ASSISTANT:",
-        "one turn": VICUNA + " USER: <image>\nWhat? ASSISTANT:",
-        "answered": VICUNA + " USER: <image>\nWhat? ASSISTANT: A cat.</s>",
-        "two turns": VICUNA + " USER: <image>\nWhat? ASSISTANT: A cat.</s>USER: Sure? ASSISTANT:",
-        "system": "Be brief. USER: <image>\nWhat? ASSISTANT: A cat.</s>USER: Sure? ASSISTANT:",
-        "image last": VICUNA + " USER: <image>\nWhat is this? ASSISTANT:",
-        "two images": VICUNA + " USER: <image>\n<image>\nCompare\nthese. ASSISTANT:",
-        "image in a string": VICUNA + " USER: Look: <image> What? ASSISTANT:",
-        "only an image": VICUNA + " USER: <image> ASSISTANT:",
-    },
-    "plain": {
-        "one turn": "<image>",
-        "answered": "<image>A cat.\n",
-        "image last": "<image>",
-        "two images": "<image><image>",
-        "image in a string": "<image>",
-        "only an image": "<image>",
-    },
-    "chatml": {
-        "text": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nHello?<|im_end|>\n"
-        "<|im_start|>assistant\n",
-        "one turn": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhat?"
-        "<|im_end|>\n<|im_start|>assistant\n",
-        "answered": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhat?"
-        "<|im_end|>\n<|im_start|>assistant\nA cat.<|im_end|>\n",
-        "two turns": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhat?"
-        "<|im_end|>\n<|im_start|>assistant\nA cat.<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n",
-        "system": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image>\nWhat?<|im_end|>\n"
-        "<|im_start|>assistant\nA cat.<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n",
-        "image last": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhat is "
-        "this?<|im_end|>\n<|im_start|>assistant\n",
-        "two images": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\n<image>\n"
-        "Compare\nthese.<|im_end|>\n<|im_start|>assistant\n",
-        "image in a string": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nLook: "
-        "<image> What?<|im_end|>\n<|im_start|>assistant\n",
-        "only an image": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>"
-        "<|im_end|>\n<|im_start|>assistant\n",
-    },
-    "llama_2": {
-        "text": "[INST] <<SYS>>\n" + LLAMA + "\n<</SYS>>\n\nHello? [/INST]",
-        "one turn": "[INST] <<SYS>>\n" + LLAMA + "\n<</SYS>>\n\n<image>\nWhat? [/INST]",
-        "answered": "[INST] <<SYS>>\n" + LLAMA + "\n<</SYS>>\n\n<image>\nWhat? [/INST] A cat. </s>",
-        "two turns": "[INST] <<SYS>>\n" + LLAMA + "\n<</SYS>>\n\n<image>\nWhat? [/INST] A cat. </s><s>[INST] Sure? "
-        "[/INST]",
-        "system": "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n<image>\nWhat? [/INST] A cat. </s><s>[INST] Sure? [/INST]",
-        "image last": "[INST] <<SYS>>\n" + LLAMA + "\n<</SYS>>\n\n<image>\nWhat is this? [/INST]",
-        "two images": "[INST] <<SYS>>\n" + LLAMA + "\n<</SYS>>\n\n<image>\n<image>\nCompare\nthese. [/INST]",
-        "image in a string": "[INST] <<SYS>>\n" + LLAMA + "\n<</SYS>>\n\nLook: <image> What? [/INST]",
-        "only an image": "[INST] <<SYS>>\n" + LLAMA + "\n<</SYS>>\n\n<image> [/INST]",
-    },
-    "phi_3": {
-        "text": "<|user|>\nHello?<|end|>\n<|assistant|>\n",
-        "one turn": "<|user|>\n<image>\nWhat?<|end|>\n<|assistant|>\n",
-        "answered": "<|user|>\n<image>\nWhat?<|end|>\n<|assistant|>\nA cat.<|end|>\n",
-        "two turns": "<|user|>\n<image>\nWhat?<|end|>\n<|assistant|>\nA cat.<|end|>\n<|user|>\nSure?<|end|>\n"
-        "<|assistant|>\n",
-        "system": "<|system|>\nBe brief.<|end|>\n<|user|>\n<image>\nWhat?<|end|>\n<|assistant|>\nA cat.<|end|>\n"
-        "<|user|>\nSure?<|end|>\n<|assistant|>\n",
-        "image last": "<|user|>\n<image>\nWhat is this?<|end|>\n<|assistant|>\n",
-        "two images": "<|user|>\n<image>\n<image>\nCompare\nthese.<|end|>\n<|assistant|>\n",
-        "image in a string": "<|user|>\nLook: <image> What?<|end|>\n<|assistant|>\n",
-        "only an image": "<|user|>\n<image><|end|>\n<|assistant|>\n",
-    },
-    "gemma": {
-        "text": "<start_of_turn>user\nHello?<end_of_turn>\n<start_of_turn>model\n",
-        "one turn": "<start_of_turn>user\n<image>\nWhat?<end_of_turn>\n<start_of_turn>model\n",
-        "answered": "<start_of_turn>user\n<image>\nWhat?<end_of_turn>\n<start_of_turn>model\nA cat.<end_of_turn>\n<eos>",
-        "two turns": "<start_of_turn>user\n<image>\nWhat?<end_of_turn>\n<start_of_turn>model\nA cat.<end_of_turn>\n<eos>"
-        "<start_of_turn>user\nSure?<end_of_turn>\n<start_of_turn>model\n",
-        "system": "<start_of_turn>user\nBe brief.\n\n<image>\nWhat?<end_of_turn>\n<start_of_turn>model\nA cat."
-        "<end_of_turn>\n<eos><start_of_turn>user\nSure?<end_of_turn>\n<start_of_turn>model\n",
-        "image last": "<start_of_turn>user\n<image>\nWhat is this?<end_of_turn>\n<start_of_turn>model\n",
-        "two images": "<start_of_turn>user\n<image>\n<image>\nCompare\nthese.<end_of_turn>\n<start_of_turn>model\n",
-        "image in a string": "<start_of_turn>user\nLook: <image> What?<end_of_turn>\n<start_of_turn>model\n",
-        "only an image": "<start_of_turn>user\n<image><end_of_turn>\n<start_of_turn>model\n",
-    },
-    "hermes": {
-        "text": "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\nHello?<|im_end|>"
-        "<|im_start|>assistant\n",
-        "one turn": "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nWhat?<|im_end|>"
-        "<|im_start|>assistant\n",
-        "answered": "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nWhat?<|im_end|>"
-        "<|im_start|>assistant\nA cat.<|im_end|>",
-        "two turns": "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nWhat?<|im_end|>"
-        "<|im_start|>assistant\nA cat.<|im_end|><|im_start|>user\nSure?<|im_end|><|im_start|>assistant\n",
-        "system": "<|im_start|>system\nBe brief.<|im_end|><|im_start|>user\n<image>\nWhat?<|im_end|>"
-        "<|im_start|>assistant\nA cat.<|im_end|><|im_start|>user\nSure?<|im_end|><|im_start|>assistant\n",
-        "image last": "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nWhat is this?"
-        "<|im_end|><|im_start|>assistant\n",
-        "two images": "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\n<image>\nCompare\n"
-        "these.<|im_end|><|im_start|>assistant\n",
-        "image in a string": "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\nLook: <image> What?"
-        "<|im_end|><|im_start|>assistant\n",
-        "only an image": "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image><|im_end|>"
-        "<|im_start|>assistant\n",
-    },
-}
-CASES = [(name, chat) for name in EXPECTED for chat in EXPECTED[name]]
+WITH_SYSTEM["llava_llama_2"] = WITH_SYSTEM["llama_2"]
+WITH_SYSTEM["hermes-2"] = WITH_SYSTEM["mpt"] = WITH_SYSTEM["chatml_direct"]
+# A list and the string that it stands for.
+SAME = [
+    ([text("What is this? "), IMAGE], "<image>\nWhat is this?"),
+    ([text("Compare"), IMAGE, text("these."), IMAGE], "<image>\n<image>\nCompare\nthese."),
+    ([IMAGE], "<image>"),
+    ([text("Look: <image> What?")], "Look: <image> What?"),
+]
 
 
-@pytest.mark.parametrize(("name", "chat"), CASES)
-def test_the_prompt_is_llavas(processor: Any, name: str, chat: str) -> None:
-    messages, add_generation_prompt = CHATS[chat]
+def golden_chats(golden: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """The chat of a golden prompt, with strings and with lists as content."""
+    roles = [("user", "assistant")[index % 2] for index in range(len(golden["turns"]))]
+    strings = [{"role": role, "content": turn} for role, turn in zip(roles, golden["turns"])]
+    lists = []
+    for role, turn in zip(roles, golden["turns"]):
+        words = turn.removeprefix("<image>\n")
+        lists.append({"role": role, "content": [text(words), *([IMAGE] if words != turn else [])]})
+    return [strings, lists]
+
+
+@pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: f"{golden['template']}-{len(golden['turns'])}")
+def test_the_prompt_is_the_authors(processor: Any, golden: dict[str, Any]) -> None:
+    for chat in golden_chats(golden):
+        prompt = processor.apply_chat_template(
+            chat,
+            chat_template=load_chat_template(golden["template"]),
+            add_generation_prompt=golden["generation_prompt"],
+        )
+        assert prompt == golden["prompt"]
+
+
+def test_a_qwen_prompt_has_newlines_between_turns(processor: Any) -> None:
     prompt = processor.apply_chat_template(
-        messages, chat_template=load_chat_template(name), add_generation_prompt=add_generation_prompt
+        [user(IMAGE, text("What?"))], chat_template=load_chat_template("chatml"), add_generation_prompt=True
     )
-    assert prompt == EXPECTED[name][chat]
+    assert prompt == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhat?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
 
 
-def test_all_templates_are_tested_and_the_plain_format_alone_lacks_chats() -> None:
-    assert set(EXPECTED) == set(CHAT_TEMPLATES)
-    assert {name for name in EXPECTED if set(EXPECTED[name]) != set(CHATS)} == {"plain"}
+def test_every_golden_conversation_has_a_template() -> None:
+    assert {golden["template"] for golden in GOLDEN} == set(CHAT_TEMPLATES) - {"chatml"}
+
+
+@pytest.mark.parametrize("name", WITH_SYSTEM)
+def test_a_system_message_takes_the_place_of_the_default_one(processor: Any, name: str) -> None:
+    chat = [SYSTEM, user(IMAGE, text("What?")), assistant([text("A cat.")]), user("Sure?")]
+    options = {"chat_template": load_chat_template(name), "add_generation_prompt": True}
+    assert processor.apply_chat_template(chat, **options) == WITH_SYSTEM[name]
 
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
-def test_a_string_and_a_list_of_one_text_are_the_same(processor: Any, name: str) -> None:
-    question = "<image>\nWhat is it?"
-    prompts = [
-        processor.apply_chat_template([user(content), assistant(answer)], chat_template=load_chat_template(name))
-        for content, answer in [(question, "It is."), (text(question), [text("It is.")])]
-    ]
-    assert prompts[0] == prompts[1]
-    assert "It is." in prompts[0]
+def test_images_come_first_in_their_turn_one_a_line(processor: Any, name: str) -> None:
+    options = {"chat_template": load_chat_template(name), "add_generation_prompt": True}
+    for items, string in SAME:
+        assert processor.apply_chat_template([user(*items)], **options) == processor.apply_chat_template(
+            [user(string)], **options
+        )
+        assert string in processor.apply_chat_template([user(*items)], **options)
 
 
-@pytest.mark.parametrize("name", ["vicuna_v1", "chatml", "llama_2", "phi_3", "gemma", "hermes"])
+@pytest.mark.parametrize("name", [name for name in CHAT_TEMPLATES if name != "plain"])
 def test_an_empty_system_message_is_no_system_message(processor: Any, name: str) -> None:
     messages = [{"role": "system", "content": ""}, user("Hi")]
     prompt = processor.apply_chat_template(messages, chat_template=load_chat_template(name))
-    first = {"vicuna_v1": "USER: Hi ", "llama_2": "[INST] Hi [/INST]"}
-    assert prompt.startswith(first.get(name, "<"))
-    assert not any(word in prompt for word in ("system", "SYS", "Be", "You", "Answer", "curious"))
+    assert prompt.count("Hi") == 1
+    assert not any(word in prompt for word in ("system", "SYS", "Be", "You", "Answer", "curious", "conversation"))
 
 
-def test_plain_leaves_out_the_system_message_and_the_users_words(processor: Any) -> None:
-    messages = [SYSTEM, user(text("Describe it."), IMAGE), assistant(" A cat ")]
-    assert processor.apply_chat_template(messages, chat_template=load_chat_template("plain")) == "<image> A cat \n"
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("v1", "vicuna_v1"),
+        ("llama_3", "llama3"),
+        ("Llama-3", "llama3"),
+        ("hermes_4", "hermes-4"),
+        ("phi3", "phi_3"),
+        ("mistral", "mistral_instruct"),
+        ("mistral_direct", "chatml_direct"),
+        ("qwen_1_5", "chatml"),
+    ],
+)
+def test_other_names_of_a_template(name: str, other: str) -> None:
+    assert load_chat_template(name) == load_chat_template(other)
+
+
+def test_plain_trains_on_a_caption_without_the_question(processor: Any) -> None:
+    template = load_chat_template("plain")
+    messages = [SYSTEM, user(text("Describe it."), IMAGE, IMAGE), assistant(" A cat ")]
+    assert processor.apply_chat_template(messages, chat_template=template) == "<image><image> A cat \n"
+    # And asks for one as it was trained.
+    options = {"chat_template": template, "add_generation_prompt": True}
+    assert processor.apply_chat_template([user(IMAGE)], **options) == "<image>"
+
+
+@pytest.fixture(scope="module")
+def render_in_node() -> Callable[[list[dict[str, Any]]], list[str]]:
+    """Renders chats with the Jinja of transformers.js, which is downloaded once."""
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if node is None or npm is None:
+        pytest.skip("there is no Node")
+    folder = Path(__file__).parents[2] / ".cache" / "npm"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        if not (folder / "node_modules" / "@huggingface" / "jinja").is_dir():
+            command = [npm, "install", "--prefix", str(folder), "@huggingface/jinja@0.5"]
+            if subprocess.run(command, capture_output=True).returncode:
+                pytest.skip("@huggingface/jinja cannot be downloaded")
+
+    def render(cases: list[dict[str, Any]]) -> list[str]:
+        script = Path(__file__).parent / "render_chats.cjs"
+        environment = {**os.environ, "NODE_PATH": str(folder / "node_modules")}
+        done = subprocess.run(
+            [str(node), str(script)], input=json.dumps(cases), capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return render
+
+
+def test_they_render_in_javascript_as_they_do_here(render_in_node: Any, processor: Any) -> None:
+    cases, expected = [], []
+
+    def add(template: str, chat: list[dict[str, Any]], prompt: str, generation_prompt: bool) -> None:
+        context = {"messages": chat, "add_generation_prompt": generation_prompt, "bos_token": "<s>"}
+        cases.append({"template": template, "context": context})
+        expected.append(prompt)
+
+    for golden in GOLDEN:
+        for chat in golden_chats(golden):
+            add(load_chat_template(golden["template"]), chat, golden["prompt"], golden["generation_prompt"])
+    others = [load_chat_template("chatml"), load_chat_template("gemma", bos=True)]
+    chats = (
+        [SYSTEM, user(IMAGE, text("What?")), assistant("It\u2019s \\n.")],
+        [user(IMAGE, IMAGE), assistant("A cat.")],
+    )
+    for template in [*others, load_chat_template("plain"), *OWN_TEMPLATES.values()]:
+        for chat in chats:
+            for open_turn in (False, True):
+                prompt = processor.apply_chat_template(chat, chat_template=template, add_generation_prompt=open_turn)
+                add(template, chat, prompt, open_turn)
+    assert render_in_node(cases) == expected
+    refused = [{"template": load_chat_template("llama3"), "context": {"messages": [assistant("Hi")]}}]
+    assert render_in_node(refused)[0].startswith("error: Roles must alternate")
+
+
+# The kinds of templates that tokenizers bring: ChatML with a system message of its own, Llama 3's, Qwen 3's with its empty
+# thoughts, one in which later turns look different, and one that marks its answers itself.
+CHATML_OWN = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are "
+    "Tiny.<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA_3_OWN = """{{- bos_token }}
+{%- if custom is defined %}
+    {%- set tools = custom %}
+{%- endif %}
+{%- if not tools is defined %}
+    {%- set tools = none %}
+{%- endif %}
+{% set loop_messages = messages %}
+{%- for message in loop_messages %}
+    {%- set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}
+    {{- content }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif %}
+"""
+THINKING_OWN = """{%- set ns = namespace(last=messages | length - 1) %}
+{%- macro opening(role) %}{{ '<|im_start|>' + role + '\n' }}{% endmacro %}
+{%- for message in messages %}
+    {{- opening(message.role) }}
+    {%- if message.role == 'assistant' and loop.index0 == ns.last %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+    {{- message.content.split('</think>')[-1] + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- opening('assistant') }}
+{%- endif %}
+"""
+MARKED_OWN = (
+    "{% for message in messages %}{{ '<|' + message.role + '|>\n' }}{% if message.role == 'assistant' %}{% generation %}"
+    "{{ message.content + '<|end|>' }}{% endgeneration %}{{ '\n' }}{% else %}{{ message.content + '<|end|>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+OWN = {"chatml": CHATML_OWN, "llama 3": LLAMA_3_OWN, "thinking": THINKING_OWN, "marked": MARKED_OWN}
+OWN_ENDS = {"chatml": "<|im_end|>", "llama 3": "<|eot_id|>", "thinking": "<|im_end|>", "marked": "<|end|>"}
+OWN_TEMPLATES = {name: adapt_template(template, OWN_ENDS[name]) for name, template in OWN.items()}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_tokenizers_own_template_takes_images_and_says_the_same(processor: Any, name: str) -> None:
+    turns = [user("Hi "), assistant(" Hello. "), user("Sure?"), assistant("Yes."), user("Bye")]
+    for length in range(1, 6):
+        for chat in (turns[:length], [SYSTEM, *turns[:length]]):
+            for open_turn in (False, True):
+                options = {"add_generation_prompt": open_turn}
+                expected = processor.tokenizer.apply_chat_template(
+                    chat, chat_template=OWN[name], tokenize=False, **options
+                )
+                assert processor.apply_chat_template(chat, chat_template=OWN_TEMPLATES[name], **options) == expected
+    for items, string in SAME:
+        prompts = [
+            processor.apply_chat_template([user(*content)], chat_template=OWN_TEMPLATES[name])
+            for content in ([string], items)
+        ]
+        assert prompts[0] == prompts[1] and string in prompts[0]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_tokenizers_own_template_marks_answers_with_their_end(processor: Any, name: str) -> None:
+    chat = [user("Hi"), assistant(" Hello."), user("Sure?"), assistant("Yes.")]
+    prompts, spans = render_jinja_template([chat], chat_template=OWN_TEMPLATES[name], bos_token="<s>")
+    spans = render_jinja_template(
+        [chat], chat_template=OWN_TEMPLATES[name], bos_token="<s>", return_assistant_tokens_mask=True
+    )[1][0]
+    first = "Hello." if name == "llama 3" else " Hello."
+    assert [prompts[0][start:stop] for start, stop in spans] == [first + OWN_ENDS[name], "Yes." + OWN_ENDS[name]]
+
+
+def test_an_answer_that_a_template_changes_is_not_marked_but_rendered(processor: Any) -> None:
+    chat = [user("Hi"), assistant("<think>Hm.</think>Hello.")]
+    options = {"chat_template": OWN_TEMPLATES["thinking"]}
+    expected = processor.tokenizer.apply_chat_template(chat, chat_template=THINKING_OWN, tokenize=False)
+    assert processor.apply_chat_template(chat, **options) == expected
+    assert not render_jinja_template([chat], return_assistant_tokens_mask=True, **options)[1][0]
+
+
+def test_adapting_twice_is_adapting_once() -> None:
+    for template in (*OWN_TEMPLATES.values(), load_chat_template("vicuna_v1")):
+        assert adapt_template(template, "<|end|>") == template
 
 
 BAD_CHATS: dict[str, tuple[list[dict[str, Any]], str]] = {
@@ -201,18 +314,12 @@ BAD_CHATS: dict[str, tuple[list[dict[str, Any]], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+@pytest.mark.parametrize("name", ["vicuna_v1", "gemma", "plain"])
 @pytest.mark.parametrize("case", BAD_CHATS)
 def test_chats_that_no_format_has_are_refused(processor: Any, name: str, case: str) -> None:
     messages, message = BAD_CHATS[case]
     with pytest.raises(ValueError, match=f"^The chat template refuses the conversation: .*{message}"):
         processor.apply_chat_template(messages, chat_template=load_chat_template(name))
-
-
-@pytest.mark.parametrize("messages", [[user("no image")], [user("<image>"), assistant("a"), user("<image>")]])
-def test_plain_refuses_what_is_no_pair_of_image_and_caption(processor: Any, messages: list[dict[str, Any]]) -> None:
-    with pytest.raises(ValueError, match="one user message with an image"):
-        processor.apply_chat_template(messages, chat_template=load_chat_template("plain"))
 
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
@@ -228,7 +335,7 @@ def test_engines_see_from_the_syntax_tree_that_content_may_be_a_list(name: str) 
 
 
 def test_an_unknown_template_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"no chat template 'llama_4'.*vicuna_v1, plain, chatml, llama_2, phi_3"):
+    with pytest.raises(ValueError, match=r"no chat template 'llama_4'.*vicuna_v1, llama_2, llava_llama_2, mistral"):
         load_chat_template("llama_4")
 
 
@@ -236,7 +343,7 @@ def test_an_unknown_template_is_refused_with_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("name", ["vicuna_v1", "llama_2", "plain", "gemma"])
+@pytest.mark.parametrize("name", ["vicuna_v1", "llava_llama_2", "plain", "gemma"])
 def test_exactly_one_bos_comes_first_however_the_chat_becomes_tokens(
     make_processor: Any, make_picture: Any, name: str, bos: bool
 ) -> None:
@@ -257,14 +364,14 @@ def test_exactly_one_bos_comes_first_however_the_chat_becomes_tokens(
 
 def test_llama_2_has_one_bos_per_turn_as_the_format_says(make_processor: Any) -> None:
     processor = make_processor(chat_template=load_chat_template("llama_2"))
-    ids = processor.apply_chat_template(CHATS["text"][0] + [assistant("Hi"), user("Bye")], tokenize=True)[0]
+    ids = processor.apply_chat_template([user("Hello?")] + [assistant("Hi"), user("Bye")], tokenize=True)[0]
     assert ids[0] == processor.tokenizer.bos_token_id
     assert ids.count(processor.tokenizer.bos_token_id) == 2
 
 
 def test_no_bos_where_the_tokenizer_adds_none(make_processor: Any, make_tokenizer: Any) -> None:
     processor = make_processor(tokenizer=make_tokenizer(add_bos=False), chat_template=load_chat_template("chatml"))
-    ids = processor.apply_chat_template(CHATS["text"][0], tokenize=True)[0]
+    ids = processor.apply_chat_template([user("Hello?")], tokenize=True)[0]
     assert processor.tokenizer.bos_token_id not in ids
     # What the user writes is the user's where the tokenizer adds nothing.
     assert processor(text="<s>hi")["input_ids"][0][0] == processor.tokenizer.bos_token_id

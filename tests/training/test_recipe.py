@@ -70,7 +70,7 @@ def test_overrides_change_a_recipe(recipe_file: Path) -> None:
         ("data.path=none.json", r"data\.path: there is no file 'none\.json'"),
         ("data.path=RECIPE", r"data: path=.*: name a \.json or \.jsonl file"),
         ("data.images=./nowhere", r"data\.images: there is no folder '\./nowhere'"),
-        ("data.chat_template=vicuna", r"data: chat_template=vicuna: use one of vicuna_v1, plain"),
+        ("data.chat_template=vicuna", r"data: chat_template=vicuna: use one of vicuna_v1, llama_2"),
         ("data.on_error=ignore", r"data\.on_error='ignore': input should be 'fail' or 'skip'"),
         ("data.max_length=0", r"data\.max_length=0: input should be greater than or equal to 1"),
         ("data.dataset=org/data", r"data: give one of: path .*; dataset"),

@@ -12,6 +12,7 @@ from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
 from ..modeling import DeltaLlavaForConditionalGeneration
+from ..modeling.delta_repo_delta_llava import dtype_name
 from ..processing import DeltaLlavaProcessor
 from ..utils.prompt_length import max_prompt_tokens
 from .asking import count_visual_tokens, encode_question
@@ -143,7 +144,7 @@ def compare_budgets(
         repeats,
         max_new_tokens,
         str(model.device),
-        str(model.dtype).removeprefix("torch."),
+        dtype_name(model.dtype),
         torch.get_num_threads(),
         {"torch": torch.__version__, "transformers": transformers.__version__},
     )

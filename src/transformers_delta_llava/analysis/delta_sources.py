@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import torch
 
-from ..conversion.checkpoint_reader import Checkpoint, LazyTensor, has_weights, open_weights, read_checkpoint
+from ..conversion.checkpoint_reader import Checkpoint, LazyTensor, open_weights, read_checkpoint
+from ..conversion.config_map import DEFAULTS
 from ..conversion.errors import listed
 from ..conversion.export import read_repo_config
-from ..conversion.key_map import map_names
+from ..conversion.key_map import PROJECTOR, SOURCE_PROJECTOR, map_names
+from ..conversion.sources import PROJECTOR_FILE, open_trained
 from ..modeling.delta_factors_delta_llava import FACTORS, applied_updates, check_deltas
 from ..modeling.delta_repo_delta_llava import DELTA_CONFIG, DELTA_WEIGHTS, read_delta_config
 from ..modeling.projector_delta_llava import pick_update
@@ -17,9 +19,7 @@ from ..utils.files import read_json
 from ..utils.hub import local_folder, public_name
 
 
-PROJECTOR = "model.multi_modal_projector."
-_SOURCE_PROJECTOR = "model.mm_projector."
-_FILES = ("*.json", "*.safetensors", "pytorch_model*.bin", "mm_projector.bin")
+_FILES = ("*.json", "*.safetensors", "pytorch_model*.bin", PROJECTOR_FILE)
 
 
 @dataclass
@@ -128,23 +128,19 @@ def _read_repo(folder: Path, name: str) -> Projections:
 
 
 def _read_checkpoint(folder: Path, name: str) -> Projections:
-    projector = folder / "mm_projector.bin"
-    if has_weights(folder):
-        source = read_checkpoint(folder).tensors
-    elif projector.is_file():
-        source = open_weights(projector)
-    else:
+    checkpoint = open_trained(folder)
+    if checkpoint is None:
         raise ValueError(
-            f"{name} holds neither deltas nor a model: no {DELTA_CONFIG}, no weights, no mm_projector.bin."
+            f"{name} holds neither deltas nor a model: no {DELTA_CONFIG}, no weights, no {PROJECTOR_FILE}."
         )
-    source = {n: tensor for n, tensor in source.items() if n.startswith(_SOURCE_PROJECTOR)}
+    source = {n: tensor for n, tensor in checkpoint.tensors.items() if n.startswith(SOURCE_PROJECTOR)}
     if not source:
-        raise ValueError(f"{name} is no Delta-LLaVA: no tensor in it is called {_SOURCE_PROJECTOR}...")
+        raise ValueError(f"{name} is no Delta-LLaVA: no tensor in it is called {SOURCE_PROJECTOR}...")
     tensors = {target.removeprefix(PROJECTOR): source[n] for n, (target, _) in map_names(source).rules.items()}
     wide, narrow = tensors.get("k_proj.weight"), tensors.get("q_proj.weight")
     levels = wide.shape[1] // narrow.shape[1] if wide is not None and narrow is not None else 1
     settings = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    named = settings.get("mm_vision_feature_levels", [12, 16, 22, 23])
+    named = settings.get("mm_vision_feature_levels", list(DEFAULTS["vision_feature_levels"]))
     names = named if len(named) == levels else list(range(levels))
     return _assemble(name, folder, "released", "levels", names, {}, tensors)
 

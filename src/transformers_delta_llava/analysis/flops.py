@@ -15,6 +15,7 @@ from torch import nn
 
 from ..modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaProjector
 from ..modeling.configuration_delta_llava import DEFAULT_VISION_CONFIG
+from ..modeling.delta_repo_delta_llava import dtype_name
 from .activations import language_peak_bytes, projector_peak_bytes, tower_peak_bytes
 
 
@@ -136,7 +137,7 @@ def profile_model(
                 kv_cache_bytes=kv_cache_bytes(config, prompt + new_tokens - 1, dtype),
             )
         )
-    return ModelProfile(text_tokens, new_tokens, str(dtype).removeprefix("torch."), parameters, profiles)
+    return ModelProfile(text_tokens, new_tokens, dtype_name(dtype), parameters, profiles)
 
 
 # ---------------------------------------------------------------------------- exact

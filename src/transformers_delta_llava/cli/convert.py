@@ -36,7 +36,10 @@ def convert(
         str | None, typer.Option(help="Cast weights to float32, bfloat16 or float16; by default each keeps its own.")
     ] = None,
     chat_template: Annotated[
-        str | None, typer.Option(help="Prompt format by name, or a Jinja file; by default the model family's.")
+        str | None,
+        typer.Option(
+            help="Chat template by name, `tokenizer` for the tokenizer's own, or a Jinja file; by default what it was tuned with."
+        ),
     ] = None,
     scale_factor: Annotated[
         int | None,
@@ -103,8 +106,9 @@ def convert(
         say(f"left out {name}: {reason}")
     say(
         f"{report.tensors_written} tensors ({report.tensors_used} from {report.source}), "
-        f"{report.visual_tokens} visual tokens per image, prompt format {report.chat_template}"
+        f"{report.visual_tokens} visual tokens per image"
     )
+    say(f"chat template: {report.chat_template} ({report.chat_template_reason})")
     typer.echo(report.output)
     if push_to_hub is not None:
         try:

@@ -9,17 +9,18 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..modeling import DeltaLlavaConfig
+from ..modeling.delta_repo_delta_llava import dtype_name
 from ..utils.errors import explain_errors
 from ..utils.files import read_json, write_json
 from ..utils.hub import hub_id_of, public_name
 from ..utils.output_folder import REPORT_FILE, atomic_folder, check_output
+from .chat_templates import ChatTemplate, chat_template_warnings, choose_chat_template
 from .checkpoint_reader import Checkpoint, verify_archives
 from .config_map import SourceConfig, Vocabulary, convert_config, grown_vocabulary, read_config
 from .errors import ConversionError
 from .generation import fit_generation_config, read_generation_config
-from .hub_repo import read_chat_template, write_code, write_config, write_processor
+from .hub_repo import write_code, write_config, write_processor
 from .key_map import TOWER_TARGET, NameMap, delta_rank, map_names
-from .language_models import default_chat_template
 from .model_card import Conversion, ModelCard
 from .other_projectors import describe_other_projector
 from .repo_check import check_repo
@@ -27,7 +28,15 @@ from .report import ConversionReport, sha256_of
 from .shard_writer import Progress, parse_size, verify_shards, write_shards
 from .sources import BaseModel, open_trained, read_source
 from .tensor_plan import EMBEDDINGS, SOURCE_EMBEDDINGS, TensorPlan, plan_tensors
-from .tokenizer import TOKENIZER_FILES, TokenIds, add_tokens, has_tokenizer, load_tokenizer, save_tokenizer
+from .tokenizer import (
+    TOKENIZER_FILES,
+    TokenIds,
+    add_tokens,
+    has_tokenizer,
+    load_tokenizer,
+    read_own_template,
+    save_tokenizer,
+)
 from .vision_tower import VisionTower, adapt_to_weights, find_vision_tower, load_vision_tower
 
 
@@ -48,7 +57,7 @@ class _Source:
     tower: VisionTower
     tokenizer: PreTrainedTokenizerBase
     token_ids: TokenIds
-    chat_template: str
+    chat_template: ChatTemplate
 
     @property
     def rows(self) -> int:
@@ -100,7 +109,8 @@ def convert_checkpoint(
         vision_tower: folder or Hub id of the tower. By default the one that the checkpoint's config names.
         tokenizer: folder or Hub id of the tokenizer. By default the source's own.
         dtype: `float32`, `bfloat16` or `float16` to cast all weights; by default each keeps its own.
-        chat_template: name of a prompt format, or a Jinja file. By default what fits the language model.
+        chat_template: name of a conversation format, `tokenizer` for the tokenizer's own, or a Jinja file. By default what
+            the checkpoint was tuned with, as far as it tells.
         scale_factor: the one that the checkpoint was trained with, where its config does not say.
         overwrite: replace an output that an earlier conversion wrote.
         max_shard_size: most bytes of tensors per weight file, as a number or as `2GB`.
@@ -127,7 +137,6 @@ def convert_checkpoint(
     check_output(output, [Path(path) for path in inputs if Path(path).is_dir()], overwrite)
 
     read = _read_source(source, source_config, str(vision_tower), tokenizer, chat_template, base_model)
-    template = read_chat_template(read.chat_template, read.tokenizer)
     ids = read.token_ids
     vocabulary = Vocabulary(grown_vocabulary(read.rows, ids.count), ids.image, ids.pad)
     rank = delta_rank(read.checkpoint.tensors)
@@ -148,7 +157,7 @@ def convert_checkpoint(
         write_processor(config, read.tower.image_processor, read.config.keys.image_aspect_ratio == "pad", folder)
         with explain_errors("The tokenizer cannot be written"):
             save_tokenizer(read.tokenizer, folder, read.config.keys.tokenizer_model_max_length)
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        (folder / "chat_template.jinja").write_text(read.chat_template.text, encoding="utf-8")
         warnings = _write_generation_config(read, config, folder)
         (folder / "README.md").write_text(
             _model_card(read, config, repo_id or output.resolve().name, cast), encoding="utf-8"
@@ -214,6 +223,7 @@ def _read_source(
             str(tokenizer or folder), config.text_config, config.family.sentencepiece_class
         )
         token_ids = add_tokens(text_tokenizer)
+        own_template = read_own_template(str(tokenizer or folder))
     rows = checkpoint.tensors[SOURCE_EMBEDDINGS].shape[0]
     if token_ids.count - rows > _MOST_NEW_ROWS:
         raise ConversionError(
@@ -229,7 +239,9 @@ def _read_source(
         tower=tower,
         tokenizer=text_tokenizer,
         token_ids=token_ids,
-        chat_template=chat_template or default_chat_template(config.settings),
+        chat_template=choose_chat_template(
+            chat_template, config.settings, base.name if base else None, text_tokenizer, own_template
+        ),
     )
 
 
@@ -246,9 +258,11 @@ def _load_tower(spec: str, names: NameMap) -> VisionTower:
 def _write_generation_config(read: _Source, config: DeltaLlavaConfig, folder: Path) -> list[str]:
     """Write `generation_config.json`; returns what is worth a warning."""
     generation_config, warning = read_generation_config(read.folder)
-    fit_generation_config(generation_config, read.tokenizer, read.token_ids, config.text_config, read.chat_template)
+    fit_generation_config(
+        generation_config, read.tokenizer, read.token_ids, config.text_config, read.chat_template.text
+    )
     generation_config.save_pretrained(folder)
-    return [warning] if warning else []
+    return [text for text in (warning, *chat_template_warnings(read.chat_template, read.tokenizer)) if text]
 
 
 def _model_card(read: _Source, config: DeltaLlavaConfig, name: str, cast: torch.dtype | None) -> str:
@@ -258,7 +272,7 @@ def _model_card(read: _Source, config: DeltaLlavaConfig, name: str, cast: torch.
         vision_tower=read.tower.name,
         base_models=read.base_models,
         conversion=Conversion(
-            cast_to=str(cast).removeprefix("torch.") if cast is not None else None,
+            cast_to=dtype_name(cast) if cast is not None else None,
             new_rows=config.text_config.vocab_size - read.rows,
             new_tokens=read.token_ids.added,
         ),
@@ -288,8 +302,9 @@ def _report(
         base_models=read.base_models,
         trained_vocab_size=read.rows,
         tokens_added=read.token_ids.added,
-        chat_template=Path(read.chat_template).name,
-        dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in plan.tensors.values())),
+        chat_template=read.chat_template.name,
+        chat_template_reason=read.chat_template.reason,
+        dtypes=dict(Counter(dtype_name(tensor.dtype) for tensor in plan.tensors.values())),
         tensors_used=len(read.checkpoint.tensors) - len(plan.ignored),
         tensors_ignored=plan.ignored,
         tensors_written=len(plan.tensors),

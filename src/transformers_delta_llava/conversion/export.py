@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..modeling import DeltaLlavaConfig
+from ..modeling.delta_repo_delta_llava import dtype_name
 from ..utils.errors import one_line
 from ..utils.files import read_json, write_json
 from ..utils.hub import is_repo_id, local_folder
@@ -20,11 +21,11 @@ from .errors import ConversionError, listed
 from .key_map import RULES, SOURCE_PROJECTOR, TOWER_TARGET, Rule, Shape
 from .language_models import LANGUAGE_MODELS
 from .shard_writer import Progress, parse_size, same_bits, write_shards
+from .sources import PROJECTOR_FILE
 from .tensor_plan import EMBEDDINGS, HEAD, new_rows, published_name
 from .tokenizer import IMAGE_TOKEN, PAD_TOKEN, TOKENIZER_FILES
 
 
-PROJECTOR_FILE = "mm_projector.bin"
 TOWER_FOLDER = "vision-tower"
 _FILES = ("*.json", "model*.safetensors*", "tokenizer.model", "merges.txt")
 # Written into config.json by transformers or for a repo of ours; the authors' trainer has other values for them.
@@ -126,7 +127,7 @@ def export_checkpoint(
             **_released_settings(folder, config, made),
             **own,
             "mm_vision_tower": _write_tower(folder, config, made, growing),
-            "torch_dtype": str(checkpoint.tensors[EMBEDDINGS].dtype).removeprefix("torch."),
+            "torch_dtype": dtype_name(checkpoint.tensors[EMBEDDINGS].dtype),
             "vocab_size": rows,
         }
         write_json(json.loads(json.dumps(settings, default=str)), growing / "config.json")

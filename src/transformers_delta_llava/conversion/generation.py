@@ -16,7 +16,7 @@ from pydantic import (
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..utils.files import read_json
-from .language_models import TURN_ENDS
+from .chat_templates import answer_end_ids
 from .tokenizer import TokenIds
 
 
@@ -126,14 +126,12 @@ def fit_generation_config(
         config: the settings to complete.
         tokenizer: with its tokens added, and `ids`, what was added.
         text_config: config of the language model, of the final vocabulary.
-        chat_template: name of the prompt format.
+        chat_template: its Jinja source.
     """
-    turn_end = TURN_ENDS.get(chat_template)
-    known_turn_end = turn_end is not None and turn_end in tokenizer.get_vocab()
     ends = [
         *_as_list(config.eos_token_id if config.eos_token_id is not None else text_config.eos_token_id),
         *_as_list(tokenizer.eos_token_id),
-        *([tokenizer.convert_tokens_to_ids(turn_end)] if known_turn_end else []),
+        *answer_end_ids(chat_template, tokenizer),
     ]
     ends = list(dict.fromkeys(ends))
     config.eos_token_id = ends[0] if len(ends) == 1 else ends or None

@@ -3,15 +3,9 @@
 import shutil
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from .. import modeling, processing
 from ..modeling import DeltaLlavaConfig
-from ..processing import CHAT_TEMPLATES, load_chat_template
-from ..utils.errors import explain_errors
-from ..utils.files import read_text, write_json
-from ..utils.templates import check_template, time_limit
-from .errors import ConversionError
+from ..utils.files import write_json
 from .tokenizer import IMAGE_TOKEN
 
 
@@ -46,23 +40,3 @@ def write_processor(config: DeltaLlavaConfig, image_processor: dict, do_pad: boo
         "visual_token_budgets": list(config.visual_token_budgets),
     }
     write_json(settings, folder / "processor_config.json")
-
-
-def read_chat_template(name_or_file: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A prompt format by name, or from a Jinja file of the user's own.
-
-    Raises:
-        ConversionError: it is neither a name nor a file, or the file does not render a plain conversation.
-    """
-    if name_or_file in CHAT_TEMPLATES:
-        adds_bos = tokenizer.bos_token_id is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
-        return load_chat_template(name_or_file, bos=adds_bos)
-    path = Path(name_or_file)
-    if not path.is_file():
-        names = ", ".join(CHAT_TEMPLATES)
-        raise ConversionError(f"The chat template {name_or_file} is neither a file nor one of {names}.")
-    template, what = read_text(path), f"The chat template {path.name}"
-    check_template(template, what)
-    with explain_errors(f"{what} does not render a conversation"), time_limit(what):
-        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], chat_template=template, tokenize=False)
-    return template

@@ -9,13 +9,14 @@ from transformers import PreTrainedConfig
 
 from .. import modeling, processing
 from ..modeling import DeltaLlavaConfig
+from ..modeling.delta_repo_delta_llava import dtype_name
 from ..utils.files import read_json
 from ..utils.hub import local_folder
 from .checkpoint_reader import Checkpoint, LazyTensor, has_weights
 from .config_map import Vocabulary, convert_config, read_config
 from .errors import ConversionError, listed
 from .export import read_repo_config
-from .key_map import TOWER_TARGET, delta_rank, map_names
+from .key_map import PROJECTOR, TOWER_TARGET, delta_rank, map_names
 from .other_projectors import describe_other_projector
 from .sources import open_trained
 from .tensor_plan import EMBEDDINGS, SOURCE_EMBEDDINGS, expected_shapes
@@ -25,7 +26,6 @@ from .vision_tower import adapt_to_weights, find_vision_tower, load_vision_tower
 
 # Parts of the model, and words in the names of their tensors, in repos and in checkpoints; the rest is the language model.
 _COMPONENTS = {"vision tower": "vision_tower.", "projector": "projector.", "language model": "", "head": "lm_head."}
-_PROJECTOR = "model.multi_modal_projector."
 _REPO_FILES = ("generation_config.json", "processor_config.json", "chat_template.jinja", "README.md")
 _FILES = ("*.json", "*.py", "*.jinja", "README.md", "model*.safetensors*", "tokenizer.model", "merges.txt")
 
@@ -143,7 +143,7 @@ def _inspect_checkpoint(folder: Path, settings: dict, checkpoint: Checkpoint) ->
         shaped = {t: rules[t][1].reshape(tensor.shape, rules[t][0]) for t, tensor in tensors.items()}
         expected = expected_shapes(config)
         if alone:
-            expected = {name: shape for name, shape in expected.items() if name.startswith(_PROJECTOR)}
+            expected = {name: shape for name, shape in expected.items() if name.startswith(PROJECTOR)}
         elif not inside:
             expected = {name: shape for name, shape in expected.items() if not name.startswith(TOWER_TARGET)}
         result.problems += _differences(shaped, expected)
@@ -159,7 +159,7 @@ def _describe_budgets(result: Inspection, config: DeltaLlavaConfig) -> None:
 
 def _describe_deltas(result: Inspection, tensors: dict[str, LazyTensor]) -> None:
     for name, tensor in sorted(tensors.items()):
-        if name.startswith(_PROJECTOR) and not torch.isfinite(tensor.load()).all():
+        if name.startswith(PROJECTOR) and not torch.isfinite(tensor.load()).all():
             result.problems.append(f"{name} holds NaN or Inf.")
         if name.endswith(".delta_u"):
             module = name.removesuffix(".delta_u")
@@ -172,9 +172,9 @@ def _describe_deltas(result: Inspection, tensors: dict[str, LazyTensor]) -> None
                 result.problems.append(f"{name} {tuple(u.shape)} and delta_v {tuple(v.shape)} do not fit each other.")
                 continue
             norms = float((u @ v).norm()), float(weight.norm())
-            result.deltas.append(Delta(module.removeprefix(_PROJECTOR), u.shape[-1], *norms))
+            result.deltas.append(Delta(module.removeprefix(PROJECTOR), u.shape[-1], *norms))
             if not u.any():  # a delta_v of zeros is where fresh deltas start after a merge
-                result.problems.append(f"The delta of {module.removeprefix(_PROJECTOR)} is zero.")
+                result.problems.append(f"The delta of {module.removeprefix(PROJECTOR)} is zero.")
 
 
 def _shape_problems(config: DeltaLlavaConfig, tensors: dict[str, LazyTensor]) -> list[str]:
@@ -219,7 +219,7 @@ def _components(tensors: dict[str, LazyTensor]) -> dict[str, Component]:
             parameters=sum(torch.Size(tensor.shape).numel() for tensor in own),
             tensors=len(own),
             num_bytes=sum(tensor.num_bytes for tensor in own),
-            dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in own)),
+            dtypes=dict(Counter(dtype_name(tensor.dtype) for tensor in own)),
         )
         for component, own in parts.items()
         if own

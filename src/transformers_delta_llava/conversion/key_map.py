@@ -72,7 +72,8 @@ def _compile(pattern: str) -> re.Pattern[str]:
 # The projector's level in the authors' checkpoints.
 SOURCE_PROJECTOR = _SOURCE = "model.mm_projector."
 _BLOCK_SOURCE = _SOURCE + "combined_block.ntb."
-_TARGET = "model.multi_modal_projector."
+# And in a model of ours.
+PROJECTOR = _TARGET = "model.multi_modal_projector."
 _BLOCK_TARGET = _TARGET + "block."
 _TOWER_SOURCE = "model.vision_tower.vision_tower."
 # Published with the `vision_model.` level, which some transformers versions have in memory and others not:

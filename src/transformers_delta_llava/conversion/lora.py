@@ -20,6 +20,7 @@ from ..utils.files import read_json
 from ..utils.validation import FileModel, validate
 from .checkpoint_reader import LazyTensor
 from .errors import ConversionError, listed
+from .key_map import SOURCE_PROJECTOR
 from .shard_writer import same_bits
 
 
@@ -55,7 +56,7 @@ _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 # Seconds that the patterns of one adapter may take in all: a stranger's may backtrack for ever.
 _PATTERN_SECONDS = 5.0
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_NOT_OF_THE_BASE = ("model.mm_projector.", "model.vision_tower.")
+_NOT_OF_THE_BASE = (SOURCE_PROJECTOR, "model.vision_tower.")
 
 
 class LoraSettings(FileModel):

@@ -31,7 +31,7 @@ class ConversionReport:
         trained_vocab_size: rows of the source's embeddings; rows above them were added.
         tokens_added: tokens that the source's tokenizer lacked.
         base_models: Hub ids of what the checkpoint was made of, as far as it says.
-        chat_template: name of the prompt format.
+        chat_template: name of the chat template, and `chat_template_reason`, why it was taken.
         dtypes: number of tensors written, by dtype.
         tensors_used: number of the source's tensors that were used.
         tensors_ignored: the source's tensors that were left out, with the reason.
@@ -55,6 +55,7 @@ class ConversionReport:
     tokens_added: list[str]
     base_models: list[str]
     chat_template: str
+    chat_template_reason: str
     dtypes: dict[str, int]
     tensors_used: int
     tensors_ignored: dict[str, str]
@@ -87,6 +88,7 @@ class ConversionReport:
             },
             "config_keys": {"ignored": self.config_keys_ignored, "unknown": self.config_keys_unknown},
             "chat_template": self.chat_template,
+            "chat_template_reason": self.chat_template_reason,
             "warnings": self.warnings,
         }
 

@@ -18,7 +18,8 @@ from .tokenizer import TOKENIZER_FILES
 
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 _NON_LORA = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
-_PROJECTOR = ("mm_projector.safetensors", "mm_projector.bin", "mm_projector.pt")
+PROJECTOR_FILE = "mm_projector.bin"
+_PROJECTOR_FILES = ("mm_projector.safetensors", PROJECTOR_FILE, "mm_projector.pt")
 _BASE_FILES = ("config.json", *TOKENIZER_FILES)
 
 
@@ -59,7 +60,7 @@ def read_source(folder: Path, base_model: str | None, text_config: PreTrainedCon
             be read or do not fit each other.
     """
     adapter = _first(folder, _ADAPTER)
-    projector = _first(folder, _PROJECTOR)
+    projector = _first(folder, _PROJECTOR_FILES)
     if adapter is None and (folder / ADAPTER_CONFIG).is_file():
         raise ConversionError(f"{folder.name} has {ADAPTER_CONFIG}, but neither {' nor '.join(_ADAPTER)}.")
     if adapter is None and (has_weights(folder) or projector is None):
@@ -86,7 +87,7 @@ def open_trained(folder: Path) -> Checkpoint | None:
     """What a folder brings without a base model: its full checkpoint or its projector; None where it has neither."""
     if has_weights(folder):
         return read_checkpoint(folder)
-    projector = _first(folder, _PROJECTOR)
+    projector = _first(folder, _PROJECTOR_FILES)
     return Checkpoint(_plain_names(open_weights(projector), projector), (projector,)) if projector else None
 
 

@@ -10,13 +10,13 @@ from ..modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from ..utils.errors import one_line
 from .checkpoint_reader import Checkpoint, LazyTensor
 from .errors import ConversionError, listed
-from .key_map import TOWER_TARGET, NameMap
+from .key_map import PROJECTOR, TOWER_TARGET, NameMap
 
 
 SOURCE_EMBEDDINGS = "model.embed_tokens.weight"
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-_QUERY_BASE = "model.multi_modal_projector.q_proj.weight"
+_QUERY_BASE = f"{PROJECTOR}q_proj.weight"
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ from tokenizers import AddedToken, Regex, normalizers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..utils.errors import one_line
-from ..utils.files import read_json, write_json
+from ..utils.files import read_json, read_text, write_json
 from ..utils.hub import local_folder
 from .errors import ConversionError
 
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
+TEMPLATE_FILE = "chat_template.jinja"
 # Read from a source folder; everything else there, its code above all, stays unread.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -27,10 +28,13 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    TEMPLATE_FILE,
 )
 # What transformers needs to read a `tokenizer.model`: modules and the packages they come in.
 _SENTENCEPIECE = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# The place between an image and text that does not bring a word mark itself.
+_BEHIND_IMAGE = rf"(?<={IMAGE_TOKEN})(?![ \u2581]|{IMAGE_TOKEN}|\z)"
 # Settings that would run a source's code, or that describe the loading of it.
 _DROPPED_SETTINGS = ("auto_map", "chat_template", "is_local", "local_files_only", "name_or_path", "processor_class")
 
@@ -64,7 +68,7 @@ def load_tokenizer(
         _check_sentencepiece(folder)
     with tempfile.TemporaryDirectory() as copy:
         for name in TOKENIZER_FILES:
-            if (folder / name).is_file():
+            if name != TEMPLATE_FILE and (folder / name).is_file():
                 shutil.copyfile(folder / name, Path(copy) / name)
         _write_settings(Path(copy), sentencepiece_class if bare_sentencepiece else None)
         try:
@@ -79,6 +83,19 @@ def load_tokenizer(
     if not tokenizer.is_fast:
         raise ConversionError(f"The tokenizer in {folder.name} has no fast form (tokenizer.json), which engines need.")
     return tokenizer
+
+
+def read_own_template(spec: str) -> str | None:
+    """The chat template that a tokenizer in a folder or on the Hub brings, or None."""
+    folder = local_folder(spec, "tokenizer", TOKENIZER_FILES)
+    if (folder / TEMPLATE_FILE).is_file():
+        return read_text(folder / TEMPLATE_FILE)
+    settings = folder / "tokenizer_config.json"
+    template = read_json(settings).get("chat_template") if settings.is_file() else None
+    if isinstance(template, list):  # several, by name
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    return template if isinstance(template, str) and template.strip() else None
 
 
 def _check_sentencepiece(folder: Path) -> None:
@@ -133,29 +150,39 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase) -> TokenIds:
         tokenizer.pad_token = PAD_TOKEN
     known = tokenizer.get_vocab()
     added = [token for token in wanted if token not in known]
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in wanted], special_tokens=True)
+    if added or not _separates_at_images(tokenizer):
+        tokens = [AddedToken(token, special=True, normalized=False) for token in wanted]
+        tokenizer.add_tokens(tokens, special_tokens=True)
+    if not _separates_at_images(tokenizer):
+        _mark_words_behind_images(tokenizer)
     tokenizer.padding_side = "left"
     tokenizer.init_kwargs["padding_side"] = "left"  # only what it was made with is saved
-    _separate_at_images(tokenizer)
     image, pad = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, tokenizer.pad_token])
     return TokenIds(image, pad, max(tokenizer.get_vocab().values()) + 1, added)
 
 
-def _separate_at_images(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make the text after an image encode as the released code encodes it: as a text of its own.
-
-    The released code cuts prompts at their images and encodes the pieces one by one, so that SentencePiece opens each
-    with its word mark. A Llama tokenizer with `legacy=False` gives the mark to the first piece only; a rule for the
-    newline, which follows every image in the prompt formats, brings it back without touching the text after other tokens.
-    """
+def _separates_at_images(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the text after an image encodes as the released code encodes it: as a text of its own."""
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    text = "\nWhat"
-    expected = [image, *tokenizer.encode(text, add_special_tokens=False)]
-    if tokenizer.encode(IMAGE_TOKEN + text, add_special_tokens=False) == expected:
-        return
+    return all(
+        tokenizer.encode(IMAGE_TOKEN + text, add_special_tokens=False)
+        == [image, *tokenizer.encode(text, add_special_tokens=False)]
+        for text in ("What", "\nWhat")
+    )
+
+
+def _mark_words_behind_images(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Open the text after an image with SentencePiece's word mark, as the released code does.
+
+    It cuts prompts at their images and encodes the pieces one by one, so each opens with the mark. A Llama tokenizer with
+    `legacy=False` gives the mark to the first piece only. A rule in front of it gives the mark back after images and after
+    nothing else: text after other special tokens stays as it is.
+    """
     backend = tokenizer.backend_tokenizer
-    rules = [normalizers.Replace(Regex(r"\A\n"), "\u2581\n")]
+    rules = [normalizers.Replace(Regex(_BEHIND_IMAGE), "\u2581")]
     backend.normalizer = normalizers.Sequence([*rules, *([backend.normalizer] if backend.normalizer else [])])
+    # Normalisation sees no token that is not itself normalised.
+    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=True)], special_tokens=True)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, max_length: int | None) -> None:

@@ -10,6 +10,7 @@ from ..processing import DeltaLlavaProcessor
 from .errors import RowError
 
 
+WORD_MARK = "\u2581"
 IGNORED = -100  # label of a token without a loss, as everywhere in transformers
 
 
@@ -54,7 +55,7 @@ class ConversationEncoder:
             raise RowError(" ".join(str(error).split())) from error
         input_ids = torch.tensor(inputs["input_ids"][0])
         mask = torch.as_tensor(inputs["assistant_masks"]).reshape(-1).bool()
-        labels = input_ids.masked_fill(~mask, IGNORED)
+        labels = input_ids.masked_fill(~(mask | self._word_marks(input_ids, mask)), IGNORED)
         length, images = self._cut(input_ids, budget)
         if not (labels[1:length] != IGNORED).any():
             raise RowError(f"no answer is within its first {self.max_length} tokens")
@@ -65,6 +66,12 @@ class ConversationEncoder:
             if images
             else None,
         }
+
+    def _word_marks(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Where SentencePiece's word mark stands alone between an image and the answer that it opens, as in a caption."""
+        alone = input_ids == self.processor.tokenizer.convert_tokens_to_ids(WORD_MARK)
+        behind_image = (input_ids == self.processor.image_token_id).roll(1)
+        return alone & behind_image & mask.roll(-1)
 
     def _cut(self, input_ids: torch.Tensor, budget: int) -> tuple[int, int]:
         """How many tokens, and how many images, to keep."""

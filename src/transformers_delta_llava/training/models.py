@@ -19,8 +19,8 @@ from transformers import (
 )
 from transformers.image_processing_base import ImageProcessingMixin
 
+from ..conversion.chat_templates import read_chat_template
 from ..conversion.generation import fit_generation_config, keep_valid_flags
-from ..conversion.hub_repo import read_chat_template
 from ..conversion.language_models import LANGUAGE_MODELS
 from ..conversion.tokenizer import TokenIds, add_tokens, load_tokenizer
 from ..modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
@@ -88,7 +88,7 @@ def _load(recipe: Recipe, dtype: torch.dtype) -> tuple[DeltaLlavaForConditionalG
     template = read_chat_template(recipe.data.chat_template, tokenizer)
     processor = _processor(saved.image_processor, tokenizer, template, recipe, pad_images)
     count = max(tokenizer.get_vocab().values()) + 1
-    _fit_generation(model, tokenizer, TokenIds(config.image_token_id, tokenizer.pad_token_id, count, []), recipe)
+    _fit_generation(model, processor, TokenIds(config.image_token_id, tokenizer.pad_token_id, count, []))
     return model, processor
 
 
@@ -102,7 +102,7 @@ def _join(recipe: Recipe, dtype: torch.dtype) -> tuple[DeltaLlavaForConditionalG
     )
     if recipe.model.attn_implementation is not None:
         model.set_attn_implementation(recipe.model.attn_implementation)
-    _fit_generation(model, processor.tokenizer, ids, recipe)
+    _fit_generation(model, processor, ids)
     return model, processor
 
 
@@ -121,7 +121,7 @@ def _create(recipe: Recipe, dtype: torch.dtype) -> tuple[DeltaLlavaForConditiona
     config = DeltaLlavaConfig(vision_config, text_config, image_token_id=ids.image, **recipe.model.config)
     with torch.device("cpu"):
         model = DeltaLlavaForConditionalGeneration._from_config(config, **_options(recipe.model, dtype))
-    _fit_generation(model, tokenizer, ids, recipe)
+    _fit_generation(model, processor, ids)
     return model, processor
 
 
@@ -178,14 +178,12 @@ def _load_image_processor(source: str) -> Any:
         return getattr(transformers, f"{name}Pil").from_dict(settings)
 
 
-def _fit_generation(
-    model: DeltaLlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, ids: TokenIds, recipe: Recipe
-) -> None:
+def _fit_generation(model: DeltaLlavaForConditionalGeneration, processor: DeltaLlavaProcessor, ids: TokenIds) -> None:
     """Generation settings that end answers as the format does, and that can be saved (Vicuna's own cannot)."""
     config, dropped = keep_valid_flags(model.generation_config.to_dict())
     if dropped:
         warnings.warn(
             f"generation_config.json: left out what transformers refuses there: {sorted(dropped)}.", stacklevel=2
         )
-    fit_generation_config(config, tokenizer, ids, model.config.text_config, recipe.data.chat_template)
+    fit_generation_config(config, processor.tokenizer, ids, model.config.text_config, processor.chat_template)
     model.generation_config = config

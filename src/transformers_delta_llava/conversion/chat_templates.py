@@ -1,0 +1,186 @@
+"""Which chat template a checkpoint was tuned with, and why it is taken for that."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from ..processing import CHAT_TEMPLATES, load_chat_template
+from ..processing.chat_templates import adapt_template, find_conversation
+from ..utils.errors import explain_errors
+from ..utils.files import read_text
+from ..utils.templates import check_template, time_limit
+from .errors import ConversionError
+from .language_models import language_model
+
+
+# What the tokenizer's own template is called, on the command line and in reports.
+OWN = "tokenizer"
+QUESTION = [{"type": "image"}, {"type": "text", "text": "What is in this image?"}]
+_MARK = "<answer to be put here>"
+
+# Words in a base model's name, and the conversation that LLaVA's users tune such a model with; the first match counts.
+_NAMES = {
+    r"hermes[-_ ]?4(?!\d)": "hermes-4",
+    r"hermes": "hermes-2",
+    r"vicuna|llava[-_ ]?v?1": "vicuna_v1",
+    r"llama[-_ ]?3(?!\d)": "llama3",
+    r"llama[-_ ]?2(?!\d)": "llava_llama_2",
+    r"mistral|mixtral": "mistral_instruct",
+    r"phi[-_ ]?3": "phi_3",
+    r"gemma": "gemma",
+}
+# Special tokens that only one kind of conversation needs.
+_VOCABULARY = {
+    "<|eot_id|>": "llama3",
+    "<|im_end|>": "chatml_direct",
+    "<start_of_turn>": "gemma",
+    "<|end|>": "phi_3",
+    "[INST]": "mistral_instruct",
+}
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template, what it is called, and why it was taken. `is_guess`: whether the reason may mislead."""
+
+    name: str
+    text: str
+    reason: str
+    is_guess: bool = False
+
+
+def choose_chat_template(
+    requested: str | None, settings: dict, base: str | None, tokenizer: PreTrainedTokenizerBase, own: str | None
+) -> ChatTemplate:
+    """
+    The template that a checkpoint was tuned with, as far as anything tells: no checkpoint says it.
+
+    Args:
+        requested: what the user says: a name, a Jinja file, or `tokenizer`.
+        settings: the checkpoint's config.
+        base: name of the model that a projector or a LoRA run was trained on.
+        tokenizer: with its tokens added.
+        own: the tokenizer's own template.
+
+    Raises:
+        ConversionError: what the user says cannot be used, or the type of language model is not known.
+    """
+    if requested is not None:
+        name = OWN if requested == OWN else find_conversation(requested) or Path(requested).name
+        return ChatTemplate(name, read_chat_template(requested, tokenizer, own), "as given by --chat-template")
+    family = language_model(settings.get("model_type"))
+    for name, reason, is_guess in _candidates(settings, base, tokenizer, own):
+        if name != OWN:
+            return ChatTemplate(name, read_chat_template(name, tokenizer), reason, is_guess)
+        try:
+            return ChatTemplate(OWN, read_chat_template(OWN, tokenizer, own), reason, is_guess)
+        except ConversionError:
+            continue  # the next best is said to be a guess
+    template = read_chat_template(family.conversation, tokenizer)
+    return ChatTemplate(family.conversation, template, "nothing in the checkpoint says which", True)
+
+
+def _candidates(
+    settings: dict, base: str | None, tokenizer: PreTrainedTokenizerBase, own: str | None
+) -> Iterator[tuple[str, str, bool]]:
+    """Names of templates with the reason for each and whether that is a guess, the best first."""
+    model_type = settings["model_type"]
+    family = language_model(model_type)
+    vocabulary = tokenizer.get_vocab()
+    for evidence in family.evidence:
+        if evidence == "own" and own is not None:
+            known = family.evidence[0] == "own"
+            reason = f"the tokenizer's own, which {model_type} checkpoints are tuned with"
+            yield OWN, reason if known else "the tokenizer has its own, and nothing else is known", not known
+        elif evidence == "name":
+            for name in (base, settings.get("_name_or_path")):
+                if isinstance(name, str) and (found := _by_name(name)):
+                    yield found[0], f"the base model is called {found[1]}", False
+        elif evidence == "vocabulary":
+            for token, conversation in _VOCABULARY.items():
+                if token in vocabulary:
+                    yield conversation, f"the tokenizer has {token}", True
+        elif evidence == "type":
+            yield family.conversation, f"the format of {model_type} checkpoints", False
+
+
+def _by_name(name: str) -> tuple[str, str] | None:
+    """The conversation that a base model's name or path tells, and the part that tells it; the last part counts most."""
+    for part in reversed(re.split(r"[/\\]", name)):
+        for pattern, conversation in _NAMES.items():
+            if re.search(pattern, part, re.IGNORECASE):
+                return conversation, part[:100]
+    return None
+
+
+def chat_template_warnings(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What a user should know about a template that was taken: that it is a guess, or does not suit the tokenizer."""
+    warnings = []
+    if template.is_guess:
+        warnings.append(
+            f"the chat template {template.name} is a guess ({template.reason}), and a wrong one gives poor answers; name the "
+            "one that the checkpoint was tuned with: --chat-template"
+        )
+    end = answer_end(template.text, tokenizer).strip()
+    if end and not answer_end_ids(template.text, tokenizer):
+        warnings.append(
+            f"the chat template {template.name} ends an answer with {end[:100]!r}, which is no special token of the tokenizer; "
+            "where the checkpoint was tuned with another one, name it: --chat-template"
+        )
+    return warnings
+
+
+def read_chat_template(name_or_file: str, tokenizer: PreTrainedTokenizerBase, own: str | None = None) -> str:
+    """A conversation format by name, the tokenizer's `own` template made to take images, or a Jinja file as it is.
+
+    Raises:
+        ConversionError: it is none of these, or does not render a plain conversation.
+    """
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
+    if find_conversation(name_or_file) is not None:
+        return load_chat_template(name_or_file, bos=adds_bos)
+    if name_or_file == OWN:
+        if own is None:
+            raise ConversionError("The tokenizer has no chat template of its own; name another with --chat-template.")
+        end = answer_end(own, tokenizer, "The tokenizer's own chat template")
+        template = adapt_template(own, end)
+        if adds_bos and not render(template, tokenizer, "Hi").startswith(str(tokenizer.bos_token)):
+            template = "{{- bos_token -}}\n" + template
+        return template
+    path = Path(name_or_file)
+    if not path.is_file():
+        names = ", ".join((*CHAT_TEMPLATES, OWN))
+        raise ConversionError(f"The chat template {name_or_file} is neither a file nor one of {names}.")
+    template = read_text(path)
+    answer_end(template, tokenizer, f"The chat template {path.name}")
+    return template
+
+
+def render(template: str, tokenizer: PreTrainedTokenizerBase, content: object) -> str:
+    """The prompt of a first question with this content, up to where the model answers."""
+    messages = [{"role": "user", "content": content}]
+    return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+
+
+def answer_end(template: str, tokenizer: PreTrainedTokenizerBase, name: str = "The chat template") -> str:
+    """What `template` writes behind an answer to end it, such as `<|im_end|>`.
+
+    Raises:
+        ConversionError: it does not render a conversation; the text calls it `name`.
+    """
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _MARK}]
+    check_template(template, name)
+    with explain_errors(f"{name} does not render a conversation"), time_limit(name):
+        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    end = text.rpartition(_MARK)[2] if _MARK in text else ""
+    return end.rstrip() or end
+
+
+def answer_end_ids(template: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that end an answer in `template`; none where it ends in mere text."""
+    special = tokenizer.added_tokens_decoder
+    ids = tokenizer.encode(answer_end(template, tokenizer), add_special_tokens=False)
+    return [token for token in ids if token in special]

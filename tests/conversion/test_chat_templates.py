@@ -1,0 +1,197 @@
+"""Which chat template a conversion takes, and what it says about that."""
+
+import copy
+
+import pytest
+from transformers import AutoConfig
+
+from examples.make_checkpoint import write_tokenizer
+from transformers_delta_llava.conversion import ConversionError
+from transformers_delta_llava.conversion.chat_templates import (
+    answer_end,
+    answer_end_ids,
+    chat_template_warnings,
+    choose_chat_template,
+    read_chat_template,
+)
+from transformers_delta_llava.conversion.tokenizer import add_tokens, load_tokenizer, read_own_template
+from transformers_delta_llava.processing import CHAT_TEMPLATES, load_chat_template
+
+
+OWN = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def plain_tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    tokenizer = load_tokenizer(str(folder), AutoConfig.for_model("llama"), None)
+    add_tokens(tokenizer)
+    return tokenizer
+
+
+@pytest.fixture
+def make_tokenizer(plain_tokenizer):
+    def make(*special):
+        tokenizer = copy.deepcopy(plain_tokenizer)
+        tokenizer.add_tokens(list(special), special_tokens=True)
+        return tokenizer
+
+    return make
+
+
+LLAMA_3 = ("<|begin_of_text|>", "<|eot_id|>")
+CHATML = ("<|im_start|>", "<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "base", "special", "own", "name", "reason"),
+    [
+        # The tokenizer's own, where the authors' training uses it.
+        ("llava_seed_oss", "NousResearch/Hermes-4.3-36B", LLAMA_3, True, "tokenizer", "llava_seed_oss checkpoints"),
+        ("llava_seed_oss", "NousResearch/Hermes-4.3-36B", LLAMA_3, False, "hermes-4", "called Hermes-4.3-36B"),
+        ("llava_qwen3", "Qwen/Qwen3-8B", CHATML, True, "tokenizer", "llava_qwen3 checkpoints"),
+        ("llava_qwen2", None, CHATML, True, "tokenizer", "llava_qwen2 checkpoints"),
+        ("llava_qwen2", "hermes", CHATML, False, "chatml", "the format of llava_qwen2"),
+        # The base model's name; the last part of a path first.
+        ("llava_llama", "lmsys/vicuna-7b-v1.5", (), True, "vicuna_v1", "called vicuna-7b-v1.5"),
+        ("llava_llama", "/data/llama-2/vicuna", (), False, "vicuna_v1", "called vicuna"),
+        ("llava_llama", "liuhaotian/llava-v1.5-13b", (), False, "vicuna_v1", "called llava-v1.5-13b"),
+        ("llava_llama", "meta-llama/Llama-2-7b-chat-hf", (), False, "llava_llama_2", "called Llama-2-7b-chat-hf"),
+        ("llava_llama", "meta-llama/Meta-Llama-3-8B-Instruct", LLAMA_3, True, "llama3", "called Meta-Llama-3-8B"),
+        (
+            "llava_llama",
+            "C:\\models\\Llama-3.1-8B\\snapshots\\0e9e39f",
+            LLAMA_3,
+            True,
+            "llama3",
+            "called Llama-3.1-8B",
+        ),
+        ("llava_llama", "NousResearch/Nous-Hermes-2-Yi-34B", CHATML, False, "hermes-2", "called Nous-Hermes-2-Yi-34B"),
+        ("llava_llama", "NousResearch/Hermes-2-Pro-Llama-3-8B", CHATML, False, "hermes-2", "called Hermes-2-Pro"),
+        ("llava_llama", "NousResearch/Hermes-4-70B", LLAMA_3, False, "hermes-4", "called Hermes-4-70B"),
+        ("llava_llama", "mistralai/Mistral-7B-Instruct-v0.2", (), False, "mistral_instruct", "called Mistral-7B"),
+        ("llava_mistral", "teknium/OpenHermes-2.5-Mistral-7B", CHATML, True, "hermes-2", "called OpenHermes"),
+        ("llava_mistral", "mistralai/Mistral-7B-Instruct-v0.2", (), True, "mistral_instruct", "called Mistral-7B"),
+        # What the model's type says.
+        ("llava_mistral", None, (), True, "mistral_instruct", "the format of llava_mistral"),
+        ("llava_gemma", "/data/base", ("<start_of_turn>",), True, "gemma", "the format of llava_gemma"),
+        ("llava_Phi3", "/data/base", (), False, "phi_3", "the format of llava_Phi3"),
+        ("llava_phi3", None, (), False, "phi_3", "the format of llava_phi3"),
+    ],
+)
+def test_what_is_known_is_taken_without_a_warning(make_tokenizer, model_type, base, special, own, name, reason):
+    tokenizer = make_tokenizer(*special)
+    settings = {"model_type": model_type, "_name_or_path": base}
+    chosen = choose_chat_template(None, settings, None, tokenizer, OWN if own else None)
+    assert (chosen.name, chosen.is_guess) == (name, False)
+    assert reason in chosen.reason
+    assert not any("guess" in warning for warning in chat_template_warnings(chosen, tokenizer))
+    if name != "tokenizer":
+        assert load_chat_template(name) in chosen.text
+
+
+@pytest.mark.parametrize(
+    ("model_type", "base", "special", "own", "name", "reason"),
+    [
+        ("llava_llama", "HuggingFaceTB/SmolLM2-135M-Instruct", CHATML, True, "tokenizer", "the tokenizer has its own"),
+        ("llava_llama", "/data/llama-30b", LLAMA_3, False, "llama3", "the tokenizer has <|eot_id|>"),
+        ("llava_llama", None, CHATML, False, "chatml_direct", "the tokenizer has <|im_end|>"),
+        ("llava_mistral", "/data/base", CHATML, True, "chatml_direct", "the tokenizer has <|im_end|>"),
+        ("llava_llama", None, ("<start_of_turn>",), False, "gemma", "the tokenizer has <start_of_turn>"),
+        ("llava_llama", None, ("[INST]",), False, "mistral_instruct", "the tokenizer has [INST]"),
+        ("llava_llama", "/data/base", (), False, "vicuna_v1", "nothing in the checkpoint says which"),
+        ("llava_seed_oss", "/data/base", (), False, "hermes-4", "nothing in the checkpoint says which"),
+    ],
+)
+def test_what_is_guessed_is_said_to_be(make_tokenizer, model_type, base, special, own, name, reason):
+    tokenizer = make_tokenizer(*special)
+    settings = {"model_type": model_type, "_name_or_path": base}
+    chosen = choose_chat_template(None, settings, None, tokenizer, OWN if own else None)
+    assert (chosen.name, chosen.is_guess) == (name, True)
+    warning = chat_template_warnings(chosen, tokenizer)[0]
+    assert f"the chat template {name} is a guess ({chosen.reason}" in warning and "--chat-template" in warning
+    assert reason in chosen.reason
+
+
+def test_the_named_base_model_counts_before_the_configs(make_tokenizer):
+    settings = {"model_type": "llava_llama", "_name_or_path": "lmsys/vicuna-7b-v1.5"}
+    chosen = choose_chat_template(None, settings, "Meta-Llama-3-8B", make_tokenizer(*LLAMA_3), None)
+    assert chosen.name == "llama3"
+
+
+def test_what_the_user_says_counts_first(make_tokenizer, tmp_path):
+    settings = {"model_type": "llava_llama", "_name_or_path": "lmsys/vicuna-7b-v1.5"}
+    tokenizer = make_tokenizer(*CHATML)
+    own = tmp_path / "mine.jinja"
+    own.write_text(OWN)
+    for requested, name in (("hermes_4", "hermes-4"), ("tokenizer", "tokenizer"), (str(own), "mine.jinja")):
+        chosen = choose_chat_template(requested, settings, None, tokenizer, OWN)
+        assert (chosen.name, chosen.reason, chosen.is_guess) == (name, "as given by --chat-template", False)
+    assert chosen.text == OWN
+    with pytest.raises(ConversionError, match="no chat template of its own"):
+        choose_chat_template("tokenizer", settings, None, tokenizer, None)
+    with pytest.raises(ConversionError, match="llama_4 is neither a file nor one of vicuna_v1, .*, tokenizer"):
+        choose_chat_template("llama_4", settings, None, tokenizer, None)
+
+
+def test_an_own_template_that_fails_is_passed_over_or_refused(make_tokenizer):
+    broken, tokenizer = "{{ raise_exception('no') }}", make_tokenizer()
+    settings = {"model_type": "llava_seed_oss"}
+    chosen = choose_chat_template(None, settings, None, tokenizer, broken)
+    assert (chosen.name, chosen.is_guess) == ("hermes-4", True)
+    with pytest.raises(ConversionError, match="The tokenizer's own chat template does not render a conversation: no"):
+        choose_chat_template("tokenizer", settings, None, tokenizer, broken)
+
+
+def test_a_format_that_the_tokenizer_has_no_tokens_for_is_worth_a_warning(make_tokenizer):
+    settings = {"model_type": "llava_llama", "_name_or_path": "meta-llama/Meta-Llama-3-8B"}
+    chosen = choose_chat_template(None, settings, None, make_tokenizer(), None)
+    assert [
+        "'<|eot_id|>', which is no special token" in w for w in chat_template_warnings(chosen, make_tokenizer())
+    ] == [True]
+    assert chat_template_warnings(chosen, make_tokenizer(*LLAMA_3)) == []
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_the_tokens_that_end_an_answer(make_tokenizer, name):
+    ends = {
+        "vicuna_v1": "</s>",
+        "plain": "\n",
+        "phi_3": "<|end|>",
+        "gemma": "<end_of_turn>\n<eos>",
+        "qwen3": "<|im_end|>",
+    }
+    ends |= dict.fromkeys(["llama_2", "llava_llama_2", "mistral_instruct"], " </s>")
+    ends |= dict.fromkeys(["llama3", "hermes-4"], "<|eot_id|>")
+    tokenizer = make_tokenizer(*LLAMA_3, *CHATML, "<|end|>", "<end_of_turn>", "<eos>")
+    template = read_chat_template(name, tokenizer)
+    end = ends.get(name, "<|im_end|>")
+    assert answer_end(template, tokenizer) == end
+    wanted = {"plain": [], "gemma": ["<end_of_turn>", "<eos>"]}.get(name, [end.strip()])
+    assert answer_end_ids(template, tokenizer) == tokenizer.convert_tokens_to_ids(wanted)
+
+
+def test_an_own_template_gets_the_bos_that_the_tokenizer_adds(make_tokenizer):
+    tokenizer = make_tokenizer(*CHATML)
+    question = [{"role": "user", "content": "Hi"}]
+    for own in (OWN, "{{ bos_token }}" + OWN):
+        text = tokenizer.apply_chat_template(
+            question, chat_template=read_chat_template("tokenizer", tokenizer, own), tokenize=False
+        )
+        assert text == "<s><|im_start|>user\nHi<|im_end|>\n"
+
+
+def test_where_a_tokenizer_keeps_its_own_template(tmp_path):
+    write_tokenizer(tmp_path)
+    assert read_own_template(str(tmp_path)) is None
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text('{"chat_template": [{"name": "rag", "template": "a"}, {"name": "default", "template": "b"}]}')
+    assert read_own_template(str(tmp_path)) == "b"
+    settings.write_text('{"chat_template": "c"}')
+    assert read_own_template(str(tmp_path)) == "c"
+    (tmp_path / "chat_template.jinja").write_text("d")
+    assert read_own_template(str(tmp_path)) == "d"
