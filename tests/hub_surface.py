@@ -12,6 +12,7 @@ reason why it can be trusted (`torch.*` there: every public name of torch). Name
 import ast
 import builtins
 import importlib
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -83,7 +84,8 @@ class _Module:
         name = path[-1]
         theirs = path[0] in (*THEIRS, "super") or (
             name not in self.own
-            and path[0] not in {name.split(".")[0] for name in self.imported.values()}
+            and path[0] not in self.imported.values()
+            and path[0] not in sys.stdlib_module_names
             and not (len(path) == 1 and hasattr(builtins, name))
             and not any(hasattr(kind, name) for kind in PLAIN_TYPES)
         )
