@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import groupby
 from typing import Any, TypeAlias
 
 import torch
@@ -31,6 +32,8 @@ KEPT_IN_FULL = frozenset(
 # How many visual tokens each image gets: one number for all, one per image, or None for the config's default.
 VisualTokens: TypeAlias = int | list[int] | torch.Tensor | None
 
+# Arguments of the models that hold images.
+IMAGE_INPUTS = ("pixel_values", "num_visual_tokens", "mm_encoder_outputs")
 
 # transformers 5.24 renamed `past_key_values` to `cache`, as an argument and as a field of outputs.
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
@@ -265,12 +268,24 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
                 visual_tokens[image] = tokens
         return visual_tokens
 
-    def get_placeholder_mask(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """Where visual tokens go: a boolean (batch, sequence), from `input_ids` or else from the embeddings."""
-        if input_ids is not None:
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Where visual tokens go: a boolean (batch, sequence), from `inputs_embeds` where given, else from `input_ids`."""
+        if inputs_embeds is None:
             return input_ids == self.config.image_token_id
         token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def _count_placeholders(self, mask: torch.Tensor, num_images: int) -> list[int] | None:
+        """Budgets of images from the text, for callers that drop `num_visual_tokens` (TRL's GRPOTrainer); `None` if
+        the config's default fits, or the text does not tell."""
+        # A graph that is being traced cannot branch on values.
+        if torch.compiler.is_compiling() or mask.sum() == num_images * self.config.num_visual_tokens:
+            return None
+        counts = [len(list(run)) for row in mask.tolist() for is_image, run in groupby(row) if is_image]
+        known = len(counts) == num_images and set(counts) <= set(self.config.visual_token_budgets)
+        return counts if known else None
 
     def forward(
         self,
@@ -293,7 +308,8 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             pixel_values: (images of the whole batch, 3, height, width), row by row in the order of their placeholders.
             attention_mask, position_ids, inputs_embeds: as in every decoder of transformers.
             cache, past_key_values: two names of one argument; which one transformers uses depends on its version.
-            num_visual_tokens: budget of all images, or one per image; the config's default when `None`.
+            num_visual_tokens: budget of all images, or one per image. When `None`: the config's default, or where the text
+                has other numbers of placeholders in a row, one such number for each image, these.
             mm_token_type_ids: accepted because processors emit it; not used.
             mm_encoder_outputs: `{"image": output of get_image_features}`, instead of `pixel_values`. Prompts that show
                 the same image share its features: encode it once, and repeat its tensor in `pooler_output`.
@@ -306,9 +322,13 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
         image_outputs = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None and image_outputs is not None:
+            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs['image'].")
+        if pixel_values is not None or image_outputs is not None:
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds)
         if pixel_values is not None:
-            if image_outputs is not None:
-                raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs['image'].")
+            if num_visual_tokens is None:
+                num_visual_tokens = self._count_placeholders(mask, len(pixel_values))
             image_outputs = self.get_image_features(pixel_values, num_visual_tokens, return_dict=True)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -316,7 +336,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         image_features = None
         if image_outputs is not None:
             image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds).to(inputs_embeds.device)
+            mask = mask.to(inputs_embeds.device)
             num_placeholders, num_features = mask.sum(), image_features.shape[0]
             # A graph that is being traced cannot branch on values.
             if not torch.compiler.is_compiling() and num_placeholders != num_features:
@@ -477,12 +497,74 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         return self._tuple_or_dict(output, return_dict)
 
     def prepare_inputs_for_generation(
-        self, *args: Any, is_first_iteration: bool = False, **kwargs: Any
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
+        images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
         if not is_first_iteration and kwargs.get("use_cache", True):  # the images are in the cache by now
-            images = ("pixel_values", "num_visual_tokens", "mm_encoder_outputs")
-            kwargs = {key: value for key, value in kwargs.items() if key not in images}
-        return super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+            return inputs
+        if next_sequence_length is not None:
+            images = self._drop_cached_images(images, input_ids, inputs_embeds, next_sequence_length)
+        return {**inputs, **images}
+
+    def _drop_cached_images(
+        self,
+        images: dict[str, Any],
+        input_ids: torch.LongTensor,
+        inputs_embeds: torch.Tensor | None,
+        next_sequence_length: int,
+    ) -> dict[str, Any]:
+        """The images whose placeholders are among the last `next_sequence_length`: the cache holds the others."""
+        encoded = (images.get("mm_encoder_outputs") or {}).get("image")
+        pixel_values, num_visual_tokens = images.get("pixel_values"), images.get("num_visual_tokens")
+        length = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]
+        if next_sequence_length >= length or (encoded is None and pixel_values is None):
+            return images
+        if encoded is not None:
+            budgets = [len(tokens) for tokens in encoded.pooler_output]
+        else:
+            budgets = self.model.budget_per_image(len(pixel_values), num_visual_tokens)
+        mask = self.model.get_placeholder_mask(input_ids, inputs_embeds)
+        if mask.sum() != sum(budgets):  # such as new images alone
+            return images
+        kept: list[int] = []
+        for row, count in zip(
+            _images_per_row(mask.sum(-1).tolist(), budgets), mask[:, length - next_sequence_length :].sum(-1).tolist()
+        ):
+            while count > 0:
+                count -= budgets[row[-1]]
+                kept.append(row.pop())
+        kept.sort()
+        if not kept:
+            return {}
+        if encoded is None:
+            return {"pixel_values": pixel_values[kept], "num_visual_tokens": [budgets[image] for image in kept]}
+        features = BaseModelOutputWithPooling(pooler_output=[encoded.pooler_output[image] for image in kept])
+        return {"mm_encoder_outputs": {**images["mm_encoder_outputs"], "image": features}}
+
+    def heal_tokens(self, input_ids: torch.LongTensor, tokenizer: Any = None) -> torch.LongTensor:
+        """As in transformers, which writes prompts anew as text: here all but the last token stays, images above all."""
+        placeholders = self.model.get_placeholder_mask(input_ids)
+        if tokenizer is None or not placeholders.any():
+            return super().heal_tokens(input_ids, tokenizer)
+        input_ids = input_ids.clone()
+        for row, mask in zip(input_ids, placeholders):
+            text = row[int(mask.nonzero().max()) + 1 :] if mask.any() else row
+            healed = super().heal_tokens(text[None], tokenizer)[0]
+            if len(healed) > 1 and len(text) > 1 and healed[-2] == text[-2]:
+                row[-1] = healed[-1]
+        return input_ids
 
     def _expand_inputs_for_generation(
         self,
@@ -505,7 +587,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         placeholders = self.model.get_placeholder_mask(input_ids, model_kwargs.get("inputs_embeds")).sum(-1)
         rows = _images_per_row(placeholders.tolist(), [len(tokens) for tokens in features])
         repeated = [features[image] for row in rows for image in row * expand_size]
-        for name in ("pixel_values", "num_visual_tokens", "mm_encoder_outputs"):
+        for name in IMAGE_INPUTS:
             model_kwargs.pop(name, None)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
