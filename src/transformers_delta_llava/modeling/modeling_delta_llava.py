@@ -526,25 +526,25 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         next_sequence_length: int,
     ) -> dict[str, Any]:
         """The images whose placeholders are among the last `next_sequence_length`: the cache holds the others."""
-        encoded = (images.get("mm_encoder_outputs") or {}).get("image")
-        pixel_values, num_visual_tokens = images.get("pixel_values"), images.get("num_visual_tokens")
+        encoded: Any = (images.get("mm_encoder_outputs") or {}).get("image")
+        pixel_values: Any = images.get("pixel_values")
         length = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]
         if next_sequence_length >= length or (encoded is None and pixel_values is None):
             return images
         if encoded is not None:
             budgets = [len(tokens) for tokens in encoded.pooler_output]
         else:
-            budgets = self.model.budget_per_image(len(pixel_values), num_visual_tokens)
+            budgets = self.model.budget_per_image(len(pixel_values), images.get("num_visual_tokens"))
         mask = self.model.get_placeholder_mask(input_ids, inputs_embeds)
         if mask.sum() != sum(budgets):  # such as new images alone
             return images
         kept: list[int] = []
-        for row, count in zip(
-            _images_per_row(mask.sum(-1).tolist(), budgets), mask[:, length - next_sequence_length :].sum(-1).tolist()
-        ):
-            while count > 0:
-                count -= budgets[row[-1]]
-                kept.append(row.pop())
+        new = mask[:, length - next_sequence_length :].sum(-1).tolist()
+        for row, count in zip(_images_per_row(mask.sum(-1).tolist(), budgets), new):
+            while count > 0 and row:
+                image = row.pop()
+                count -= budgets[image]
+                kept.append(image)
         kept.sort()
         if not kept:
             return {}
