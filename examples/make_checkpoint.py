@@ -1,10 +1,9 @@
 """Write small checkpoints in the format of the authors' training code, from a seed.
 
-The tests need many checkpoints, and small ones: every tensor has the name and the layout of the released code and random
-values. What such a model says is noise; what it exercises is everything
-between a checkpoint folder and an answer.
+The tests need many checkpoints, and small ones: every tensor has the name and the layout of the released code and a random
+value. What such a model says is noise; what it exercises is everything between a checkpoint folder and an answer.
 
-    python examples/make_checkpoint.py OUTPUT
+    python -m examples.make_checkpoint OUTPUT
 
 OUTPUT gets `llava-tiny/` (the checkpoint) and `vision-tower/` (the CLIP tower that it names). It has CLIP-L/336's grid
 of 24 x 24 patches; the tests use smaller ones.
@@ -13,13 +12,14 @@ of 24 x 24 patches; the tests use smaller ones.
 import argparse
 import json
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from examples.make_tokenizer import KINDS, write_tokenizer
 
 
 Shapes = dict[str, tuple[int, ...]]
@@ -76,12 +76,6 @@ TEXT_TYPES = {
     "llava_qwen2": "qwen2",
     "llava_qwen3": "qwen3",
 }
-TOKENIZER_TEXT = """\
-A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and
-polite answers to the user's questions. USER: What is in this picture? ASSISTANT: The picture shows a cat with green
-eyes that looks at something outside of the frame. USER: Describe the image in detail. ASSISTANT: The image is a close
-view of the face of a brown cat with stripes, long white whiskers and a pink nose; the background is out of focus.
-"""
 
 
 @dataclass
@@ -97,7 +91,8 @@ class Recipe:
         tower_sizes: settings of the tower that differ from `TOWER`.
         form: `safetensors` or `bin`.
         shards: number of weight files; more than one come with an index.
-        tokenizer: whether the folder brings one.
+        tokenizer: whether the folder brings one, or of which kind (see `make_tokenizer`); `real` is that of the base models
+            of `model_type`. Every kind but the plain one brings as many rows of the embeddings as it has tokens.
         dtype: of all tensors.
         seed: of all values.
     """
@@ -110,7 +105,7 @@ class Recipe:
     tower_sizes: dict = field(default_factory=dict)
     form: str = "safetensors"
     shards: int = 1
-    tokenizer: bool = True
+    tokenizer: bool | str = True
     dtype: torch.dtype = torch.float32
     seed: int = 0
 
@@ -131,13 +126,15 @@ def write_checkpoint(folder: Path, recipe: Recipe | None = None, **fields: objec
     folder.mkdir(parents=True)
     tower_folder = folder.parent / "vision-tower"
     tower = write_tower(tower_folder, recipe.tower_type, seed=recipe.seed, **recipe.tower_sizes)
+    if recipe.tokenizer:
+        kind = "plain" if recipe.tokenizer is True else recipe.tokenizer
+        ids = write_tokenizer(folder, KINDS[recipe.model_type] if kind == "real" else kind)
+        recipe = replace(recipe, text={**ids, **recipe.text})
     tensors = checkpoint_tensors(recipe, tower)
     write_weights(folder, tensors, recipe.form, recipe.shards)
     keys = {**LLAVA_KEYS, "mm_vision_tower": str(tower_folder), "model_type": recipe.model_type}
     keys = {**_text_settings(recipe), **keys, **recipe.config}
     _write_json(folder / "config.json", {key: keys[key] for key in keys if keys[key] is not None})
-    if recipe.tokenizer:
-        write_tokenizer(folder)
     return tensors
 
 
@@ -236,27 +233,6 @@ def write_tower(
     write_weights(folder, contents)
     _write_json(folder / "config.json", description)
     return tensors
-
-
-def write_tokenizer(folder: Path) -> None:
-    """Write a byte-level tokenizer of 300 tokens that spells ASCII, opens texts with `<s>` and has no padding token."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<unk>", "<s>", "</s>"],
-        initial_alphabet=[chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"],  # "Ġ" and "Ċ": space and newline
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TOKENIZER_TEXT.splitlines(), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
-    )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", padding_side="right"
-    )
-    fast.save_pretrained(folder)
 
 
 def _shapes(model: torch.nn.Module) -> Shapes:

@@ -7,7 +7,7 @@ import sys
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from examples.make_checkpoint import write_tokenizer
+from examples.make_tokenizer import write_tokenizer
 from transformers_delta_llava.conversion import ConversionError
 from transformers_delta_llava.conversion.tokenizer import add_tokens, has_tokenizer, load_tokenizer, save_tokenizer
 
