@@ -7,6 +7,7 @@ authors' code loads slow tokenizers.
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import (
     AddedToken,
@@ -229,7 +230,7 @@ def _byte_pairs(special: list[str], size: int, ascii_only: bool = False) -> Toke
     return tokenizer
 
 
-def _train_sentencepiece(folder: Path, **settings: object) -> int:
+def _train_sentencepiece(folder: Path, **settings: Any) -> int:
     """Write a `tokenizer.model` as Llama's: byte pairs with byte fallback, spaces kept."""
     import sentencepiece  # only these kinds need it
 
