@@ -128,8 +128,9 @@ def _write_llama(folder: Path, kind: str) -> dict[str, int | None]:
 
 def _write_gemma(folder: Path) -> dict[str, int | None]:
     turns = ["<start_of_turn>", "<end_of_turn>"]
+    pieces = {"pad_piece": "<pad>", "bos_piece": "<bos>", "eos_piece": "<eos>"}
     size = _train_sentencepiece(
-        folder, pad_id=0, eos_id=1, bos_id=2, unk_id=3, user_defined_symbols=turns, add_dummy_prefix=False
+        folder, pad_id=0, eos_id=1, bos_id=2, unk_id=3, user_defined_symbols=turns, add_dummy_prefix=False, **pieces
     )
     names = ["<pad>", "<eos>", "<bos>", "<unk>", *turns]
     settings = {
@@ -244,7 +245,6 @@ def _train_sentencepiece(folder: Path, **settings: Any) -> int:
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         minloglevel=2,
-        **{"pad_piece": "<pad>", "bos_piece": "<bos>", "eos_piece": "<eos>"} if settings["pad_id"] == 0 else {},
         **settings,
     )
     (folder / "tokenizer.vocab").unlink()
