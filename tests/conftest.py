@@ -19,6 +19,7 @@ ALLOWED = {
     r"`gradient_checkpointing_enable` is deprecated": "the only name that the whole span has; tests call it as users do",
     r"`is_gradient_checkpointing` is deprecated": "PEFT and Trainer read it",
     r"`torch\.jit\.script.*` is deprecated": "torch.compile itself",
+    r"Use 'content=<": "huggingface_hub itself, when it uploads",
     r"_compile flag on create_block_mask": "transformers itself, for flex attention",
 }
 

@@ -226,12 +226,11 @@ def fewer_placeholders(folder):
             lambda folder: (folder / "modeling_delta_llava.py").write_text("import os"),
             "code that is not this version's",
         ),
+        (lambda folder: (folder / "LICENSE").symlink_to("/etc/hostname"), "links, .*: LICENSE"),
         (
-            lambda folder: (folder / "setup.py").write_text("import os"),
-            "Python files that are not this package's: setup",
+            lambda folder: (folder / "recipe.yaml").write_text(f"hub_token: hf_{34 * 'x'}"),
+            "login tokens .*: recipe.yaml",
         ),
-        (lambda folder: (folder / "optimizer.pt").write_bytes(b"x"), "pickles, .*: optimizer.pt"),
-        (lambda folder: (folder / "link").symlink_to("/etc/hostname"), "links, .*: link"),
     ],
 )
 def test_what_does_not_load_is_refused(folder, tmp_path, damage, message):
@@ -244,13 +243,59 @@ def test_what_does_not_load_is_refused(folder, tmp_path, damage, message):
     assert "\n" not in str(refused.value)
 
 
-def test_hidden_files_stay(folder, tmp_path):
+STRANGERS = (
+    *("id_rsa.pem", "credentials.json", "__pycache__/modeling.pyc", "wandb/run-1/output.log", "events.out.tfevents.1"),
+    *(
+        "kernel.so",
+        "scores.joblib",
+        "features.npy",
+        "x.PT",
+        "optimizer.pt",
+        "setup.py",
+        "trainer_state.json",
+        "train.jsonl",
+    ),
+    *("photo.png", "images/photo.png", "\x1b[2J.txt", ".env", ".git/config", "sub/config.json", "sub/.env"),
+)
+
+
+@pytest.fixture
+def crowded(folder, tmp_path):
     copied = shutil.copytree(folder, tmp_path / "copied")
-    (copied / ".git").mkdir()
-    (copied / ".git" / "config").write_text("secret")
-    (copied / ".env").write_text("secret")
-    with HubServer() as server:
-        assert push(copied, server, dry_run=True).files.keys() == {path.name for path in folder.iterdir()}
+    for name in STRANGERS:
+        (copied / name).parent.mkdir(parents=True, exist_ok=True)
+        (copied / name).write_text("private")
+    (copied / "link").symlink_to("/etc/hostname")
+    return copied
+
+
+def test_only_what_a_model_repo_has_is_published(folder, crowded):
+    said = []
+    report = push_folder(crowded, REPO, dry_run=True, talk=said.append)
+    assert report.files.keys() == {path.name for path in folder.iterdir()}
+    assert report.left_out == sorted({*STRANGERS, "link"} - {".env", ".git/config", "sub/.env"})
+    assert "images/, kernel.so, link, optimizer.pt" in said[-1] and "\x1b" not in said[-1]
+
+
+def test_include_publishes_what_it_names(folder, crowded):
+    report = push_folder(crowded, REPO, dry_run=True, include=["images/*", "photo.png", "train.jsonl"])
+    expected = {path.name for path in folder.iterdir()} | {"images/photo.png", "photo.png", "train.jsonl"}
+    assert report.files.keys() == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("*.PT", "pickles, which nobody should load: x.PT"),
+        ("*.joblib", "pickles"),
+        ("gone*", r"--include gone\* matches no file in copied that can be published"),
+        (".env", "matches no file"),
+        ("link", "links, which the Hub would get as files: link"),
+    ],
+)
+def test_what_include_cannot_publish(crowded, pattern, message):
+    with pytest.raises(ConversionError, match=message):
+        push_folder(crowded, REPO, dry_run=True, include=[pattern])
 
 
 def test_a_trained_folder(tmp_path):
@@ -266,7 +311,10 @@ def test_a_trained_folder(tmp_path):
     with HubServer() as server:
         push(tmp_path, server, talk=said.append)
         assert server.files(REPO).keys() - {".gitattributes"} == expected
-    assert said == [f"README.md does not name {REPO}, so its examples may not run as they stand."]
+    assert said == [
+        f"README.md does not name {REPO}, so its examples may not run as they stand.",
+        "Left out, because a model repo has no such files: checkpoint-5/, training_args.bin; --include publishes them, too.",
+    ]
 
 
 def test_twenty_faults_of_every_kind(folder):

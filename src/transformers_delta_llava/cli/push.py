@@ -1,5 +1,6 @@
 """`delta-llava push`, and the options that `delta-llava convert --push-to-hub` shares with it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,10 @@ from .console import say
 Private = Annotated[bool, typer.Option("--private", help="Create the repo private.")]
 Revision = Annotated[str | None, typer.Option(help="Branch to commit to, made if it does not exist; by default main.")]
 CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(help="Shell pattern of files to publish, too, such as 'images/*.png'; may be given several times."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the folder and list what would be uploaded, no more.")]
 
 
@@ -23,20 +28,44 @@ def push(
     revision: Revision = None,
     create_pr: CreatePr = False,
     dry_run: DryRun = False,
+    include: Include = None,
 ) -> None:
     """Publish a repo folder on the Hub in one commit, and print the commit's URL.
 
+    Only what a model repo has is published: weights, settings, the model's code, README.md and licences.
     The login is that of `hf auth login` or of HF_TOKEN. After a broken connection, run it again: what arrived stays.
     """
-    push_and_tell(folder, repo_id, private=private, revision=revision, create_pr=create_pr, dry_run=dry_run)
+    push_and_tell(
+        folder,
+        repo_id,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        dry_run=dry_run,
+        include=include or [],
+    )
 
 
 def push_and_tell(
-    folder: Path, repo_id: str, *, private: bool, revision: str | None, create_pr: bool, dry_run: bool
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool,
+    revision: str | None,
+    create_pr: bool,
+    dry_run: bool,
+    include: Sequence[str] = (),
 ) -> None:
     """Push, with sentences on stderr and the URL on stdout; after a dry run the list of files there."""
     report = push_folder(
-        folder, repo_id, private=private, revision=revision, create_pr=create_pr, dry_run=dry_run, talk=say
+        folder,
+        repo_id,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        dry_run=dry_run,
+        include=include,
+        talk=say,
     )
     if not dry_run:
         typer.echo(report.url)

@@ -2,8 +2,8 @@
 
 import copy
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -28,12 +28,14 @@ class PushReport:
         url: of the commit or of the pull request; empty after a dry run.
         files: size in bytes of every file, by its path in the repo.
         retries: how many steps had to be made again.
+        left_out: files of the folder that a model repo does not have and `include` does not name.
     """
 
     repo_id: str
     url: str
     files: dict[str, int]
     retries: int
+    left_out: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ def push_folder(
     revision: str | None = None,
     create_pr: bool = False,
     dry_run: bool = False,
+    include: Sequence[str] = (),
     api: HfApi | None = None,
     first_wait: float = 1.0,
     silence: float = SILENCE,
@@ -78,6 +81,7 @@ def push_folder(
         revision: branch to commit to, made if it does not exist; by default `main`.
         create_pr: open a pull request with the commit. One that is open with the same files is not opened again.
         dry_run: check the folder and say what would be uploaded; nothing is sent.
+        include: shell patterns of files to publish although a model repo does not have such (images, logs).
         api: the Hub to talk to; by default the one, and the login, of the environment.
         first_wait: seconds before the second attempt; they double, up to half a minute.
         silence: seconds without an answer after which a connection counts as broken.
@@ -89,14 +93,18 @@ def push_folder(
     folder = Path(folder).resolve()
     if not is_repo_id(repo_id):
         raise ConversionError(f"{repo_id} is not a Hub id of the form owner/name.")
-    files = repo_files(folder)
+    files, left_out = repo_files(folder, include)
     check_repo(folder)
     readme = files.get("README.md")
     if readme is None or repo_id not in readme.read_text(encoding="utf-8", errors="replace"):
         talk(f"README.md does not name {repo_id}, so its examples may not run as they stand.")
+    if left_out:
+        # Of folders only the name: the trainer's checkpoints hold dozens of files each.
+        names = {name if "/" not in name else f"{name.partition('/')[0]}/" for name in left_out}
+        talk(f"Left out, because a model repo has no such files: {listed(names)}; --include publishes them, too.")
     sizes = {name: path.stat().st_size for name, path in files.items()}
     if dry_run:
-        return PushReport(repo_id, "", sizes, retries=0)
+        return PushReport(repo_id, "", sizes, retries=0, left_out=left_out)
 
     operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
     digest = hashlib.sha256("".join(f"{o.path_in_repo}:{_sha256(o)}\n" for o in operations).encode()).hexdigest()
@@ -104,7 +112,7 @@ def push_folder(
     upload = _Upload(repo_id, private, revision, create_pr, title, operations)
     patiently = Patience(repo_id, first_wait, silence, talk)
     url = _upload(upload, api or HfApi(), patiently)
-    return PushReport(repo_id, url, sizes, patiently.retries)
+    return PushReport(repo_id, url, sizes, patiently.retries, left_out)
 
 
 def check_login() -> None:

@@ -1,5 +1,7 @@
 """Whether a folder is a repo that loads, checked before it is published."""
 
+import re
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -16,27 +18,56 @@ from .errors import ConversionError, listed
 from .settings import check_sizes
 
 
+# What a model repo has, beside this package's code. Logs, data, keys and whatever else lies in the folder stay there.
+PUBLISHED = (
+    *("README.md", "LICENSE*", "NOTICE*", ".gitattributes"),
+    *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
+    *("model*.safetensors", "model*.safetensors.index.json"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+    *("conversion.json", "recipe.yaml", "delta_config.json", "deltas.safetensors"),
+)
 # Files that run code when they are loaded; safetensors hold the weights.
-PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
-# What the trainer leaves beside the model it finished.
-TRAINERS_OWN = ("checkpoint-*", "training_args.bin")
+PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
+# What login tokens of the Hub look like.
+_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
+_LARGEST_TEXT = 10 * 2**20
 
 
-def repo_files(folder: Path) -> dict[str, Path]:
-    """The files to publish, by their path in the repo; hidden ones (`.git`, `.cache`) and the trainer's own stay.
+def repo_files(folder: Path, include: Sequence[str] = ()) -> tuple[dict[str, Path], list[str]]:
+    """The files to publish, by their path in the repo, and the names of those that stay.
+
+    Args:
+        folder: the repo.
+        include: shell patterns of files to publish beside those that a model repo has.
 
     Raises:
-        ConversionError: `folder` is none, or holds pickles, links, or Python files that are not this package's.
+        ConversionError: `folder` is none, lacks this package's code, or has other code under its names; a pattern without
+            a file, or with a pickle; a link among the files, or a login token in one.
     """
     if not folder.is_dir():
         raise ConversionError(f"{folder} is not a folder.")
-    paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
-    visible = {name: path for name, path in paths.items() if not _stays(name)}
-    _refuse("links, which the Hub would get as files", (name for name, path in visible.items() if path.is_symlink()))
-    files = {name.as_posix(): path for name, path in visible.items() if path.is_file()}
-    _refuse("pickles, which nobody should load", (name for name in files if Path(name).suffix in PICKLES))
-    _check_code(files)
-    return files
+    code = {path.name: path.read_bytes() for path in _modules()}
+    files, left_out, matched = {}, [], set()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_dir() and not path.is_symlink():
+            continue
+        if any(part.startswith(".") for part in name.parts) and str(name) not in PUBLISHED:
+            continue  # nobody looks for `.git` and `.env` in a repo
+        asked = {pattern for pattern in include if fnmatch(name.as_posix(), pattern)}
+        matched |= asked
+        if asked or name.as_posix() in code or any(fnmatch(name.as_posix(), pattern) for pattern in PUBLISHED):
+            files[name.as_posix()] = path
+        else:
+            left_out.append(name.as_posix())
+    if unmatched := set(include) - matched:
+        raise ConversionError(f"--include {listed(unmatched)} matches no file in {folder.name} that can be published.")
+    _refuse("links, which the Hub would get as files", (name for name, path in files.items() if path.is_symlink()))
+    _refuse("pickles, which nobody should load", (name for name in files if Path(name).suffix.lower() in PICKLES))
+    _check_code(files, code)
+    _refuse("login tokens of the Hub", (name for name, path in files.items() if _holds_token(path)))
+    return files, left_out
 
 
 def check_repo(folder: Path, name: str | None = None) -> None:
@@ -61,23 +92,24 @@ def check_repo(folder: Path, name: str | None = None) -> None:
         _check_processor(folder, name, config)
 
 
-def _stays(name: Path) -> bool:
-    return any(part.startswith(".") for part in name.parts) or any(fnmatch(name.parts[0], own) for own in TRAINERS_OWN)
-
-
-def _check_code(files: dict[str, Path]) -> None:
+def _modules() -> list[Path]:
     modules = [path for package in (modeling, processing) for path in Path(str(package.__file__)).parent.glob("*.py")]
-    ours = {path.name: path.read_bytes() for path in modules if path.name != "__init__.py"}
-    missing = ours.keys() - files.keys()
-    if missing:
+    return [path for path in modules if path.name != "__init__.py"]
+
+
+def _check_code(files: dict[str, Path], code: dict[str, bytes]) -> None:
+    if missing := code.keys() - files.keys():
         raise ConversionError(
             f"The folder lacks {listed(missing)}, without which it does not load; convert or save the model again."
         )
-    _refuse("Python files that are not this package's", (n for n in files if n.endswith(".py") and n not in ours))
     _refuse(
         "code that is not this version's of the package (convert or save the model again)",
-        (name for name, content in ours.items() if files[name].read_bytes() != content),
+        (name for name, content in code.items() if files[name].read_bytes() != content),
     )
+
+
+def _holds_token(path: Path) -> bool:
+    return path.stat().st_size <= _LARGEST_TEXT and _TOKEN.search(path.read_bytes()) is not None
 
 
 def _check_weights(folder: Path, name: str) -> None:
