@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from transformers_delta_llava.cli.main import main
 from transformers_delta_llava.conversion import ConversionError, inspect_model
+from transformers_delta_llava.processing import load_chat_template
 
 
 QUERY = "model.multi_modal_projector.q_proj."
@@ -33,6 +34,10 @@ def test_a_repo_and_its_checkpoint_hold_the_same(repo, pristine):
     assert ours.components["projector"].parameters == sum(t.numel() for t in projector)
     assert ours.components["projector"].dtypes == {"float32": 45}
     assert ours.deltas == theirs.deltas
+    assert ours.chat_template == theirs.chat_template == "vicuna_v1"
+    assert ours.chat_template_reason == theirs.chat_template_reason == "nothing in the checkpoint says which"
+    assert ours.first_prompt == theirs.first_prompt
+    assert ours.first_prompt.endswith("questions. USER: <image>\nWhat is in this image? ASSISTANT:")
     assert [(delta.name, delta.rank) for delta in ours.deltas] == [(f"{x}_proj", 16) for x in "kqv"]
     update = weights[QUERY + "delta_u"] @ weights[QUERY + "delta_v"]
     assert ours.deltas[1].norm == pytest.approx(update.norm().item())
@@ -67,6 +72,23 @@ def test_missing_and_foreign_files(changed):
     ]
 
 
+def test_the_prompt_of_a_repo_is_its_own(changed):
+    (changed / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}Q: {{ m.content[1].text }} A:{% endfor %}"
+    )
+    found = inspect_model(changed)
+    assert found.first_prompt == "<s>Q: What is in this image? A:"
+    assert (found.chat_template, found.chat_template_reason) == ("its own", "what chat_template.jinja holds")
+    (changed / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    assert inspect_model(changed).problems == ["The chat template does not render a conversation: no."]
+    (changed / "chat_template.jinja").write_text(load_chat_template("phi_3", bos=True))
+    found = inspect_model(changed)
+    assert (found.chat_template, found.first_prompt) == (
+        "phi_3",
+        "<s><|user|>\n<image>\nWhat is in this image?<|end|>\n<|assistant|>\n",
+    )
+
+
 def test_a_config_that_is_wrong(changed, source, edit_config):
     path = changed / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "scale_factor": 3}))
@@ -96,6 +118,8 @@ def test_the_command(repo, changed, monkeypatch, capsys):
     assert code == 0
     assert "16 by default, of 64, 16, 4, 1" in out
     assert "nothing wrong was found" in out
+    assert "chat template: vicuna_v1 (nothing in the checkpoint says which), which asks\n    <s>A chat between" in out
+    assert "    What is in this image? ASSISTANT:\n" in out
     (changed / "README.md").unlink()
     code, out = call(changed)
     assert code == 1

@@ -37,6 +37,10 @@ def _print(found: Inspection) -> None:
     if found.visual_token_budgets:
         budgets = ", ".join(map(str, found.visual_token_budgets))
         say(f"visual tokens per image: {found.default_visual_tokens} by default, of {budgets}", talk)
+    if found.first_prompt is not None:
+        say(f"chat template: {found.chat_template} ({found.chat_template_reason}), which asks", talk)
+        for line in found.first_prompt.split("\n"):
+            say(f"    {line}", talk)
     if found.deltas:
         deltas = Table("delta", "rank", "norm", "norm of its base", "ratio")
         for delta in found.deltas:

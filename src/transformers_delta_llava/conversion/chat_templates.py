@@ -1,7 +1,7 @@
 """Which chat template a checkpoint was tuned with, and why it is taken for that."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from ..utils.files import read_text
 from ..utils.templates import check_template, time_limit
 from .errors import ConversionError
 from .language_models import language_model
+from .tokenizer import TEMPLATE_FILE
 
 
 # What the tokenizer's own template is called, on the command line and in reports.
@@ -159,10 +160,23 @@ def read_chat_template(name_or_file: str, tokenizer: PreTrainedTokenizerBase, ow
     return template
 
 
+def recognise_template(text: str, report: dict) -> ChatTemplate:
+    """A repo's template under its name: that of the conversation it is, else what the conversion's `report` calls it."""
+    reported = report.get("chat_template")
+    found = next((name for name in CHAT_TEMPLATES if load_chat_template(name) in text), None)
+    name = found or ("its own" if reported is None or reported in CHAT_TEMPLATES else str(reported))
+    reason = report.get("chat_template_reason") if name == reported else None
+    return ChatTemplate(name, text, str(reason or f"what {TEMPLATE_FILE} holds"))
+
+
 def render(template: str, tokenizer: PreTrainedTokenizerBase, content: object) -> str:
-    """The prompt of a first question with this content, up to where the model answers."""
+    """The prompt of a first question with this content, up to where the model answers.
+
+    Raises:
+        ConversionError: the template does not render it.
+    """
     messages = [{"role": "user", "content": content}]
-    return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+    return _render(messages, template, tokenizer, "The chat template", add_generation_prompt=True)
 
 
 def answer_end(template: str, tokenizer: PreTrainedTokenizerBase, name: str = "The chat template") -> str:
@@ -172,9 +186,7 @@ def answer_end(template: str, tokenizer: PreTrainedTokenizerBase, name: str = "T
         ConversionError: it does not render a conversation; the text calls it `name`.
     """
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _MARK}]
-    check_template(template, name)
-    with explain_errors(f"{name} does not render a conversation"), time_limit(name):
-        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    text = _render(messages, template, tokenizer, name)
     end = text.rpartition(_MARK)[2] if _MARK in text else ""
     return end.rstrip() or end
 
@@ -184,3 +196,15 @@ def answer_end_ids(template: str, tokenizer: PreTrainedTokenizerBase) -> list[in
     special = tokenizer.added_tokens_decoder
     ids = tokenizer.encode(answer_end(template, tokenizer), add_special_tokens=False)
     return [token for token in ids if token in special]
+
+
+def _render(
+    messages: Sequence[Mapping[str, object]],
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    **options: object,
+) -> str:
+    check_template(template, name)
+    with explain_errors(f"{name} does not render a conversation"), time_limit(name):
+        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)

@@ -12,15 +12,17 @@ from ..modeling import DeltaLlavaConfig
 from ..modeling.delta_repo_delta_llava import dtype_name
 from ..utils.files import read_json
 from ..utils.hub import local_folder
+from ..utils.output_folder import REPORT_FILE
+from .chat_templates import QUESTION, choose_chat_template, recognise_template, render
 from .checkpoint_reader import Checkpoint, LazyTensor, has_weights
-from .config_map import Vocabulary, convert_config, read_config
+from .config_map import SourceConfig, Vocabulary, convert_config, read_config
 from .errors import ConversionError, listed
 from .export import read_repo_config
 from .key_map import PROJECTOR, TOWER_TARGET, delta_rank, map_names
 from .other_projectors import describe_other_projector
 from .sources import open_trained
 from .tensor_plan import EMBEDDINGS, SOURCE_EMBEDDINGS, expected_shapes
-from .tokenizer import has_tokenizer
+from .tokenizer import TEMPLATE_FILE, has_tokenizer, load_tokenizer, read_own_template
 from .vision_tower import adapt_to_weights, find_vision_tower, load_vision_tower
 
 
@@ -52,7 +54,13 @@ class Delta:
 
 @dataclass
 class Inspection:
-    """Result of `inspect_model`. `kind` is `repo`, `checkpoint` or `projector`; `problems` is empty where nothing is wrong."""
+    """
+    Result of `inspect_model`.
+
+    `kind` is `repo`, `checkpoint` or `projector`. `chat_template` is the name of the one that a repo has or a conversion
+    would take, `chat_template_reason` why, and `first_prompt` a question about an image in it, up to the answer. `problems`
+    is empty where nothing is wrong.
+    """
 
     name: str
     kind: str
@@ -60,6 +68,9 @@ class Inspection:
     visual_token_budgets: tuple[int, ...] = ()
     default_visual_tokens: int | None = None
     deltas: list[Delta] = field(default_factory=list)
+    chat_template: str | None = None
+    chat_template_reason: str | None = None
+    first_prompt: str | None = None
     problems: list[str] = field(default_factory=list)
 
 
@@ -93,6 +104,7 @@ def _inspect_repo(folder: Path, checkpoint: Checkpoint) -> Inspection:
     else:
         _describe_budgets(result, config)
         _describe_deltas(result, checkpoint.tensors)
+        _describe_prompt(result, folder, config.text_config)
         result.problems += _shape_problems(config, checkpoint.tensors)
     result.problems += [f"There is no {name}." for name in _REPO_FILES if not (folder / name).is_file()]
     if not has_tokenizer(folder):
@@ -137,6 +149,7 @@ def _inspect_checkpoint(folder: Path, settings: dict, checkpoint: Checkpoint) ->
         result.problems.append(str(error))
     else:
         _describe_budgets(result, config)
+        _describe_prompt(result, folder, source.text_config, source)
         if source.unknown:
             result.problems.append(f"config.json has keys that are not known here: {listed(source.unknown)}.")
         rules = {target: (name, rule) for name, (target, rule) in names.rules.items()}
@@ -155,6 +168,27 @@ def _inspect_checkpoint(folder: Path, settings: dict, checkpoint: Checkpoint) ->
 def _describe_budgets(result: Inspection, config: DeltaLlavaConfig) -> None:
     result.visual_token_budgets = config.visual_token_budgets
     result.default_visual_tokens = config.num_visual_tokens
+
+
+def _describe_prompt(
+    result: Inspection, folder: Path, text_config: PreTrainedConfig, source: SourceConfig | None = None
+) -> None:
+    """Name the chat template and render a prompt: of a repo, or, given its config, of a checkpoint as converted."""
+    if not has_tokenizer(folder) or (source is None and not (folder / TEMPLATE_FILE).is_file()):
+        return
+    try:
+        tokenizer = load_tokenizer(str(folder), text_config, source.family.sentencepiece_class if source else None)
+        own = read_own_template(str(folder))
+        if source is not None:
+            template = choose_chat_template(None, source.settings, None, tokenizer, own)
+        else:
+            report = read_json(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else {}
+            template = recognise_template(own or "", report)
+        result.first_prompt = render(template.text, tokenizer, QUESTION)
+    except ConversionError as error:
+        result.problems.append(str(error))
+    else:
+        result.chat_template, result.chat_template_reason = template.name, template.reason
 
 
 def _describe_deltas(result: Inspection, tensors: dict[str, LazyTensor]) -> None:

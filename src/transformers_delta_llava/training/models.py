@@ -22,7 +22,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from ..conversion.chat_templates import read_chat_template
 from ..conversion.generation import fit_generation_config, keep_valid_flags
 from ..conversion.language_models import LANGUAGE_MODELS
-from ..conversion.tokenizer import TokenIds, add_tokens, load_tokenizer
+from ..conversion.tokenizer import TokenIds, add_tokens, load_tokenizer, read_own_template
 from ..modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
 from ..utils.errors import one_line
@@ -85,7 +85,9 @@ def _load(recipe: Recipe, dtype: torch.dtype) -> tuple[DeltaLlavaForConditionalG
     saved = DeltaLlavaProcessor.from_pretrained(path)
     tokenizer = saved.tokenizer
     pad_images = saved.do_pad if recipe.data.pad_images is None else recipe.data.pad_images
-    template = read_chat_template(recipe.data.chat_template, tokenizer)
+    template = saved.chat_template
+    if recipe.data.chat_template is not None:
+        template = read_chat_template(recipe.data.chat_template, tokenizer)
     processor = _processor(saved.image_processor, tokenizer, template, recipe, pad_images)
     count = max(tokenizer.get_vocab().values()) + 1
     _fit_generation(model, processor, TokenIds(config.image_token_id, tokenizer.pad_token_id, count, []))
@@ -133,7 +135,8 @@ def _new_processor(
     sentencepiece_class = next((family.sentencepiece_class for family in families), None)
     tokenizer = load_tokenizer(str(recipe.model.tokenizer or language), text_config, sentencepiece_class)
     ids = add_tokens(tokenizer)
-    template = read_chat_template(recipe.data.chat_template, tokenizer)
+    own = read_own_template(str(recipe.model.tokenizer or language))
+    template = read_chat_template(recipe.data.chat_template or "vicuna_v1", tokenizer, own)
     images = _clip_images(image_processor) if isinstance(image_processor, dict) else image_processor
     loaded = _load_image_processor(images) if isinstance(images, str) else images
     pad_images = True if recipe.data.pad_images is None else recipe.data.pad_images

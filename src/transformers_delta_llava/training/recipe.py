@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from ..conversion.chat_templates import OWN
 from ..processing import CHAT_TEMPLATES
+from ..processing.chat_templates import find_conversation
 from ..utils.errors import one_line, shorten, suggestion
 from ..utils.files import read_text
 from ..utils.validation import validate
@@ -124,7 +126,8 @@ class DataRecipe(Section):
             `messages` and `images`.
         split: the split of `dataset`.
         images: folder that the image names of the rows start from.
-        chat_template: name of a conversation format, or a Jinja file.
+        chat_template: name of a conversation format, `tokenizer` for the language model's own, or a Jinja file. By default a
+            Delta-LLaVA keeps its own, and a new one has `vicuna_v1`.
         max_length: tokens, visual ones included, that a row is cut to.
         pad_images: pad images to squares; as the processor does by default.
         on_error: `fail` at the first row that cannot be used, or `skip` such rows, counted and named.
@@ -135,7 +138,7 @@ class DataRecipe(Section):
     dataset: Source | None = None
     split: str = "train"
     images: Annotated[str, AfterValidator(_existing_folder)] | None = None
-    chat_template: str = "vicuna_v1"
+    chat_template: str | None = None
     max_length: Count = 2048
     pad_images: bool | None = None
     on_error: Literal["fail", "skip"] = "fail"
@@ -147,9 +150,10 @@ class DataRecipe(Section):
             raise ValueError("give one of: path (a LLaVA JSON or JSONL file); dataset (of `datasets`)")
         if self.path is not None and Path(self.path).suffix not in (".json", ".jsonl"):
             raise ValueError(f"path={self.path}: name a .json or .jsonl file in LLaVA's format")
-        if self.chat_template not in CHAT_TEMPLATES and not Path(self.chat_template).is_file():
-            known = ", ".join(CHAT_TEMPLATES)
-            raise ValueError(f"chat_template={self.chat_template}: use one of {known}, or a Jinja file")
+        name = self.chat_template
+        if name not in (None, OWN) and find_conversation(name) is None and not Path(name).is_file():
+            known = ", ".join((*CHAT_TEMPLATES, OWN))
+            raise ValueError(f"chat_template={name}: use one of {known}, or a Jinja file")
         return self
 
 
