@@ -120,6 +120,12 @@ def test_quickstart(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "circle" in printed  # the streamed answer
 
 
+def test_remote_code(easy_vqa: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(easy_vqa, folder / "REPO")
+    names = run_page("remote-code.md", monkeypatch)
+    assert names["pipe"].model.config.model_type == "delta_llava"
+
+
 def test_coming_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(vision={"num_hidden_layers": 24})
     AutoModel.from_config(config.vision_config).save_pretrained("clip")

@@ -8,7 +8,8 @@ import torch
 from ..conversion.checkpoint_reader import Checkpoint, LazyTensor, read_checkpoint
 from ..conversion.errors import listed
 from ..conversion.export import read_repo_config
-from ..conversion.hub_repo import write_code, write_config
+from ..conversion.hub_repo import write_config
+from ..conversion.repo_code import write_code
 from ..conversion.shard_writer import parse_size, write_shards
 from ..modeling.delta_repo_delta_llava import is_base
 from ..modeling.projector_delta_llava import DeltaProjection

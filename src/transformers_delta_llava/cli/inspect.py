@@ -41,6 +41,10 @@ def _print(found: Inspection) -> None:
         say(f"chat template: {found.chat_template} ({found.chat_template_reason}), which asks", talk)
         for line in found.first_prompt.split("\n"):
             say(f"    {line}", talk)
+    if found.kind == "repo":
+        is_current = not any(".py" in problem for problem in found.problems)
+        state = "as released" if is_current else "see below; `delta-llava update` brings today's"
+        say(f"code: version {found.code_version or 'unknown (before 0.1.0)'}, {state}", talk)
     if found.deltas:
         deltas = Table("delta", "rank", "norm", "norm of its base", "ratio")
         for delta in found.deltas:

@@ -21,6 +21,7 @@ from .push import push
 from .serve import serve
 from .space import space
 from .train import train
+from .update import update
 
 
 app = typer.Typer(name="delta-llava", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -37,6 +38,7 @@ app.command()(push)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 app.command()(space)
 app.command()(train)
+app.command()(update)
 
 
 def _print_version(wanted: bool) -> None:

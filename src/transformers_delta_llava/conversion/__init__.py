@@ -7,10 +7,12 @@ from .export import ExportReport, export_checkpoint
 from .inspection import Inspection, inspect_model
 from .key_map import convert_state_dict
 from .publish import PushReport, push_folder
+from .repo_code import CodeUpdate, update_code
 from .report import ConversionReport
 
 
 __all__ = [
+    "CodeUpdate",
     "ConversionError",
     "ConversionReport",
     "ExportReport",
@@ -22,4 +24,5 @@ __all__ = [
     "export_checkpoint",
     "inspect_model",
     "push_folder",
+    "update_code",
 ]

@@ -19,11 +19,12 @@ from .checkpoint_reader import Checkpoint, verify_archives
 from .config_map import SourceConfig, Vocabulary, convert_config, grown_vocabulary, read_config
 from .errors import ConversionError
 from .generation import fit_generation_config, read_generation_config
-from .hub_repo import write_code, write_config, write_processor
+from .hub_repo import write_config, write_processor
 from .key_map import TOWER_TARGET, NameMap, delta_rank, map_names
 from .model_card import Conversion, ModelCard
 from .other_projectors import describe_other_projector
 from .repo_check import check_repo
+from .repo_code import write_code
 from .report import ConversionReport, sha256_of
 from .shard_writer import Progress, parse_size, verify_shards, write_shards
 from .sources import BaseModel, open_trained, read_source

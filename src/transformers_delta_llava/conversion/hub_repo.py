@@ -1,9 +1,7 @@
 """The files of a Hub repo beside its weights."""
 
-import shutil
 from pathlib import Path
 
-from .. import modeling, processing
 from ..modeling import DeltaLlavaConfig
 from ..utils.files import write_json
 from .tokenizer import IMAGE_TOKEN
@@ -11,14 +9,6 @@ from .tokenizer import IMAGE_TOKEN
 
 MODEL_CLASS = "DeltaLlavaForConditionalGeneration"
 PROCESSOR_CLASS = "DeltaLlavaProcessor"
-
-
-def write_code(folder: Path) -> None:
-    """Copy the modules of the model and the processor, verbatim and flat."""
-    for package in (modeling, processing):
-        for file in sorted(Path(str(package.__file__)).parent.glob("*.py")):
-            if file.name != "__init__.py":
-                shutil.copyfile(file, folder / file.name)
 
 
 def write_config(config: DeltaLlavaConfig, folder: Path) -> None:

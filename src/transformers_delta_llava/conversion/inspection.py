@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from .. import modeling, processing
 from ..modeling import DeltaLlavaConfig
 from ..modeling.delta_repo_delta_llava import dtype_name
 from ..utils.files import read_json
@@ -20,6 +19,7 @@ from .errors import ConversionError, listed
 from .export import read_repo_config
 from .key_map import PROJECTOR, TOWER_TARGET, delta_rank, map_names
 from .other_projectors import describe_other_projector
+from .repo_code import read_code
 from .sources import open_trained
 from .tensor_plan import EMBEDDINGS, SOURCE_EMBEDDINGS, expected_shapes
 from .tokenizer import TEMPLATE_FILE, has_tokenizer, load_tokenizer, read_own_template
@@ -67,6 +67,7 @@ class Inspection:
     components: dict[str, Component]
     visual_token_budgets: tuple[int, ...] = ()
     default_visual_tokens: int | None = None
+    code_version: str | None = None
     deltas: list[Delta] = field(default_factory=list)
     chat_template: str | None = None
     chat_template_reason: str | None = None
@@ -109,18 +110,14 @@ def _inspect_repo(folder: Path, checkpoint: Checkpoint) -> Inspection:
     result.problems += [f"There is no {name}." for name in _REPO_FILES if not (folder / name).is_file()]
     if not has_tokenizer(folder):
         result.problems.append("There is no tokenizer.")
-    for file in _code_files():
-        copy = folder / file.name
-        if not copy.is_file():
-            result.problems.append(f"There is no {file.name}, so the repo does not load without this package.")
-        elif copy.read_bytes() != file.read_bytes():
-            result.problems.append(f"{file.name} is not this version's.")
+    code = read_code(folder)
+    result.code_version = code.version
+    result.problems += [
+        f"There is no {name}, so the repo does not load without this package." for name in code.missing
+    ]
+    for state, names in (("is older code; update the repo", code.outdated), ("was changed by somebody", code.edited)):
+        result.problems += [f"{name} {state}." for name in names]
     return result
-
-
-def _code_files() -> list[Path]:
-    folders = [Path(str(package.__file__)).parent for package in (modeling, processing)]
-    return [file for folder in folders for file in sorted(folder.glob("[!_]*.py"))]
 
 
 def _inspect_checkpoint(folder: Path, settings: dict, checkpoint: Checkpoint) -> Inspection:

@@ -8,13 +8,13 @@ from pathlib import Path
 from PIL import Image
 from transformers.utils import logging
 
-from .. import modeling, processing
 from ..modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
 from ..utils.errors import explain_errors
 from ..utils.files import read_json, refuse_special_files
 from ..utils.templates import check_template, time_limit
 from .errors import ConversionError, listed
+from .repo_code import HUB_FILES, read_code
 from .settings import check_sizes
 
 
@@ -47,7 +47,6 @@ def repo_files(folder: Path, include: Sequence[str] = ()) -> tuple[dict[str, Pat
     """
     if not folder.is_dir():
         raise ConversionError(f"{folder} is not a folder.")
-    code = {path.name: path.read_bytes() for path in _modules()}
     files, left_out, matched = {}, [], set()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
@@ -57,7 +56,7 @@ def repo_files(folder: Path, include: Sequence[str] = ()) -> tuple[dict[str, Pat
             continue  # nobody looks for `.git` and `.env` in a repo
         asked = {pattern for pattern in include if fnmatch(name.as_posix(), pattern)}
         matched |= asked
-        if asked or name.as_posix() in code or any(fnmatch(name.as_posix(), pattern) for pattern in PUBLISHED):
+        if asked or name.as_posix() in HUB_FILES or any(fnmatch(name.as_posix(), pattern) for pattern in PUBLISHED):
             files[name.as_posix()] = path
         else:
             left_out.append(name.as_posix())
@@ -65,7 +64,7 @@ def repo_files(folder: Path, include: Sequence[str] = ()) -> tuple[dict[str, Pat
         raise ConversionError(f"--include {listed(unmatched)} matches no file in {folder.name} that can be published.")
     _refuse("links, which the Hub would get as files", (name for name, path in files.items() if path.is_symlink()))
     _refuse("pickles, which nobody should load", (name for name in files if Path(name).suffix.lower() in PICKLES))
-    _check_code(files, code)
+    _check_code(folder)
     _refuse("login tokens of the Hub", (name for name, path in files.items() if _holds_token(path)))
     return files, left_out
 
@@ -92,20 +91,14 @@ def check_repo(folder: Path, name: str | None = None) -> None:
         _check_processor(folder, name, config)
 
 
-def _modules() -> list[Path]:
-    modules = [path for package in (modeling, processing) for path in Path(str(package.__file__)).parent.glob("*.py")]
-    return [path for path in modules if path.name != "__init__.py"]
-
-
-def _check_code(files: dict[str, Path], code: dict[str, bytes]) -> None:
-    if missing := code.keys() - files.keys():
+def _check_code(folder: Path) -> None:
+    code = read_code(folder)
+    if code.missing:
         raise ConversionError(
-            f"The folder lacks {listed(missing)}, without which it does not load; convert or save the model again."
+            f"The folder lacks {listed(code.missing)}, without which it does not load; convert or save the model again."
         )
-    _refuse(
-        "code that is not this version's of the package (convert or save the model again)",
-        (name for name, content in code.items() if files[name].read_bytes() != content),
-    )
+    _refuse("older code of this package (update it first)", code.outdated)
+    _refuse("code that somebody changed (save the model again, or update it with force)", code.edited)
 
 
 def _holds_token(path: Path) -> bool:

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from .. import __version__
+from .repo_code import describe_code
 
 
 _CHUNK = 1 << 20
@@ -72,6 +73,7 @@ class ConversionReport:
             "source": {"name": self.source, "model_type": self.model_type, "sha256": self.source_files},
             "vision_tower": {"name": self.vision_tower, "sha256": self.vision_tower_files},
             "base_model": {"name": self.base_model, "sha256": self.base_model_files} if self.base_model else None,
+            "code": describe_code(),
             "trained_vocab_size": self.trained_vocab_size,
             "tokens_added": self.tokens_added,
             "base_models": self.base_models,

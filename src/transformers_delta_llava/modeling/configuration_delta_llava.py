@@ -7,6 +7,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 
+# Of all files that a repo carries, `delta-llava update` brings the newest.
+CODE_VERSION = "0.1.0"
 MODELING_FILE = "modeling_delta_llava"
 AUTO_MAP = {
     "AutoConfig": "configuration_delta_llava.DeltaLlavaConfig",
@@ -157,6 +159,7 @@ class DeltaLlavaConfig(PreTrainedConfig):
         self.delta_sharing = delta_sharing
         if tie_word_embeddings is None:
             tie_word_embeddings = getattr(self.text_config, "tie_word_embeddings", False)
+        kwargs.pop("code_version", None)  # of the code that wrote the config
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         _check_choices(self)
         _check_tower(self)
@@ -234,8 +237,8 @@ class DeltaLlavaConfig(PreTrainedConfig):
         return [s for s in range(1, self.grid_size + 1) if self.grid_size % (s * self.projector_window_size) == 0]
 
     def to_dict(self) -> dict[str, Any]:
-        """As in the base class, plus the whole `auto_map`: what transformers saves has only the saved class in it."""
-        return {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
+        """As in the base class, plus the version of the code and the whole `auto_map`, which would have the saved class only."""
+        return {**super().to_dict(), "auto_map": dict(AUTO_MAP), "code_version": CODE_VERSION}
 
 
 def _sub_config(config: PreTrainedConfig | dict | None, default: dict) -> PreTrainedConfig:

@@ -1,0 +1,35 @@
+"""`delta-llava update`."""
+
+from typing import Annotated
+
+import typer
+
+from ..conversion import update_code
+from ..utils.errors import printable
+from .console import say
+from .push import CreatePr, Revision
+
+
+def update(
+    repo: Annotated[str, typer.Argument(help="Folder or Hub id of a repo.", show_default=False)],
+    revision: Revision = None,
+    create_pr: CreatePr = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files that would change, no more.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace code that somebody changed, too.")] = False,
+) -> None:
+    """Give a repo today's model code, and print the files that change; weights, settings and tokenizer stay as they are.
+
+    Repos carry the code that was current when they were written, and a later transformers may need newer code. On the Hub the
+    files change in one commit.
+    """
+    result = update_code(repo, revision=revision, create_pr=create_pr, dry_run=dry_run, force=force)
+    for name in result.changed:
+        typer.echo(printable(name))
+    for name in result.deleted:
+        typer.echo(f"{printable(name)} (deleted)")
+    if not (result.changed or result.deleted):
+        say(f"The code of {repo} is up to date.")
+    elif dry_run:
+        say("Nothing was changed.")
+    elif result.url:
+        say(f"Updated: {result.url}")
