@@ -20,6 +20,8 @@ import numpy as np
 
 
 THEIRS = ("transformers", "torch")
+# The other packages that Hub files may import.
+OTHERS = {*sys.stdlib_module_names, "numpy", "PIL", "safetensors"}
 # Types whose methods take keywords too, and are no concern of this table.
 PLAIN_TYPES = (str, bytes, dict, list, tuple, set, Path, np.ndarray)
 
@@ -84,8 +86,7 @@ class _Module:
         name = path[-1]
         theirs = path[0] in (*THEIRS, "super") or (
             name not in self.own
-            and path[0] not in self.imported.values()
-            and path[0] not in sys.stdlib_module_names
+            and path[0] not in OTHERS
             and not (len(path) == 1 and hasattr(builtins, name))
             and not any(hasattr(kind, name) for kind in PLAIN_TYPES)
         )
