@@ -131,3 +131,25 @@ def test_fresh_process_gives_the_same_results_and_saves_a_repo_again(repo, tmp_p
     shutil.copytree(folder / "deltas", saved / "deltas")
     load_all(saved, tmp_path / "saved-again", tmp_path, installed=False)
     assert torch.equal(torch.load(saved / "logits.pt"), logits)
+
+
+CONFIG_WITHOUT_TORCH = """
+import importlib.util, sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torch":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hidden())
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == "torch" else find(name, *more)
+from transformers import AutoConfig
+print(AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True).num_visual_tokens, "torch" in sys.modules)
+"""
+
+
+def test_the_config_needs_no_torch(tmp_path: Path) -> None:
+    tiny_config().save_pretrained(tmp_path / "repo")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", CONFIG_WITHOUT_TORCH, str(tmp_path / "repo")]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert run.stdout.split() == ["36", "False"], run.stderr

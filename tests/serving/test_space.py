@@ -74,6 +74,7 @@ def test_a_folder_that_exists_is_replaced_only_if_it_is_a_space_of_ours(tmp_path
     write_space(space, "org/another", overwrite=True)
     assert front_matter(space)["models"] == ["org/another"]
     other.mkdir()
+    (other / "theirs").touch()
     with pytest.raises(ValueError, match=r"not written by this command \(no space.json in it\)"):
         write_space(other, "org/model", overwrite=True)
     with pytest.raises(ValueError, match="one folder or lie inside each other"):

@@ -162,7 +162,20 @@ def test_an_output_that_exists_needs_overwrite(tmp_path):
     check_output(tmp_path / "new", [], overwrite=False)
 
 
+def test_an_empty_output_is_no_output(tmp_path):
+    (tmp_path / "out").mkdir()
+    check_output(tmp_path / "out", [], overwrite=False)
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "new").touch()
+    assert names(tmp_path / "out") == ["new"] and names(tmp_path) == ["out"]
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DeltaLlavaError, match="exists; pass --overwrite"):
+        check_output(tmp_path / "link", [], overwrite=False)
+
+
 def test_only_a_conversions_output_is_replaced(tmp_path):
+    (tmp_path / "theirs").touch()
     with pytest.raises(DeltaLlavaError, match="not written by this command"):
         check_output(tmp_path, [], overwrite=True)
     (tmp_path / "other.json").touch()

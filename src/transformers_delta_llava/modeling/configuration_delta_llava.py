@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.activations import ACT2FN
 
 
 # Of all files that a repo carries, `delta-llava update` brings the newest.
@@ -262,6 +261,10 @@ def _check_choices(config: DeltaLlavaConfig) -> None:
     }.items():
         if getattr(config, field) not in choices:
             _refuse(field, getattr(config, field), f"use one of {', '.join(map(repr, choices))}")
+    try:
+        from transformers.activations import ACT2FN
+    except ImportError:  # without torch, which a config can do without
+        ACT2FN = {config.projector_hidden_act: None}
     if config.projector_hidden_act not in ACT2FN:
         _refuse(
             "projector_hidden_act",

@@ -20,7 +20,7 @@ _LOCK = "lock"
 
 
 def check_output(output: Path, inputs: Iterable[Path], overwrite: bool, marker: str = REPORT_FILE) -> None:
-    """Refuse an output that exists or that touches one of the `inputs` (local folders that will be read).
+    """Refuse an output that exists and is not empty, or that touches one of the `inputs` (local folders that will be read).
 
     With `overwrite` one that exists may be replaced if it holds the file `marker`, as what is written here does.
 
@@ -38,8 +38,8 @@ def check_output(output: Path, inputs: Iterable[Path], overwrite: bool, marker: 
 
 
 def _refuse_existing(output: Path, overwrite: bool, marker: str) -> None:
-    if not os.path.lexists(output):
-        return
+    if not os.path.lexists(output) or (output.is_dir() and not output.is_symlink() and not any(output.iterdir())):
+        return  # of an empty folder nothing is lost
     if not overwrite:
         raise DeltaLlavaError(f"The output {output} exists; pass --overwrite (overwrite=True) to replace it.")
     if not (output / marker).is_file():
