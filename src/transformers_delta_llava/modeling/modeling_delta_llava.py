@@ -3,7 +3,7 @@
 import inspect
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import Any, TypeAlias
@@ -108,6 +108,18 @@ class DeltaLlavaPreTrainedModel(DeltaMixin, PreTrainedModel):
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         # It also means float32 in a float16 model. Here what is kept from quantisers has the dtype of the model.
         return {name: kept for name, kept in super()._get_dtype_plan(dtype).items() if name not in KEPT_IN_FULL}
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As in PyTorch, but PEFT does not see the DeltaProjections.
+
+        PEFT finds its targets by the ends of their names, and stops at a target that it cannot adapt. `q_proj` and
+        `v_proj`, which it is asked for most often, would find the language model's maps and these.
+        """
+        modules = super().named_modules(*args, **kwargs)
+        caller = inspect.currentframe().f_back  # type: ignore[union-attr]
+        if caller is None or caller.f_globals.get("__name__", "").partition(".")[0] != "peft":
+            return modules
+        return ((name, module) for name, module in modules if not isinstance(module, DeltaProjection))
 
     def _tuple_or_dict(self, output: ModelOutput, return_dict: bool | None) -> Any:
         """The output as the caller, or else the config, wants it."""
