@@ -66,7 +66,8 @@ SAME = [
     ([text("What is this? "), IMAGE], "<image>\nWhat is this?"),
     ([text("Compare"), IMAGE, text("these."), IMAGE], "<image>\n<image>\nCompare\nthese."),
     ([IMAGE], "<image>"),
-    ([text("Look: <image> What?")], "Look: <image> What?"),
+    ([text("Look: <image> What?")], "Look: < image> What?"),  # in a list, images are items
+    ([IMAGE, text("<<image>image><image>")], "<image>\n<< image>image>< image>"),
 ]
 
 
@@ -375,3 +376,42 @@ def test_no_bos_where_the_tokenizer_adds_none(make_processor: Any, make_tokenize
     assert processor.tokenizer.bos_token_id not in ids
     # What the user writes is the user's where the tokenizer adds nothing.
     assert processor(text="<s>hi")["input_ids"][0][0] == processor.tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize(
+    ("conversation", "message"),
+    [
+        ([], "The conversation is empty"),
+        ([[]], "must be a list of messages, and not empty"),
+        ([[user("a")], user("b")], "must be a list of messages, and not empty"),
+        (None, "A conversation is a list of messages, not of type NoneType"),
+        ("hello", "A conversation is a list of messages, not of type str"),
+        ([None], "Message 0 must have a role and content"),
+        (["hello"], "Message 0 must have a role and content"),
+        ([{"content": "a"}], "Message 0 has no `role`"),
+        ([{"role": ["user"], "content": "a"}], "Message 0 has no `role`"),
+        ([user("a"), {"role": "assistant", "content": None}], "Message content must be a string or a list"),
+        ([user({"type": "text", "text": None})], "A text of message 0 must be a string, not of type NoneType"),
+        ([user({"type": "text"})], "A text of message 0 must be a string"),
+        ([user({"type": 7})], "Only content of type text and image is known"),
+        ([user("half \ud800")], "holds half a character"),
+        ([{"role": "user", "content": "half \ud800"}], "The content of message 0 holds half a character"),
+    ],
+)
+@pytest.mark.parametrize("tokenize", [False, True])
+def test_what_is_no_conversation_is_refused(processor: Any, conversation: Any, message: str, tokenize: bool) -> None:
+    template = load_chat_template("vicuna_v1")
+    with pytest.raises(ValueError, match=message):
+        processor.apply_chat_template(conversation, chat_template=template, tokenize=tokenize, return_dict=tokenize)
+
+
+def test_a_word_of_the_user_is_no_image(processor: Any, make_picture: Any) -> None:
+    content = [{"type": "image", "image": make_picture()}, text("What does <image> mean?")]
+    options = {"chat_template": load_chat_template("vicuna_v1"), "tokenize": True, "return_dict": True}
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
+    assert inputs["input_ids"][0].count(processor.image_token_id) == 4
+    later = [{"role": "user", "content": content}, assistant("It is a tag."), user(text("So <image> is one?"))]
+    inputs = processor.apply_chat_template((message for message in later), **options)
+    assert inputs["input_ids"][0].count(processor.image_token_id) == 4
+    with pytest.raises(ValueError, match="text 0 holds 2, but 1 images came for it"):
+        processor(images=[[make_picture()]], text=["<image> What does <image> mean?"])

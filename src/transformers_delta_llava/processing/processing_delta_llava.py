@@ -330,6 +330,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
         Raises:
             ValueError: as a call, and for a conversation that is empty, holds no messages, or that the template refuses.
         """
+        if isinstance(conversation, Iterable) and not isinstance(conversation, (list, tuple, str, bytes, Mapping)):
+            conversation = list(conversation)  # a generator would be read twice
         _check_conversations(conversation)
         try:
             return self._apply_chat_template(conversation, chat_template, *args, **kwargs)
@@ -406,6 +408,8 @@ def _with_rescaling(images: list[Image.Image], kwargs: dict[str, Any]) -> dict[s
 
 def _check_conversations(conversation: Any) -> None:
     """Refuse what is no conversation, nor several, before transformers or a template stumbles over it."""
+    if conversation is None or isinstance(conversation, (str, bytes, int, float)):
+        raise ValueError(f"A conversation is a list of messages, not of type {type(conversation).__name__}.")
     if not isinstance(conversation, (list, tuple)):
         return  # objects that transformers knows
     if not conversation:
@@ -427,6 +431,9 @@ def _check_message(message: Mapping, place: int) -> None:
     if not isinstance(message.get("role"), str):
         raise ValueError(f"Message {place} has no `role`, such as 'user'.")
     content = message.get("content")
+    if content is None and not message.get("tool_calls"):
+        needed = "Message content must be a string or a list of text and image items."
+        raise ValueError(f"The chat template refuses the conversation: {needed}")
     if isinstance(content, str):
         _check_text(content, f"the content of message {place}")
     if not isinstance(content, (list, tuple)):

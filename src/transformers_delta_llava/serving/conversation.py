@@ -68,10 +68,6 @@ class Conversation:
         """
         if not question.strip():
             raise ValueError("There is no question.")
-        if self.processor.image_token in question:  # what the processor says of it would not help here
-            raise ValueError(
-                "The question holds the placeholder of a picture; leave it out, the picture is there already."
-            )
         stream = _Stream(self.processor)
         errors: list[BaseException] = []
 
