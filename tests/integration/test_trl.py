@@ -79,6 +79,16 @@ def test_new_words_are_learned_and_old_ones_kept(flags, repo, rows, old_question
         assert report["difference"] < 1e-3
 
 
+def test_rewards_at_another_number_of_visual_tokens(repo, tmp_path):
+    questions = [question for question in load_questions("train")[:64] if question.text in NEW_WORDS]
+    rows = [{"image": q.image, "question": q.text, "answer": q.answer} for q in questions]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    report = Engine("trl", tmp_path).run("rewarded.py", repo, tmp_path / "rows.json", 4)
+    assert report["package_importable"] is False and report["placeholders"] == [4]
+    assert len(report["rewards"]) == 12 and any(gradient > 0 for gradient in report["gradients"])
+    assert sum(report["rewards"]) / 12 > 0.5  # the model sees its images, at four times fewer tokens than its own
+
+
 def test_code_of_the_page(repo, rows, tmp_path):
     (block,) = read_blocks("engines.md", "TRL and PEFT")
     before = "import functools, trl\nfrom datasets import Dataset, Image, List\n"
