@@ -9,7 +9,7 @@ from tests.test_bad_input import MESSAGES
 
 
 # The ends of the span, and the releases between them at which file formats or attention changed.
-VERSIONS = ("5.10.4", "5.17.0", "5.19.0", "5.23.0")
+VERSIONS = ("5.10.4", "5.17.0", "5.19.0", "5.23.0", "5.24.0")
 
 
 @pytest.mark.parametrize(
