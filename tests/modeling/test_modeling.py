@@ -16,6 +16,7 @@ from transformers import (
 
 from tests.tiny import IMAGE_TOKEN_ID, TEXT, VISION, left_pad, prompt, tiny_config
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaModel
+from transformers_delta_llava.modeling import CACHE_NAME
 
 
 LANGUAGE_MODELS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi3", "seed_oss")
@@ -196,6 +197,17 @@ class TestForward:
     def test_tuple_output(self, model, pixel_values):
         inputs = {"input_ids": prompt([36])[None], "pixel_values": pixel_values[:1]}
         assert torch.equal(model(**inputs, return_dict=False)[0], model(**inputs).logits)
+
+    def test_outputs_have_the_cache_under_both_names(self, model, logged_deprecations):
+        ids = prompt([])[None]
+        outputs = [model(input_ids=ids), model.model(input_ids=ids)]
+        for output in outputs:
+            assert output[CACHE_NAME].get_seq_length() == ids.shape[1]
+            assert getattr(output, CACHE_NAME) is output[CACHE_NAME]
+        assert not logged_deprecations
+        assert all(output.past_key_values is output[CACHE_NAME] for output in outputs)
+        if CACHE_NAME == "cache":  # transformers announces the end of the older name
+            assert "`past_key_values`/`cache_params` are deprecated" in logged_deprecations.pop()
 
     @pytest.mark.parametrize("num_visual_tokens", [None, 36, [36, 36], torch.tensor([36, 36])], ids=str)
     def test_forms_of_one_budget(self, model, pixel_values, num_visual_tokens):
