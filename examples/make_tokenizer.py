@@ -130,9 +130,16 @@ def _write_gemma(folder: Path) -> dict[str, int | None]:
     turns = ["<start_of_turn>", "<end_of_turn>"]
     pieces = {"pad_piece": "<pad>", "bos_piece": "<bos>", "eos_piece": "<eos>"}
     size = _train_sentencepiece(
-        folder, pad_id=0, eos_id=1, bos_id=2, unk_id=3, user_defined_symbols=turns, add_dummy_prefix=False, **pieces
+        folder,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        user_defined_symbols=["<mask>", *turns],
+        add_dummy_prefix=False,
+        **pieces,
     )
-    names = ["<pad>", "<eos>", "<bos>", "<unk>", *turns]
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *turns]
     settings = {
         "add_bos_token": True,
         "add_eos_token": False,

@@ -169,6 +169,15 @@ def test_where_a_named_tower_is_looked_for(named, there, found, tmp_path, monkey
     assert find_vision_tower(named, tmp_path / "run" / "llava") == expected
 
 
+def test_a_folder_of_settings_is_passed_by_where_weights_are_needed(tmp_path):
+    for folder in ("llava/tower", "tower"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text("{}")
+    (tmp_path / "tower" / "model.safetensors").write_bytes(b"")
+    assert find_vision_tower("tower", tmp_path / "llava") == str(tmp_path / "llava" / "tower")
+    assert find_vision_tower("tower", tmp_path / "llava", with_weights=True) == str(tmp_path / "tower")
+
+
 def test_errors_name_the_option(tmp_path):
     for spec in ("/data/other-tower", "vision-tower"):
         with pytest.raises(ConversionError, match=f"{spec} is not a folder.* with --vision-tower"):

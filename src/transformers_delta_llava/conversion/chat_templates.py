@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from ..processing import CHAT_TEMPLATES, load_chat_template
 from ..processing.chat_templates import adapt_template, find_conversation
 from ..utils.errors import explain_errors
-from ..utils.files import read_text
+from ..utils.files import read_json, read_text
+from ..utils.output_folder import EXPORTED_FROM, REPORT_FILE
 from ..utils.templates import check_template, time_limit
 from .errors import ConversionError
 from .language_models import language_model
@@ -132,6 +133,17 @@ def chat_template_warnings(template: ChatTemplate, tokenizer: PreTrainedTokenize
             "where the checkpoint was tuned with another one, name it: --chat-template"
         )
     return warnings
+
+
+def exported_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
+    """The template that `export` left in a folder, with which the model was used before; None in any other folder."""
+    template, report = folder / TEMPLATE_FILE, folder / REPORT_FILE
+    origin = read_json(report) if template.is_file() and report.is_file() else {}
+    if EXPORTED_FROM not in origin:
+        return None
+    name = str(origin.get("chat_template") or TEMPLATE_FILE)
+    reason = str(origin.get("chat_template_reason") or "that of the repo that was exported")
+    return ChatTemplate(name, read_chat_template(str(template), tokenizer), reason)
 
 
 def read_chat_template(name_or_file: str, tokenizer: PreTrainedTokenizerBase, own: str | None = None) -> str:

@@ -14,7 +14,7 @@ from ..utils.errors import explain_errors
 from ..utils.files import read_json, write_json
 from ..utils.hub import hub_id_of, public_name
 from ..utils.output_folder import REPORT_FILE, atomic_folder, check_output
-from .chat_templates import ChatTemplate, chat_template_warnings, choose_chat_template
+from .chat_templates import ChatTemplate, chat_template_warnings, choose_chat_template, exported_template
 from .checkpoint_reader import Checkpoint, verify_archives
 from .config_map import SourceConfig, Vocabulary, convert_config, grown_vocabulary, read_config
 from .errors import ConversionError
@@ -133,11 +133,11 @@ def convert_checkpoint(
     if not (source / "config.json").is_file():
         raise ConversionError(f"The source {source} is not a folder with a config.json.")
     source_config = _read_config(source)
-    vision_tower = vision_tower or _named_tower(source, source_config)
-    inputs = (source, vision_tower, tokenizer or source, base_model or source)
+    tower = vision_tower or _named_tower(source, source_config, with_weights=False)
+    inputs = (source, tower, tokenizer or source, base_model or source)
     check_output(output, [Path(path) for path in inputs if Path(path).is_dir()], overwrite)
 
-    read = _read_source(source, source_config, str(vision_tower), tokenizer, chat_template, base_model)
+    read = _read_source(source, source_config, vision_tower, tokenizer, chat_template, base_model)
     ids = read.token_ids
     vocabulary = Vocabulary(grown_vocabulary(read.rows, ids.count), ids.image, ids.pad)
     rank = delta_rank(read.checkpoint.tensors)
@@ -179,10 +179,10 @@ def _read_config(source: Path) -> SourceConfig:
         raise ConversionError(other or str(error)) from error
 
 
-def _named_tower(source: Path, config: SourceConfig) -> str:
+def _named_tower(source: Path, config: SourceConfig, with_weights: bool) -> str:
     if not config.keys.mm_vision_tower:
         raise ConversionError("config.json names no mm_vision_tower; pass its folder or Hub id with --vision-tower.")
-    return find_vision_tower(config.keys.mm_vision_tower, source)
+    return find_vision_tower(config.keys.mm_vision_tower, source, with_weights)
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -196,7 +196,7 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 def _read_source(
     folder: Path,
     config: SourceConfig,
-    vision_tower: str,
+    vision_tower: str | Path | None,
     tokenizer: str | Path | None,
     chat_template: str | None,
     base_model: str | Path | None,
@@ -212,7 +212,10 @@ def _read_source(
         raise ConversionError(f"The checkpoint has no language model in it (no {SOURCE_EMBEDDINGS}).")
     if len(checkpoint.tensors[SOURCE_EMBEDDINGS].shape) != 2:
         raise ConversionError(f"{SOURCE_EMBEDDINGS} should be a matrix with a row for each token.")
-    tower = _load_tower(vision_tower, names)
+    inner = [name.removeprefix(TOWER_TARGET) for name, _ in names.rules.values() if name.startswith(TOWER_TARGET)]
+    spec = str(vision_tower or _named_tower(folder, config, with_weights=not inner))
+    tower = load_vision_tower(spec, with_weights=not inner)
+    adapt_to_weights(tower.config, tower.checkpoint.tensors if tower.checkpoint else inner)
     if tokenizer is None and base is not None and not has_tokenizer(folder):
         tokenizer = base.folder
     if tokenizer is None and not has_tokenizer(folder):
@@ -231,6 +234,11 @@ def _read_source(
             f"The tokenizer has ids up to {token_ids.count - 1:,}, but the checkpoint was trained with {rows:,} rows: it is "
             "not the tokenizer of this checkpoint; pass the right one with --tokenizer."
         )
+    template = None if chat_template else exported_template(folder, text_tokenizer)
+    if template is None:
+        template = choose_chat_template(
+            chat_template, config.settings, base.name if base else None, text_tokenizer, own_template
+        )
     return _Source(
         folder=folder,
         config=config,
@@ -240,20 +248,8 @@ def _read_source(
         tower=tower,
         tokenizer=text_tokenizer,
         token_ids=token_ids,
-        chat_template=choose_chat_template(
-            chat_template, config.settings, base.name if base else None, text_tokenizer, own_template
-        ),
+        chat_template=template,
     )
-
-
-def _load_tower(spec: str, names: NameMap) -> VisionTower:
-    """The tower at `spec`, with its weights where the checkpoint brings none."""
-    inner = [
-        target.removeprefix(TOWER_TARGET) for target, _ in names.rules.values() if target.startswith(TOWER_TARGET)
-    ]
-    tower = load_vision_tower(spec, with_weights=not inner)
-    adapt_to_weights(tower.config, tower.checkpoint.tensors if tower.checkpoint else inner)
-    return tower
 
 
 def _write_generation_config(read: _Source, config: DeltaLlavaConfig, folder: Path) -> list[str]:

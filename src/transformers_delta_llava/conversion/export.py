@@ -13,7 +13,7 @@ from ..modeling.delta_repo_delta_llava import dtype_name
 from ..utils.errors import one_line
 from ..utils.files import read_json, write_json
 from ..utils.hub import is_repo_id, local_folder
-from ..utils.output_folder import REPORT_FILE, atomic_folder, check_output
+from ..utils.output_folder import EXPORTED_FROM, REPORT_FILE, atomic_folder, check_output
 from ..utils.validation import FileModel, read_model
 from .checkpoint_reader import Checkpoint, LazyTensor, read_checkpoint
 from .config_map import DEFAULTS, OWN_PREFIX
@@ -23,11 +23,11 @@ from .language_models import LANGUAGE_MODELS
 from .shard_writer import Progress, parse_size, same_bits, write_shards
 from .sources import PROJECTOR_FILE
 from .tensor_plan import EMBEDDINGS, HEAD, new_rows, published_name
-from .tokenizer import IMAGE_TOKEN, PAD_TOKEN, TOKENIZER_FILES
+from .tokenizer import BEHIND_IMAGE, IMAGE_TOKEN, PAD_TOKEN, TEMPLATE_FILE, TOKENIZER_FILES
 
 
 TOWER_FOLDER = "vision-tower"
-_FILES = ("*.json", "model*.safetensors*", "tokenizer.model", "merges.txt")
+_FILES = ("*.json", TEMPLATE_FILE, "model*.safetensors*", "tokenizer.model", "merges.txt")
 # Written into config.json by transformers or for a repo of ours; the authors' trainer has other values for them.
 _OWN_KEYS = ("architectures", "auto_map", "dtype", "transformers_version", "_name_or_path")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -64,6 +64,8 @@ class _Conversion(FileModel):
     source: _Origin = _Origin()
     vision_tower: _Origin = _Origin()
     base_models: list[str] = []
+    chat_template: str | None = None
+    chat_template_reason: str | None = None
     tokens_added: list[str] = [IMAGE_TOKEN, PAD_TOKEN]
     trained_vocab_size: int | None = None
 
@@ -131,8 +133,13 @@ def export_checkpoint(
             "vocab_size": rows,
         }
         write_json(json.loads(json.dumps(settings, default=str)), growing / "config.json")
-        # Marks the folder as one that may be overwritten.
-        write_json({"exported_from": made.source.name or folder.name}, growing / REPORT_FILE)
+        # Marks the folder as one that may be overwritten, and keeps for a conversion what no checkpoint says.
+        origin = {
+            EXPORTED_FROM: made.source.name or folder.name,
+            "chat_template": made.chat_template,
+            "chat_template_reason": made.chat_template_reason,
+        }
+        write_json({key: value for key, value in origin.items() if value is not None}, growing / REPORT_FILE)
     return ExportReport(output, files, len(tensors), rows, sorted(own))
 
 
@@ -323,16 +330,29 @@ def _write_tokenizer(folder: Path, output: Path, rows: int, added: list[str]) ->
         return
     tokenizer = read_json(path)
     entries = tokenizer.get("added_tokens")
-    if not isinstance(entries, list):
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         return
-    gone = {e["content"] for e in entries if e.get("content") in added and e.get("id", 0) >= rows}
+    gone = {
+        e.get("content")
+        for e in entries
+        if e.get("content") in added and isinstance(e.get("id"), int) and e["id"] >= rows
+    }
     if not gone:
         return
-    tokenizer["added_tokens"] = [entry for entry in entries if entry["content"] not in gone]
+    tokenizer["added_tokens"] = [entry for entry in entries if entry.get("content") not in gone]
+    tokenizer["normalizer"] = _without_image_rule(tokenizer.get("normalizer"))
     path.write_text(json.dumps(tokenizer, ensure_ascii=False, indent=2), encoding="utf-8")
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         if (output / name).is_file():
             write_json(_without(read_json(output / name), gone), output / name)
+
+
+def _without_image_rule(normalizer: object) -> object:
+    """A tokenizer's normalizer without the rule that conversion put before it."""
+    match normalizer:
+        case {"normalizers": [{"pattern": {"Regex": rule}}, *rest]} if rule == BEHIND_IMAGE:
+            return rest[0] if rest else None
+    return normalizer
 
 
 def _without(settings: dict, tokens: set[str]) -> dict:

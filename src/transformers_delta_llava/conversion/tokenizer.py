@@ -34,9 +34,12 @@ TOKENIZER_FILES = (
 _SENTENCEPIECE = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # The place between an image and text that does not bring a word mark itself.
-_BEHIND_IMAGE = rf"(?<={IMAGE_TOKEN})(?![ \u2581]|{IMAGE_TOKEN}|\z)"
-# Settings that would run a source's code, or that describe the loading of it.
-_DROPPED_SETTINGS = ("auto_map", "chat_template", "is_local", "local_files_only", "name_or_path", "processor_class")
+BEHIND_IMAGE = rf"(?<={IMAGE_TOKEN})(?![ \u2581]|{IMAGE_TOKEN}|\z)"
+# Settings that would run a source's code, or that describe the loading of it, paths among them.
+_DROPPED_SETTINGS = (
+    *("auto_map", "chat_template", "is_local", "local_files_only", "name_or_path", "processor_class"),
+    *("tokenizer_file", "vocab_file", "merges_file"),
+)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -179,7 +182,7 @@ def _mark_words_behind_images(tokenizer: PreTrainedTokenizerBase) -> None:
     nothing else: text after other special tokens stays as it is.
     """
     backend = tokenizer.backend_tokenizer
-    rules = [normalizers.Replace(Regex(_BEHIND_IMAGE), "\u2581")]
+    rules = [normalizers.Replace(Regex(BEHIND_IMAGE), "\u2581")]
     backend.normalizer = normalizers.Sequence([*rules, *([backend.normalizer] if backend.normalizer else [])])
     # Normalisation sees no token that is not itself normalised.
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=True)], special_tokens=True)

@@ -9,7 +9,7 @@ from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_S
 
 from ..utils.files import read_json
 from ..utils.hub import cached_repo_id, local_folder, public_name
-from .checkpoint_reader import Checkpoint, read_checkpoint
+from .checkpoint_reader import Checkpoint, has_weights, read_checkpoint
 from .errors import ConversionError
 from .settings import build_config
 
@@ -59,7 +59,7 @@ class VisionTower:
     checkpoint: Checkpoint | None = None
 
 
-def find_vision_tower(named: str, checkpoint: Path) -> str:
+def find_vision_tower(named: str, checkpoint: Path, with_weights: bool = False) -> str:
     """Where the tower is that a checkpoint names, which was a Hub id or a path on the machine that trained it.
 
     Looked for in this order: the path; the same path, then its last part, inside the checkpoint's folder and beside it;
@@ -68,6 +68,7 @@ def find_vision_tower(named: str, checkpoint: Path) -> str:
     Args:
         named: `mm_vision_tower` of the checkpoint's config.
         checkpoint: folder of the checkpoint.
+        with_weights: pass by folders that hold settings alone, as export leaves one in a checkpoint.
 
     Returns:
         A folder or a Hub id; `named` itself where nothing is found.
@@ -76,7 +77,8 @@ def find_vision_tower(named: str, checkpoint: Path) -> str:
     path, name = Path(named).expanduser(), Path(hub_id or named).name
     beside = [folder / part for part in (path, name) for folder in (checkpoint, checkpoint.parent)]
     for folder in (*([path] if path.is_absolute() else []), *beside, path):
-        if (folder / "config.json").is_file() and folder.resolve() != checkpoint.resolve():
+        is_tower = (folder / "config.json").is_file() and (not with_weights or has_weights(folder))
+        if is_tower and folder.resolve() != checkpoint.resolve():
             return str(folder)
     return hub_id or (named if named in KNOWN_TOWERS else _KNOWN_BY_NAME.get(name, named))
 

@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 # A folder that holds this file was written by a conversion, so a conversion may replace it.
 REPORT_FILE = "conversion.json"
+# In the report of a checkpoint that export wrote: what it was exported from.
+EXPORTED_FROM = "exported_from"
 _LOCK = "lock"
 
 
