@@ -106,10 +106,11 @@ def _read_delta_repo(folder: Path, name: str) -> Projections:
     layout, sharing = str(config["projector_layout"]), str(config.get("delta_sharing", "levels"))
     one = tensors.get("qkv_proj.delta_u" if sharing == "all" else "k_proj.delta_u")
     query = tensors.get("q_proj.delta_u")
-    if layout == "released":
-        levels = one.shape[0] // query.shape[0] if one is not None and query is not None else 1
-    else:
-        levels = one.shape[-3] if one is not None and one.dim() > 2 else 1
+    levels = 1  # where the factors have other dimensions, `_assemble` says so
+    if layout == "released" and one is not None and query is not None and one.dim() == query.dim() == 2:
+        levels = one.shape[0] // query.shape[0]
+    elif layout == "paper" and one is not None and one.dim() > 2:
+        levels = one.shape[-3]
     found = _assemble(name, folder, layout, sharing, list(range(levels)), tensors, {})
     if found.rank != config["delta_rank"]:
         raise ValueError(
@@ -138,10 +139,12 @@ def _read_checkpoint(folder: Path, name: str) -> Projections:
         raise ValueError(f"{name} is no Delta-LLaVA: no tensor in it is called {SOURCE_PROJECTOR}...")
     tensors = {target.removeprefix(PROJECTOR): source[n] for n, (target, _) in map_names(source).rules.items()}
     wide, narrow = tensors.get("k_proj.weight"), tensors.get("q_proj.weight")
-    levels = wide.shape[1] // narrow.shape[1] if wide is not None and narrow is not None else 1
+    levels = 1
+    if wide is not None and narrow is not None and len(wide.shape) > 1 and len(narrow.shape) > 1:
+        levels = wide.shape[1] // narrow.shape[1]
     settings = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     named = settings.get("mm_vision_feature_levels", list(DEFAULTS["vision_feature_levels"]))
-    names = named if len(named) == levels else list(range(levels))
+    names = named if isinstance(named, list) and len(named) == levels else list(range(levels))
     return _assemble(name, folder, "released", "levels", names, {}, tensors)
 
 
@@ -167,6 +170,9 @@ def _assemble(
         raise ValueError(f"{name}: there is no {listed(missing)}.")
     deltas = deltas or {n: tensor.load() for n, tensor in lazy.items() if n in factors}
     weights = {bases[n]: tensor.load() for n, tensor in lazy.items() if n in bases}
+    for projection, weight in weights.items():
+        if weight.dim() != 2:
+            raise ValueError(f"{name}: {projection}.weight is {tuple(weight.shape)}, and should be a matrix.")
     others = {n: tensor for n, tensor in lazy.items() if n not in factors and n not in bases}
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     rank = 0

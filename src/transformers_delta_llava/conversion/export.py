@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from ..modeling import DeltaLlavaConfig
 from ..modeling.delta_repo_delta_llava import dtype_name
-from ..utils.errors import one_line
+from ..utils.errors import explain_errors
 from ..utils.files import read_json, write_json
 from ..utils.hub import is_repo_id, local_folder
 from ..utils.output_folder import EXPORTED_FROM, REPORT_FILE, atomic_folder, check_output
@@ -20,6 +20,7 @@ from .config_map import DEFAULTS, OWN_PREFIX
 from .errors import ConversionError, listed
 from .key_map import RULES, SOURCE_PROJECTOR, TOWER_TARGET, Rule, Shape
 from .language_models import LANGUAGE_MODELS
+from .settings import check_sizes
 from .shard_writer import Progress, parse_size, same_bits, write_shards
 from .sources import PROJECTOR_FILE
 from .tensor_plan import EMBEDDINGS, HEAD, new_rows, published_name
@@ -152,10 +153,10 @@ def read_repo_config(folder: Path) -> DeltaLlavaConfig:
         raise ConversionError(
             f"{folder.name} is not a Delta-LLaVA repo: its config.json has model_type={values.get('model_type')!r}."
         )
-    try:
+    what = f"The config.json of {folder.name} is not usable"
+    check_sizes(values, what)
+    with explain_errors(what):
         return DeltaLlavaConfig.from_dict(values)
-    except Exception as error:  # each config class raises errors of its own kind
-        raise ConversionError(f"The config.json of {folder.name} is not usable: {one_line(error)}.") from error
 
 
 def released_tensors(checkpoint: Checkpoint, vocab_size: int, vision_tower: bool) -> dict[str, LazyTensor]:

@@ -19,6 +19,7 @@ from transformers import __version__ as transformers_version
 DELTA_WEIGHTS = "deltas.safetensors"
 DELTA_CONFIG = "delta_config.json"
 FORMAT_VERSION = 1
+MAX_CONFIG_BYTES = 2**20
 # The same base has other bytes in every dtype, so it is hashed as rounded to each of these. float32 and bfloat16 copies
 # of a base agree in the first, float16 copies with the one they were rounded from in the second.
 HASH_DTYPES = (torch.bfloat16, torch.float16)
@@ -187,10 +188,12 @@ def read_delta_config(folder_or_repo: str | os.PathLike, **hub_kwargs: Any) -> d
         ValueError: it is broken, or of a newer format.
         OSError: there is none.
     """
-    path = _find_file(folder_or_repo, DELTA_CONFIG, **hub_kwargs)
+    path = Path(str(_find_file(folder_or_repo, DELTA_CONFIG, **hub_kwargs)))
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{folder_or_repo}: {DELTA_CONFIG} has more than {MAX_CONFIG_BYTES:,} bytes.")
     try:
-        config = json.loads(Path(str(path)).read_text(encoding="utf-8"))
-    except ValueError as error:
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder_or_repo}: {DELTA_CONFIG} is not valid JSON: {error}.") from error
     if not isinstance(config, dict) or not {"delta_rank", "projector_layout", "base_sha256"} <= config.keys():
         raise ValueError(f"{folder_or_repo}: {DELTA_CONFIG} does not describe deltas.")
@@ -199,6 +202,17 @@ def read_delta_config(folder_or_repo: str | os.PathLike, **hub_kwargs: Any) -> d
             f"{folder_or_repo}: format_version={config.get('format_version')!r} of {DELTA_CONFIG} is not "
             f"{FORMAT_VERSION}, the one this code reads."
         )
+    hashes = config["base_sha256"]
+    fits = {
+        "delta_rank": type(config["delta_rank"]) is int and config["delta_rank"] > 0,
+        "projector_layout": config["projector_layout"] in ("released", "paper"),
+        "delta_sharing": config.get("delta_sharing", "levels") in ("levels", "all"),
+        "base_sha256": isinstance(hashes, dict) and all(isinstance(value, str) for value in hashes.values()),
+        "base_model_name_or_path": isinstance(config.get("base_model_name_or_path"), (str, type(None))),
+    }
+    for name, right in fits.items():
+        if not right:
+            raise ValueError(f"{folder_or_repo}: {DELTA_CONFIG} has {name}={ascii(config.get(name))[:100]}.")
     return config
 
 

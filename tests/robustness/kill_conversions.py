@@ -1,6 +1,6 @@
 """SIGKILL at random moments of a small conversion: no half repo, and every rerun ends in the same bytes.
 
-    python benchmarks/kill_conversions.py [--kills 200] [--seed 0] [--json FILE]
+    python -m tests.robustness.kill_conversions [--kills 200] [--seed 0] [--json FILE]
 
 Every other conversion replaces an earlier output. After each kill the output must be absent or whole (the earlier one or
 the new one; between the two renames the earlier one lies beside it, where the next run finds it); then the conversion is
@@ -18,11 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmarks.children import hashes, outcome, start
 from examples.make_checkpoint import write_checkpoint
+from tests.robustness.children import hashes, outcome, start
 from transformers_delta_llava.conversion import convert_checkpoint
 
 
@@ -41,7 +38,7 @@ def run(kills: int, seed: int, folder: Path) -> dict:
     earlier = shutil.copytree(output, folder / "earlier")
     (earlier / "README.md").write_text("an earlier conversion")
     former = hashes(earlier)
-    chance, failures = random.Random(seed), []
+    rng, failures = random.Random(seed), []
     counts = {"kills": 0, "finished before the kill": 0, "absent": 0, "earlier": 0, "new": 0, "between renames": 0}
     while counts["kills"] < kills:
         number = counts["kills"] + counts["finished before the kill"]
@@ -50,7 +47,7 @@ def run(kills: int, seed: int, folder: Path) -> dict:
         if replacing:
             shutil.copytree(earlier, output)
         child, pipe = start(lambda replacing=replacing: convert(replacing))
-        time.sleep(chance.uniform(0, duration * 1.1))
+        time.sleep(rng.uniform(0, duration * 1.1))
         os.kill(child, signal.SIGKILL)
         killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
         os.close(pipe)

@@ -1,0 +1,305 @@
+"""Damaged sources: each converts to the right thing or is refused in one sentence; no traceback, crash or hang.
+
+    python -m tests.robustness.fuzz_conversions [--target checkpoint] [--cases 1000] [--seed 0] [--json FILE]
+
+Targets: checkpoints and LoRA runs that are converted, repos that are inspected, exported, checked for a push and asked for
+their deltas, and delta repos that are applied, truncated, loaded and looked at.
+
+What is right is worked out apart from the package: the damaged files are read with torch and safetensors, merged by the
+formula of LoRA, renamed by the key map, and compared with the output bit by bit; and the output must stand up to
+`inspect`. A case is its seed and number: `--only N` runs one, with its traceback. Exits with code 1 where a case fails.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from examples.make_checkpoint import write_checkpoint
+from tests.robustness.children import hashes, outcome
+from tests.robustness.damages import DAMAGES, load, weight_files
+from transformers_delta_llava import DeltaLlavaForConditionalGeneration
+from transformers_delta_llava.analysis import apply_deltas, delta_stats, extract_deltas, truncate_deltas
+from transformers_delta_llava.conversion import (
+    convert_checkpoint,
+    convert_state_dict,
+    export_checkpoint,
+    inspect_model,
+    push_folder,
+)
+from transformers_delta_llava.conversion.shard_writer import same_bits
+
+
+FORMS = (("safetensors", 1), ("safetensors", 2), ("bin", 1), ("bin", 2))
+GROWN = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+LONGEST_SENTENCE = 2500  # twenty names of tensors, twice
+PREFIX = "base_model.model."
+Operation = Callable[[Path, Path], object]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is damaged, and what is then done with it.
+
+    Attributes:
+        prepare: writes whole sources into a folder, each in a folder of its own with all that belongs to it.
+        operations: called one by one with the damaged source and a folder to write.
+        check: what is wrong with the output of the first operation, given the damaged source.
+    """
+
+    prepare: Callable[[Path], None]
+    operations: tuple[Operation, ...]
+    check: Callable[[Path, Path], list[str]]
+
+
+def write_checkpoints(folder: Path) -> None:
+    """A full checkpoint in every form."""
+    for form, shards in FORMS:
+        write_checkpoint(folder / f"{form}-{shards}" / "source", form=form, shards=shards)
+
+
+def write_lora_runs(folder: Path) -> None:
+    """A LoRA run as the authors' trainer leaves it, beside its base model."""
+    for form in ("safetensors", "bin"):
+        place = folder / form
+        tensors = write_checkpoint(place / "base", form=form)
+        shutil.copytree(place / "base", place / "source", ignore=shutil.ignore_patterns("*.bin", "*.safetensors"))
+        generator = torch.Generator().manual_seed(0)
+        factors = {}
+        for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+            out, width = tensors[f"{name}.weight"].shape
+            factors[f"{PREFIX}{name}.lora_A.weight"] = torch.randn(4, width, generator=generator)
+            factors[f"{PREFIX}{name}.lora_B.weight"] = torch.randn(out, 4, generator=generator)
+        torch.save(factors, place / "source" / "adapter_model.bin")
+        trained = {n: tensor + 1 for n, tensor in tensors.items() if n.startswith("model.mm_projector.")}
+        torch.save(trained, place / "source" / "non_lora_trainables.bin")
+        config = {
+            "peft_type": "LORA",
+            "r": 4,
+            "lora_alpha": 8,
+            "alpha_pattern": {"down_proj": 16},
+            "use_rslora": False,
+            "fan_in_fan_out": False,
+            "init_lora_weights": True,
+            "bias": "none",
+            "lora_dropout": 0.05,
+            "target_modules": ["q_proj", "down_proj"],
+            "modules_to_save": None,
+            "use_dora": False,
+        }
+        (place / "source" / "adapter_config.json").write_text(json.dumps(config))
+
+
+def write_repos(folder: Path) -> None:
+    """Converted repos."""
+    write_checkpoint(folder / "given" / "source")
+    for size in ("2GB", "1MB"):
+        convert_checkpoint(folder / "given" / "source", folder / size / "source", max_shard_size=size)
+    shutil.rmtree(folder / "given")
+
+
+def write_delta_repos(folder: Path) -> None:
+    """A delta repo beside the model it belongs to."""
+    write_repos(folder)
+    shutil.rmtree(folder / "1MB")
+    (folder / "2GB" / "source").rename(folder / "2GB" / "model")
+    extract_deltas(folder / "2GB" / "model", folder / "2GB" / "source")
+
+
+def convert(source: Path, output: Path) -> None:
+    """Convert a checkpoint, or a LoRA run where a base lies beside it."""
+    base = source.parent / "base"
+    convert_checkpoint(source, output / "out", **({"base_model": base} if base.is_dir() else {}))
+
+
+def check_conversion(source: Path, output: Path) -> list[str]:
+    """What is wrong with the repo that a damaged checkpoint or LoRA run became."""
+    given: dict[str, torch.Tensor] = {}
+    base = source.parent / "base"
+    if base.is_dir():
+        for file in weight_files(source):
+            if file.parent == base:
+                given |= load(file)
+        given |= load(source / "non_lora_trainables.bin")
+        _merge(given, load(source / "adapter_model.bin"), json.loads((source / "adapter_config.json").read_text()))
+    else:
+        for file in weight_files(source):
+            given |= load(file)
+    expected = convert_state_dict(given)
+    found: dict[str, torch.Tensor] = {}
+    for file in (output / "out").glob("*.safetensors"):
+        found |= load_file(file)
+    wrong = [f"only one side has {name}" for name in expected.keys() ^ found.keys()]
+    for name in expected.keys() & found.keys():
+        value = found[name][: len(expected[name])] if name in GROWN else found[name]
+        if not same_bits(value, expected[name]):
+            wrong.append(f"{name} differs")
+    return wrong + inspect_model(output / "out").problems
+
+
+def _merge(base: dict[str, torch.Tensor], adapter: dict[str, torch.Tensor], config: dict) -> None:
+    """W + B A alpha / r, for the two matrices of `write_lora_runs`."""
+    adapter = {name.removeprefix(PREFIX): tensor for name, tensor in adapter.items()}
+    for name in {n.partition(".lora_")[0] for n in adapter if ".lora_" in n}:
+        a, b = adapter.pop(f"{name}.lora_A.weight"), adapter.pop(f"{name}.lora_B.weight")
+        patterns = config.get("alpha_pattern") or {}
+        alpha = next((value for key, value in patterns.items() if name.endswith(f".{key}")), config["lora_alpha"])
+        scaling = alpha / (len(a) ** 0.5 if config.get("use_rslora") else len(a))
+        update = b.float() @ a.float() * scaling
+        total = base[f"{name}.weight"].clone()
+        total += update.T if config.get("fan_in_fan_out") else update
+        base[f"{name}.weight"] = total
+    base |= adapter
+
+
+def check_nothing(source: Path, output: Path) -> list[str]:
+    """For operations that write nothing."""
+    return []
+
+
+def apply(source: Path, output: Path) -> None:
+    """Put deltas into the model beside them."""
+    apply_deltas(source.parent / "model", source, output / "out")
+
+
+def check_applied(source: Path, output: Path) -> list[str]:
+    """What is wrong with a model that damaged deltas were put into."""
+    expected = load_file(source / "deltas.safetensors")
+    found = load_file(output / "out" / "model.safetensors")
+    names = {name: f"model.multi_modal_projector.{name.rpartition('multi_modal_projector.')[2]}" for name in expected}
+    wrong = [f"{n} differs" for n in expected if not same_bits(found[names[n]], expected[n].to(found[names[n]].dtype))]
+    return wrong + inspect_model(output / "out").problems
+
+
+def load_into_model(source: Path, output: Path) -> None:
+    """As users load deltas."""
+    model = DeltaLlavaForConditionalGeneration.from_pretrained(source.parent / "model")
+    model.load_deltas(str(source), name="damaged")
+
+
+TARGETS = {
+    "checkpoint": Target(write_checkpoints, (convert,), check_conversion),
+    "lora": Target(write_lora_runs, (convert,), check_conversion),
+    "repo": Target(
+        write_repos,
+        (
+            lambda source, output: inspect_model(source),
+            lambda source, output: export_checkpoint(source, output / "export"),
+            lambda source, output: push_folder(source, "org/name", dry_run=True),
+            lambda source, output: delta_stats(source),
+            lambda source, output: extract_deltas(source, output / "deltas"),
+        ),
+        check_nothing,
+    ),
+    "deltas": Target(
+        write_delta_repos,
+        (
+            apply,
+            lambda source, output: delta_stats(source, source.parent / "model"),
+            lambda source, output: truncate_deltas(source, output / "less", rank=1),
+            load_into_model,
+        ),
+        check_applied,
+    ),
+}
+
+
+def run(
+    cases: int, seed: int, folder: Path, only: int | None = None, timeout: float = 60, target: str = "checkpoint"
+) -> dict:
+    """Damage, use and check; returns counts by kind of damage, and a list of failures."""
+    aim = TARGETS[target]
+    aim.prepare(folder)
+    forms = sorted(path.name for path in folder.iterdir())
+    counts: Counter[str] = Counter()
+    failures = []
+    for number in range(cases) if only is None else [only]:
+        rng = random.Random(f"{seed}:{number}")
+        place = folder.parent / f"{folder.name}-case"
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(folder / rng.choice(forms), place)
+        source = place / "source"
+        name_tower(source, place / "vision-tower")
+        damage = rng.choice(DAMAGES)
+        what = f"{number}: {damage(rng, source)}"
+        before = _hashes(source)
+        verdicts = []
+        for i, operation in enumerate(aim.operations):
+            output = place / f"output-{i}"
+            output.mkdir()
+            problem, verdict = judge(lambda: operation(source, output) and None, output, timeout)  # noqa: B023
+            verdicts.append(verdict)
+            if verdict == "used" and i == 0:
+                checked = outcome(lambda: aim.check(source, output), timeout)  # noqa: B023
+                if checked.get("value") != []:
+                    problem = f"wrong result: {checked.get('value') or checked}"
+            if problem:
+                failures.append(f"{what}, operation {i}: {problem if only is not None else problem[-400:]}")
+        if before != _hashes(source):
+            failures.append(f"{what}: the source was changed")
+        counts[f"{damage.__name__}: {verdicts[0]}"] += 1
+        if only is not None:
+            print(what, verdicts)
+    shutil.rmtree(folder.parent / f"{folder.name}-case", ignore_errors=True)
+    return {"target": target, "seed": seed, "cases": cases, **dict(sorted(counts.items())), "failures": failures}
+
+
+def judge(work: Callable[[], object], output: Path, timeout: float) -> tuple[str | None, str]:
+    """Run one operation in a child; returns what is wrong with how it ended, and how that was."""
+    result = outcome(work, timeout)
+    if "value" in result:
+        return None, "used"
+    if not result.get("handled") or not 0 < len(result["text"]) <= LONGEST_SENTENCE:
+        return result.get("traceback") or str(result), "failed"
+    if any(output.iterdir()):
+        return "refused, but left an output", "refused"
+    return None, "refused"
+
+
+def name_tower(source: Path, tower: Path) -> None:
+    """Let a checkpoint's config name the tower beside it."""
+    path = source / "config.json"
+    if tower.is_dir() and path.is_file():
+        path.write_text(json.dumps({**json.loads(path.read_text()), "mm_vision_tower": str(tower)}))
+
+
+def _hashes(source: Path) -> dict[str, str]:
+    special = [path for path in source.iterdir() if path.is_symlink() or not (path.is_file() or path.is_dir())]
+    return {path.name: os.readlink(path) if path.is_symlink() else "" for path in special} or hashes(source)
+
+
+def main() -> None:
+    """Run, print, exit."""
+    parser = argparse.ArgumentParser(description="Use damaged sources.")
+    parser.add_argument("--target", choices=sorted(TARGETS), default="checkpoint")
+    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, help="one case, with its traceback")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "whole"
+        place.mkdir()
+        result = run(arguments.cases, arguments.seed, place, arguments.only, target=arguments.target)
+    for name, value in result.items():
+        if name != "failures":
+            print(f"{name:>26}: {value}")
+    print(f"{'failures':>26}: {len(result['failures'])}")
+    print("\n".join(result["failures"]))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    sys.exit(1 if result["failures"] else 0)
+
+
+if __name__ == "__main__":
+    main()
