@@ -73,7 +73,7 @@ def test_bash_reads_the_commands() -> None:
         ("check_make", "make test NOTHING=1"),
         ("check_make", "make test-engines ENGINES=nothing"),
         ("check_script", "python benchmarks/nothing.py"),
-        ("check_script", "python benchmarks/kill_conversions.py --nothing"),
+        ("check_script", "python benchmarks/projector.py --nothing"),
         (
             "check_torchrun",
             "torchrun --nproc_per_node 2 -m transformers_delta_llava train examples/recipes/nothing.yaml",

@@ -202,13 +202,13 @@ def read_delta_config(folder_or_repo: str | os.PathLike, **hub_kwargs: Any) -> d
             f"{folder_or_repo}: format_version={config.get('format_version')!r} of {DELTA_CONFIG} is not "
             f"{FORMAT_VERSION}, the one this code reads."
         )
-    hashes = config["base_sha256"]
+    hashes, base = config["base_sha256"], config.get("base_model_name_or_path")
     fits = {
         "delta_rank": type(config["delta_rank"]) is int and config["delta_rank"] > 0,
         "projector_layout": config["projector_layout"] in ("released", "paper"),
         "delta_sharing": config.get("delta_sharing", "levels") in ("levels", "all"),
         "base_sha256": isinstance(hashes, dict) and all(isinstance(value, str) for value in hashes.values()),
-        "base_model_name_or_path": isinstance(config.get("base_model_name_or_path"), (str, type(None))),
+        "base_model_name_or_path": base is None or (isinstance(base, str) and len(base) < 500),
     }
     for name, right in fits.items():
         if not right:
