@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -18,7 +19,8 @@ from transformers_delta_llava.training.run import make_trainer
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
-STAGES = [path for path in RECIPES if path.name.startswith(("pretrain", "finetune"))]
+QLORA = ROOT / "examples" / "recipes" / "finetune-7b-qlora.yaml"
+STAGES = [path for path in RECIPES if path.name.startswith(("pretrain", "finetune")) and path != QLORA]
 GRID = {**VISION, "image_size": 48}  # 24 x 24 patches, as the real tower has
 
 
@@ -66,7 +68,7 @@ def changes(folder: Path, out: Path, file: Path) -> list[str]:
 
 def test_all_sizes_have_both_stages() -> None:
     names = {f"{stage}-{size}.yaml" for stage in ("pretrain", "finetune") for size in ("7b", "13b", "qwen-7b")}
-    assert {path.name for path in STAGES} == names
+    assert {path.name for path in STAGES} == names | {"finetune-7b-eagle.yaml"}
 
 
 @pytest.mark.parametrize("file", STAGES, ids=lambda path: path.stem)
@@ -92,6 +94,18 @@ def test_a_shipped_recipe_trains_and_says_what_the_paper_says(folder: Path, tmp_
         assert recipe.data.chat_template == ("chatml" if "qwen" in file.name else "vicuna_v1")
     model = AutoModelForImageTextToText.from_pretrained(train(recipe))
     assert model.config.num_visual_tokens == 144 and model.dtype == torch.bfloat16
+
+
+def test_the_shipped_qlora_recipe_trains(folder: Path, tmp_path: Path) -> None:
+    overrides = [*changes(folder, tmp_path / "out", QLORA), "arguments.gradient_accumulation_steps=1"]
+    recipe = load_recipe(QLORA, overrides)
+    assert recipe.model.quantization_config["load_in_4bit"] and recipe.train == ["projector", "lora"]
+    assert (recipe.arguments["learning_rate"], recipe.projector_lr) == (2e-4, 2e-5)
+    shipped = yaml.safe_load(QLORA.read_text())["arguments"]
+    assert shipped["per_device_train_batch_size"] * shipped["gradient_accumulation_steps"] == 128
+    pytest.importorskip("bitsandbytes")
+    model = AutoModelForImageTextToText.from_pretrained(train(recipe))
+    assert model.config.image_seq_length == 144 and model.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("budget", [144, 64, 36, 16, 4, 1])
