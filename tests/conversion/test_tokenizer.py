@@ -118,6 +118,7 @@ WITH_IMAGES = [
     "<image>a cat\n",
     "<image><image>1 cat</s><image>",
     "USER: <image> what?</s>USER: <image>  a",
+    "</s><s>a <s>USER: <image></s><s>a",
     "<image></s>a<image>\u2581cat<image>\n\n\u00e9<image>\u00a0a",
 ]
 
@@ -147,7 +148,10 @@ def test_a_folder_with_only_a_sentencepiece_model(sentencepiece_file, tmp_path, 
     save_tokenizer(tokenizer, tmp_path / "saved", None)
     saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
     for prompt, pieces in zip(WITH_IMAGES, expected):
-        assert [ids.image if i is None else i for i in pieces] == saved(prompt).input_ids, prompt
+        expected_ids = [ids.image if i is None else i for i in pieces]
+        assert saved(prompt).input_ids == expected_ids, prompt
+        # A template may write BOS, and an engine then encodes without special tokens.
+        assert saved(f"<s>{prompt}", add_special_tokens=False).input_ids == expected_ids, prompt
     # A repo's tokenizer is not changed again.
     assert add_tokens(again := load_tokenizer(str(tmp_path / "saved"), text_config, None)).added == []
     assert again.backend_tokenizer.to_str() == saved.backend_tokenizer.to_str()

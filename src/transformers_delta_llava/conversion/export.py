@@ -24,7 +24,7 @@ from .settings import check_sizes
 from .shard_writer import Progress, parse_size, same_bits, write_shards
 from .sources import PROJECTOR_FILE
 from .tensor_plan import EMBEDDINGS, HEAD, new_rows, published_name
-from .tokenizer import BEHIND_IMAGE, IMAGE_TOKEN, PAD_TOKEN, TEMPLATE_FILE, TOKENIZER_FILES
+from .tokenizer import IMAGE_TOKEN, PAD_TOKEN, TEMPLATE_FILE, TOKENIZER_FILES, WORD_MARK_RULE
 
 
 TOWER_FOLDER = "vision-tower"
@@ -351,7 +351,7 @@ def _write_tokenizer(folder: Path, output: Path, rows: int, added: list[str]) ->
 def _without_image_rule(normalizer: object) -> object:
     """A tokenizer's normalizer without the rule that conversion put before it."""
     match normalizer:
-        case {"normalizers": [{"pattern": {"Regex": rule}}, *rest]} if rule == BEHIND_IMAGE:
+        case {"normalizers": [{"pattern": {"Regex": rule}}, *rest]} if str(rule).startswith(WORD_MARK_RULE):
             return rest[0] if rest else None
     return normalizer
 

@@ -1,6 +1,7 @@
 """The tokenizer of a checkpoint, with the tokens that a vision-language model needs."""
 
 import importlib.util
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -33,8 +34,8 @@ TOKENIZER_FILES = (
 # What transformers needs to read a `tokenizer.model`: modules and the packages they come in.
 _SENTENCEPIECE = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-# The place between an image and text that does not bring a word mark itself.
-BEHIND_IMAGE = rf"(?<={IMAGE_TOKEN})(?![ \u2581]|{IMAGE_TOKEN}|\z)"
+# How the rule begins that gives text after an image its word mark.
+WORD_MARK_RULE = rf"(?:(?<={IMAGE_TOKEN})|"
 # Settings that would run a source's code, or that describe the loading of it, paths among them.
 _DROPPED_SETTINGS = (
     *("auto_map", "chat_template", "is_local", "local_files_only", "name_or_path", "processor_class"),
@@ -157,7 +158,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase) -> TokenIds:
         tokens = [AddedToken(token, special=True, normalized=False) for token in wanted]
         tokenizer.add_tokens(tokens, special_tokens=True)
     if not _separates_at_images(tokenizer):
-        _mark_words_behind_images(tokenizer)
+        _mark_first_words(tokenizer)
     tokenizer.padding_side = "left"
     tokenizer.init_kwargs["padding_side"] = "left"  # only what it was made with is saved
     image, pad = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, tokenizer.pad_token])
@@ -165,27 +166,32 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase) -> TokenIds:
 
 
 def _separates_at_images(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the text after an image encodes as the released code encodes it: as a text of its own."""
-    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    """Whether the text after an image encodes as a text of its own, as in the authors' code; and that after BOS, too."""
     return all(
-        tokenizer.encode(IMAGE_TOKEN + text, add_special_tokens=False)
-        == [image, *tokenizer.encode(text, add_special_tokens=False)]
+        tokenizer.encode(token + text, add_special_tokens=False)
+        == [tokenizer.convert_tokens_to_ids(token), *tokenizer.encode(text, add_special_tokens=False)]
+        for token in (IMAGE_TOKEN, tokenizer.bos_token)
         for text in ("What", "\nWhat")
+        if token is not None
     )
 
 
-def _mark_words_behind_images(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Open the text after an image with SentencePiece's word mark, as the released code does.
+def _mark_first_words(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Open the text after an image, and after BOS at the start, with SentencePiece's word mark.
 
-    It cuts prompts at their images and encodes the pieces one by one, so each opens with the mark. A Llama tokenizer with
-    `legacy=False` gives the mark to the first piece only. A rule in front of it gives the mark back after images and after
-    nothing else: text after other special tokens stays as it is.
+    The authors' code cuts prompts at their images and encodes the pieces one by one, so each opens with the mark. A Llama
+    tokenizer with `legacy=False` gives it only to text that stands at the very start, where templates write BOS. A rule in
+    front of it gives the mark back in these places and in no other: text after other special tokens stays as it is.
     """
+    bos, eos = tokenizer.bos_token or IMAGE_TOKEN, tokenizer.eos_token or IMAGE_TOKEN
+    start, end = re.escape(bos), re.escape(eos)
+    places = WORD_MARK_RULE + rf"(?<=\A{start}))(?![ \u2581]|{IMAGE_TOKEN}|{start}|{end}|\z)"
     backend = tokenizer.backend_tokenizer
-    rules = [normalizers.Replace(Regex(BEHIND_IMAGE), "\u2581")]
+    rules = [normalizers.Replace(Regex(places), "\u2581")]
     backend.normalizer = normalizers.Sequence([*rules, *([backend.normalizer] if backend.normalizer else [])])
     # Normalisation sees no token that is not itself normalised.
-    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=True)], special_tokens=True)
+    seen = [AddedToken(token, special=True, normalized=True) for token in dict.fromkeys((IMAGE_TOKEN, bos, eos))]
+    tokenizer.add_tokens(seen, special_tokens=True)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, max_length: int | None) -> None:

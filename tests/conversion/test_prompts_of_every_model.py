@@ -1,0 +1,265 @@
+"""For each kind of checkpoint: converted, and asked through a pipeline, it sees what the authors' code would show it."""
+
+import json
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import pipeline
+
+from examples.make_checkpoint import write_checkpoint
+from tests.conversion.real_tokenizers import encode_as_the_authors, write_byte_level, write_gemma, write_sentencepiece
+from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
+from transformers_delta_llava.conversion import convert_checkpoint, inspect_model
+from transformers_delta_llava.training.encoding import IGNORED, ConversationEncoder
+
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "reference" / "golden_prompts.json").read_text(encoding="utf-8"))
+IMAGE = Image.effect_mandelbrot((40, 30), (-2, -1, 1, 1), 20).convert("RGB")
+LLAMA_3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+PHI_3 = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>")
+CHATML = ("<|im_start|>", "<|im_end|>")
+# Hermes 4.3's kind: no system message of its own.
+HERMES_OWN = (
+    "{{- bos_token }}{%- for message in messages %}{{- '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' }}"
+    "{{- message.content | trim + '<|eot_id|>' }}{%- endfor %}{%- if add_generation_prompt %}"
+    "{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
+)
+HERMES_TURN = "<|start_header_id|>{}<|end_header_id|>\n\n{}<|eot_id|>"
+
+
+@dataclass
+class Case:
+    """A kind of checkpoint; `opening` and `end` stand around what is trained on."""
+
+    model_type: str
+    base: str
+    write_tokenizer: Any
+    template: str
+    opening: str
+    end: str
+    eos: set[str]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+llama_3 = partial(write_byte_level, special=LLAMA_3, bos="<|begin_of_text|>")
+header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+CASES = {
+    "vicuna": Case(
+        "llava_llama", "lmsys/vicuna-7b-v1.5", write_sentencepiece, "vicuna_v1", "ASSISTANT:", "</s>", {"</s>"}
+    ),
+    "vicuna, not legacy": Case(
+        "llava_llama",
+        "lmsys/vicuna-7b-v1.5",
+        partial(write_sentencepiece, legacy=False),
+        "vicuna_v1",
+        "ASSISTANT:",
+        "</s>",
+        {"</s>"},
+    ),
+    "llama 2": Case(
+        "llava_llama",
+        "meta-llama/Llama-2-7b-chat-hf",
+        partial(write_sentencepiece, legacy=False),
+        "llava_llama_2",
+        "[/INST]",
+        " </s>",
+        {"</s>"},
+    ),
+    "llama 3": Case(
+        "llava_llama",
+        "meta-llama/Meta-Llama-3-8B",
+        partial(llama_3, eos="<|end_of_text|>"),
+        "llama3",
+        header,
+        "<|eot_id|>",
+        {"<|end_of_text|>", "<|eot_id|>"},
+    ),
+    "chatml": Case(
+        "llava_llama",
+        "NousResearch/Hermes-3",
+        partial(write_byte_level, special=CHATML, bos=None, eos="<|im_end|>"),
+        "hermes-2",
+        "<|im_start|>assistant\n",
+        "<|im_end|>",
+        {"<|im_end|>"},
+    ),
+    "chatml on sentencepiece": Case(
+        "llava_mistral",
+        "teknium/OpenHermes-2.5-Mistral-7B",
+        partial(write_sentencepiece, special=CHATML, legacy=False),
+        "hermes-2",
+        "<|im_start|>assistant\n",
+        "<|im_end|>",
+        {"</s>", "<|im_end|>"},
+    ),
+    "mistral": Case(
+        "llava_mistral", "/models/base", write_sentencepiece, "mistral_instruct", "[/INST]", " </s>", {"</s>"}
+    ),
+    "gemma": Case(
+        "llava_gemma",
+        "google/gemma-2b-it",
+        write_gemma,
+        "gemma",
+        "<start_of_turn>model\n",
+        "<end_of_turn>\n<eos>",
+        {"<eos>", "<end_of_turn>"},
+    ),
+    "phi 3": Case(
+        "llava_Phi3",
+        "microsoft/Phi-3-mini-4k-instruct",
+        partial(write_sentencepiece, special=PHI_3, legacy=False),
+        "phi_3",
+        "<|assistant|>\n",
+        "<|end|>",
+        {"</s>", "<|end|>"},
+    ),
+    "seed oss": Case(
+        "llava_seed_oss",
+        "NousResearch/Hermes-4.3-36B",
+        partial(llama_3, eos="<|eot_id|>", chat_template=HERMES_OWN),
+        "tokenizer",
+        header,
+        "<|eot_id|>",
+        {"<|eot_id|>"},
+    ),
+    "qwen 2": Case(
+        "llava_qwen2",
+        "Qwen/Qwen2-7B",
+        partial(write_byte_level, special=("<|endoftext|>", *CHATML), bos=None, eos="<|endoftext|>"),
+        "chatml",
+        "<|im_start|>assistant\n",
+        "<|im_end|>",
+        {"<|endoftext|>", "<|im_end|>"},
+    ),
+}
+
+
+def write_tiny_checkpoint(folder: Path, case: Case) -> Any:
+    """A checkpoint with a shallow tower and its tokenizer; returns the tokenizer that the authors' code encodes with."""
+    write_checkpoint(
+        folder,
+        model_type=case.model_type,
+        text={"vocab_size": 768},
+        tower_sizes={"num_hidden_layers": 4},
+        config={"_name_or_path": case.base, "mm_vision_feature_levels": [1, 2, 3, 3]},
+        tokenizer=False,
+    )
+    tokenizer = case.write_tokenizer(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
+    if case.model_type in ("llava_Phi3", "llava_qwen2"):
+        del config["head_dim"]  # which their configs do not know
+    (folder / "config.json").write_text(json.dumps(config))
+    return tokenizer
+
+
+def rendered(template: str, turns: list[str], generation_prompt: bool) -> str:
+    """The golden prompt of these turns; for templates that have none the text, spelled out."""
+    if template == "tokenizer":
+        text = "<|begin_of_text|>" + "".join(
+            HERMES_TURN.format(("user", "assistant")[index % 2], turn) for index, turn in enumerate(turns)
+        )
+        return text + (header if generation_prompt else "")
+    name = {"chatml": "chatml_direct"}.get(template, template)
+    golden = [
+        g for g in GOLDEN if (g["template"], g["turns"], g["generation_prompt"]) == (name, turns, generation_prompt)
+    ]
+    text = golden[0]["prompt"]
+    if template == "chatml":  # with a newline behind each turn, and Qwen's system message
+        text = text.replace("<|im_end|>", "<|im_end|>\n").replace(
+            "Answer the questions.", "You are a helpful assistant."
+        )
+    return text
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_converted_model_sees_and_learns_what_the_authors_code_shows(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("sentencepiece")
+    case = CASES[name]
+    reference = write_tiny_checkpoint(tmp_path / "checkpoint", case)
+    before = inspect_model(tmp_path / "checkpoint")
+    report = convert_checkpoint(tmp_path / "checkpoint", tmp_path / "repo", **case.options)
+    assert (report.chat_template, report.warnings) == (case.template, []), report.warnings
+
+    processor = DeltaLlavaProcessor.from_pretrained(tmp_path / "repo")
+    model = DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path / "repo")
+    tokenizer = processor.tokenizer
+    eos = model.generation_config.eos_token_id
+    assert set(tokenizer.convert_ids_to_tokens(eos if isinstance(eos, list) else [eos])) == case.eos
+    images = [tokenizer.convert_tokens_to_ids("<image>")] * model.config.num_visual_tokens
+
+    turns = ["<image>\nWhat is it?", "A cat.", "What colour?"]
+    seen: list[torch.Tensor] = []
+    model.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    question = {
+        "role": "user",
+        "content": [{"type": "image", "image": IMAGE}, {"type": "text", "text": "What is it?"}],
+    }
+    chat = [question, {"role": "assistant", "content": "A cat."}, {"role": "user", "content": "What colour?"}]
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    pipe(text=chat, max_new_tokens=1, return_full_text=False)
+    text = rendered(case.template, turns, generation_prompt=True)
+    expected = encode_as_the_authors(reference, text, images)
+    assert seen[0][0].tolist() == expected
+
+    # Trained on: from where the model begins to write to the end of its turn.
+    turns = ["<image>\nHow many?", "Two.", "Sure?", "Yes."]
+    question = {"role": "user", "content": [{"type": "image", "image": IMAGE}, {"type": "text", "text": "How many?"}]}
+    chat = [
+        question,
+        *({"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns[1:], 1)),
+    ]
+    sample = ConversationEncoder(processor, 2048)(chat, model.config.num_visual_tokens)
+    text = rendered(case.template, turns, generation_prompt=False)
+    ids = encode_as_the_authors(reference, text, images)
+    labels, place = [IGNORED] * len(ids), 0
+    for answer in turns[1::2]:
+        start = text.index(case.opening, text.index(answer, place) - len(case.opening) - 1) + len(case.opening)
+        place = text.index(case.end, start) + len(case.end)
+        span = [len(encode_as_the_authors(reference, text[:border], images)) for border in (start, place)]
+        labels[slice(*span)] = ids[slice(*span)]
+    assert sample["input_ids"].tolist() == ids
+    assert sample["labels"].tolist() == labels
+
+    after = inspect_model(tmp_path / "repo")
+    assert before.problems == after.problems == []
+    assert before.first_prompt == after.first_prompt and "<image>\nWhat is in this image?" in str(after.first_prompt)
+    assert before.chat_template == after.chat_template == case.template
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("caption", ["A cat.", "1 cat.", "\u00e9t\u00e9"])
+def test_a_caption_is_trained_on_from_its_word_mark_on(make_caption_encoder: Any, legacy: bool, caption: str) -> None:
+    reference, encoder, images = make_caption_encoder(legacy)
+    chat = [
+        {"role": "user", "content": [{"type": "image", "image": IMAGE}, {"type": "text", "text": "Describe it."}]},
+        {"role": "assistant", "content": caption},
+    ]
+    sample = encoder(chat, len(images))
+    expected = encode_as_the_authors(reference, f"<image>{caption}\n", images)
+    assert sample["input_ids"].tolist() == expected
+    assert sample["labels"].tolist() == [IGNORED] * (1 + len(images)) + expected[1 + len(images) :]
+
+
+@pytest.fixture(scope="module")
+def make_caption_encoder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    pytest.importorskip("sentencepiece")
+    made: dict[bool, Any] = {}
+
+    def make(legacy: bool) -> Any:
+        if legacy not in made:
+            folder = tmp_path_factory.mktemp("captions")
+            case = CASES["vicuna" if legacy else "vicuna, not legacy"]
+            reference = write_tiny_checkpoint(folder / "checkpoint", case)
+            convert_checkpoint(folder / "checkpoint", folder / "repo", chat_template="plain")
+            processor = DeltaLlavaProcessor.from_pretrained(folder / "repo")
+            images = [processor.image_token_id] * processor.num_visual_tokens
+            made[legacy] = (reference, ConversationEncoder(processor, 2048), images)
+        return made[legacy]
+
+    return make
