@@ -1,7 +1,7 @@
 """For each kind of checkpoint: converted, and asked through a pipeline, it sees what the authors' code would show it."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,15 +43,11 @@ class Case:
     opening: str
     end: str
     eos: set[str]
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 llama_3 = partial(write_byte_level, special=LLAMA_3, bos="<|begin_of_text|>")
 header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
 CASES = {
-    "vicuna": Case(
-        "llava_llama", "lmsys/vicuna-7b-v1.5", write_sentencepiece, "vicuna_v1", "ASSISTANT:", "</s>", {"</s>"}
-    ),
     "vicuna, not legacy": Case(
         "llava_llama",
         "lmsys/vicuna-7b-v1.5",
@@ -78,15 +74,6 @@ CASES = {
         header,
         "<|eot_id|>",
         {"<|end_of_text|>", "<|eot_id|>"},
-    ),
-    "chatml": Case(
-        "llava_llama",
-        "NousResearch/Hermes-3",
-        partial(write_byte_level, special=CHATML, bos=None, eos="<|im_end|>"),
-        "hermes-2",
-        "<|im_start|>assistant\n",
-        "<|im_end|>",
-        {"<|im_end|>"},
     ),
     "chatml on sentencepiece": Case(
         "llava_mistral",
@@ -182,8 +169,7 @@ def test_a_converted_model_sees_and_learns_what_the_authors_code_shows(name: str
     pytest.importorskip("sentencepiece")
     case = CASES[name]
     reference = write_tiny_checkpoint(tmp_path / "checkpoint", case)
-    before = inspect_model(tmp_path / "checkpoint")
-    report = convert_checkpoint(tmp_path / "checkpoint", tmp_path / "repo", **case.options)
+    report = convert_checkpoint(tmp_path / "checkpoint", tmp_path / "repo")
     assert (report.chat_template, report.warnings) == (case.template, []), report.warnings
 
     processor = DeltaLlavaProcessor.from_pretrained(tmp_path / "repo")
@@ -226,10 +212,16 @@ def test_a_converted_model_sees_and_learns_what_the_authors_code_shows(name: str
     assert sample["input_ids"].tolist() == ids
     assert sample["labels"].tolist() == labels
 
-    after = inspect_model(tmp_path / "repo")
+
+def test_inspect_shows_before_and_after_what_is_asked(tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path / "checkpoint", CASES["seed oss"])
+    convert_checkpoint(tmp_path / "checkpoint", tmp_path / "repo")
+    before, after = inspect_model(tmp_path / "checkpoint"), inspect_model(tmp_path / "repo")
     assert before.problems == after.problems == []
-    assert before.first_prompt == after.first_prompt and "<image>\nWhat is in this image?" in str(after.first_prompt)
-    assert before.chat_template == after.chat_template == case.template
+    assert before.chat_template == after.chat_template == "tokenizer"
+    assert before.chat_template_reason == after.chat_template_reason
+    question = HERMES_TURN.format("user", "<image>\nWhat is in this image?")
+    assert before.first_prompt == after.first_prompt == f"<|begin_of_text|>{question}{header}"
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -254,7 +246,7 @@ def make_caption_encoder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def make(legacy: bool) -> Any:
         if legacy not in made:
             folder = tmp_path_factory.mktemp("captions")
-            case = CASES["vicuna" if legacy else "vicuna, not legacy"]
+            case = CASES["mistral" if legacy else "vicuna, not legacy"]
             reference = write_tiny_checkpoint(folder / "checkpoint", case)
             convert_checkpoint(folder / "checkpoint", folder / "repo", chat_template="plain")
             processor = DeltaLlavaProcessor.from_pretrained(folder / "repo")
