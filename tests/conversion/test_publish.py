@@ -3,7 +3,9 @@
 import hashlib
 import json
 import shutil
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from tests.hub_faults import FAULTS, Faults
 from tests.hub_server import TOKEN, HubServer
 from tests.tiny import tiny_config, tiny_processor
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
-from transformers_delta_llava.conversion import ConversionError, convert_checkpoint, push_folder
+from transformers_delta_llava.conversion import ConversionError, convert_checkpoint, push_folder, retries
+from transformers_delta_llava.utils import hub
 
 
 REPO = "org/delta-llava-tiny"
@@ -327,3 +330,52 @@ def test_twenty_faults_in_a_row(folder):
 def test_a_wrong_id(folder):
     with pytest.raises(ConversionError, match="tiny is not a Hub id of the form owner/name"):
         push_folder(folder, "tiny", dry_run=True)
+
+
+class OddHub(ThreadingHTTPServer):
+    """Answers every request with one text."""
+
+    def __init__(self, answer: bytes) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self):
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            do_GET = do_POST = do_PUT = do_HEAD = answer
+
+            def log_message(self, *arguments):
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"<html>", b"[]", b"{}", b"null", b"5", b'{"url": 5}', b'{"url": "x", "name": []}']
+)
+def test_odd_answers_of_a_hub(folder, monkeypatch, answer):
+    monkeypatch.setattr(retries, "ATTEMPTS", 2)
+    with OddHub(answer) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        api = HfApi(endpoint=f"http://127.0.0.1:{server.server_address[1]}", token=TOKEN)
+        try:
+            with pytest.raises(ConversionError, match="org/delta-llava-tiny is not complete on the Hub") as refused:
+                push_folder(folder, REPO, api=api, first_wait=0)
+        finally:
+            server.shutdown()
+    assert len(str(refused.value)) < 500 and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("error", [KeyError("siblings"), TypeError("x"), ValueError("\x1b[2J\ntwo"), RuntimeError()])
+def test_odd_answers_to_a_download(monkeypatch, error):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(hub, "snapshot_download", fail)
+    with pytest.raises(
+        ConversionError, match="The tower org/name is not a folder here, and could not be had"
+    ) as refused:
+        hub.local_folder("org/name", "tower", ("*.json",))
+    assert "\x1b" not in str(refused.value) and "\n" not in str(refused.value)

@@ -12,7 +12,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Re
 from ..utils.hub import is_repo_id
 from .errors import ConversionError, listed
 from .repo_check import check_repo, repo_files
-from .retries import ERRORS, SILENCE, Patience, Talk, explain
+from .retries import SILENCE, Patience, Talk, explain
 
 
 # Weights of an earlier model that would be loaded in place of, or stay beside, the new ones.
@@ -123,7 +123,7 @@ def check_login() -> None:
     """
     try:
         HfApi().whoami()
-    except ERRORS as error:
+    except Exception as error:  # an odd answer may raise anything
         raise explain(error, "an upload", "The Hub cannot be asked whether you may upload; try again") from error
 
 

@@ -21,7 +21,6 @@ SILENCE = 180.0
 _TRANSIENT = {408, 425, 429}
 # Errors of the HTTP library that huggingface_hub uses, whichever it is.
 _CONNECTION_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], ConnectionError, TimeoutError)
-ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, *_CONNECTION_ERRORS)
 
 Result = TypeVar("Result")
 Talk = Callable[[str], None]
@@ -52,7 +51,7 @@ class Patience:
                 return call()
             except ConversionError:
                 raise
-            except ERRORS as error:
+            except Exception as error:  # an odd answer may raise anything
                 if attempt == ATTEMPTS or not _may_pass(error):
                     raise explain(
                         error, self.target, f"{self.target} is not complete on the Hub; push again to go on"

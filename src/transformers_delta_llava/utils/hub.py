@@ -91,7 +91,7 @@ def local_folder(spec: str, what: str, patterns: tuple[str, ...], option: str | 
         raise DeltaLlavaError(f"The {what} {spec} is not a folder, and not a Hub id (owner/name) either{remedy}.")
     try:
         return Path(snapshot_download(spec, allow_patterns=list(patterns)))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # an odd answer may raise anything
         reason = one_line(str(error).strip().split("\n")[0])
         raise DeltaLlavaError(
             f"The {what} {spec} is not a folder here, and could not be had from the Hub ({reason}); "
