@@ -386,6 +386,8 @@ def test_no_bos_where_the_tokenizer_adds_none(make_processor: Any, make_tokenize
         ([[user("a")], user("b")], "must be a list of messages, and not empty"),
         (None, "A conversation is a list of messages, not of type NoneType"),
         ("hello", "A conversation is a list of messages, not of type str"),
+        ({"role": "user", "content": "a"}, "A conversation is a list of messages, not of type dict"),
+        ([{"role": "user", "content": 7}], "Message content must be a string or a list"),
         ([None], "Message 0 must have a role and content"),
         (["hello"], "Message 0 must have a role and content"),
         ([{"content": "a"}], "Message 0 has no `role`"),

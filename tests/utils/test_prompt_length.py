@@ -56,6 +56,8 @@ def test_texts_that_fit_pass_however_they_are_cut():
     check_texts(["a" * 60, "a" * 40], tokenizer, 100)
     with pytest.raises(DeltaLlavaError):
         check_texts(["a" * 102], tokenizer, 100)
+    with pytest.raises(DeltaLlavaError, match="half a character"):
+        check_texts(["a \ud800"], tokenizer, 100)
     check_prompt(100, 100)
     with pytest.raises(DeltaLlavaError, match="it has 101 tokens, and the model has 100 positions"):
         check_prompt(101, 100)

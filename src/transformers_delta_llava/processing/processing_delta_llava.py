@@ -193,8 +193,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
             _check_flag(flag)
         for name in ("max_length", "pad_to_multiple_of"):
             length = _call_option(kwargs, "text_kwargs", name)
-            if isinstance(length, (int, float)) and length > MAX_PADDING:
-                raise ValueError(f"`{name}={length}`: no model reads so many tokens; use at most {MAX_PADDING}.")
+            if length is not None and (not isinstance(length, (int, np.integer)) or not 0 <= length <= MAX_PADDING):
+                raise ValueError(f"`{name}={length!r}`: use a number of tokens, at most {MAX_PADDING}.")
 
     def _process_images(
         self,
@@ -408,10 +408,10 @@ def _with_rescaling(images: list[Image.Image], kwargs: dict[str, Any]) -> dict[s
 
 def _check_conversations(conversation: Any) -> None:
     """Refuse what is no conversation, nor several, before transformers or a template stumbles over it."""
-    if conversation is None or isinstance(conversation, (str, bytes, int, float)):
-        raise ValueError(f"A conversation is a list of messages, not of type {type(conversation).__name__}.")
+    if hasattr(conversation, "messages"):
+        return  # an object that transformers knows
     if not isinstance(conversation, (list, tuple)):
-        return  # objects that transformers knows
+        raise ValueError(f"A conversation is a list of messages, not of type {type(conversation).__name__}.")
     if not conversation:
         raise ValueError("The conversation is empty: give at least one message.")
     if any(isinstance(entry, (list, tuple)) for entry in conversation):
@@ -423,7 +423,7 @@ def _check_conversations(conversation: Any) -> None:
     for place, message in enumerate(conversation):
         if isinstance(message, Mapping):
             _check_message(message, place)
-        elif message is None or isinstance(message, (str, bytes, int, float)):
+        elif not hasattr(message, "role"):
             raise ValueError(f"Message {place} must have a role and content, but is of type {type(message).__name__}.")
 
 
@@ -431,7 +431,7 @@ def _check_message(message: Mapping, place: int) -> None:
     if not isinstance(message.get("role"), str):
         raise ValueError(f"Message {place} has no `role`, such as 'user'.")
     content = message.get("content")
-    if content is None and not message.get("tool_calls"):
+    if not isinstance(content, (str, list, tuple)) and not (content is None and message.get("tool_calls")):
         needed = "Message content must be a string or a list of text and image items."
         raise ValueError(f"The chat template refuses the conversation: {needed}")
     if isinstance(content, str):

@@ -32,7 +32,7 @@ def check_texts(texts: Iterable[str], tokenizer: Any, limit: int | None) -> None
     Refuse `texts` that together have more than `limit` tokens, without encoding much more than these.
 
     Raises:
-        DeltaLlavaError: they are longer.
+        DeltaLlavaError: they are longer, or hold half a character.
     """
     if limit is None:
         return
@@ -40,6 +40,10 @@ def check_texts(texts: Iterable[str], tokenizer: Any, limit: int | None) -> None
     for text in texts:
         for start in range(0, len(text), CHARACTERS * limit):
             piece = text[start : start + CHARACTERS * limit]
+            if not piece.isascii() and any("\ud800" <= character <= "\udfff" for character in piece):
+                raise DeltaLlavaError(
+                    "The prompt holds half a character (a lone surrogate), which no tokenizer reads."
+                )
             room -= len(tokenizer.encode(piece, add_special_tokens=False)) - (start > 0)
             if room < 0:
                 raise DeltaLlavaError(
