@@ -116,7 +116,8 @@ class DeltaLlavaPreTrainedModel(DeltaMixin, PreTrainedModel):
         `v_proj`, which it is asked for most often, would find the language model's maps and these.
         """
         modules = super().named_modules(*args, **kwargs)
-        caller = inspect.currentframe().f_back  # type: ignore[union-attr]
+        frame = inspect.currentframe()
+        caller = frame.f_back if frame is not None else None
         if caller is None or caller.f_globals.get("__name__", "").partition(".")[0] != "peft":
             return modules
         return ((name, module) for name, module in modules if not isinstance(module, DeltaProjection))
