@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest test-newest test-engines lint format bench cards clean
+.PHONY: help demo test test-oldest test-newest test-engines lint format bench gpu-rehearsal gpu-report cards clean
 
 export PYTHON
 BIN := .venv/bin
@@ -16,7 +16,7 @@ BENCH ?= projector end_to_end training_step processing scaling deltas
 ENGINES ?= $(patsubst tests/integration/environments/%.txt,%,$(wildcard tests/integration/environments/*.txt))
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/.ready  ## Convert a trained checkpoint, load the result without this package, ask it 500 test questions
 	@$(BIN)/python examples/demo.py
@@ -52,6 +52,14 @@ format: .venv/.ready  ## Format the code and fix what can be fixed
 bench: .venv/.ready  ## Measure speed side by side (BENCH="projector deltas" for some), and render docs/performance.md; over an hour
 	@for name in $(BENCH); do echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py; done
 	@$(BIN)/python benchmarks/write_performance_page.py
+
+gpu-rehearsal: .venv/.ready  ## Rehearse the run on a GPU on the CPU, with tiny shapes, and render what it wrote elsewhere
+	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; cp docs/performance.md "$$folder"; \
+	$(BIN)/python benchmarks/on_gpu.py "$$folder/out" --rehearse || { cat "$$folder/out/log.txt"; exit 1; }; \
+	$(BIN)/python benchmarks/write_performance_page.py --gpu "$$folder/out" --page "$$folder/performance.md" --results "$$folder/results"
+
+gpu-report: .venv/.ready  ## Put what benchmarks/on_gpu.py wrote into FOLDER into docs/performance.md
+	@$(BIN)/python benchmarks/write_performance_page.py --gpu "$(FOLDER)"
 
 cards: .venv/.ready  ## Render model_cards/ from the facts beside them
 	@$(BIN)/python tools/render_cards.py

@@ -1,28 +1,42 @@
 """Puts the figures of `benchmarks/results/*.json` into `docs/performance.md`, and says which targets are met.
 
     python benchmarks/write_performance_page.py
+    python benchmarks/write_performance_page.py --gpu OUT
 
-The text of the page is written by hand; what stands between `<!-- NAME -->` and `<!-- end -->` is not.
+The second form takes over what `on_gpu.py` wrote into OUT. The text of the page is written by hand; what stands between
+`<!-- NAME -->` and `<!-- end -->` is not.
 """
 
 import argparse
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gpu_report import GPU_SECTIONS, take_over
+from tables import Rows, table
 
-ROOT = Path(__file__).parents[1]
-Rows = list[dict[str, Any]]
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "benchmarks" / "results"
 
 
 def main() -> None:
     """Rewrite the page."""
     parser = argparse.ArgumentParser(description="Render the page of measured performance.")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "performance.md")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--gpu", type=Path, help="folder of on_gpu.py, to be taken over into the results")
     arguments = parser.parse_args()
+    if arguments.gpu is not None:
+        elsewhere = arguments.page.resolve() != PAGE and arguments.results.resolve() != RESULTS
+        try:
+            take_over(arguments.gpu, arguments.results, rehearsals=elsewhere)
+        except ValueError as error:
+            print(f"Error: {error}", file=sys.stderr)
+            sys.exit(2)
     reports = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in arguments.results.glob("*.json")}
     page = arguments.page.read_text(encoding="utf-8")
     arguments.page.write_text(render(page, reports), encoding="utf-8")
@@ -36,6 +50,8 @@ def render(page: str, reports: dict[str, dict[str, Any]]) -> str:
         name = match["name"]
         if name not in reports:
             body = "Not measured yet."
+        elif name in GPU_SECTIONS:
+            body = "\n\n".join(GPU_SECTIONS[name](reports[name]))
         else:
             body = "\n\n".join([hardware(reports[name]), *SECTIONS[name.split("_")[0]](reports[name])])
         return f"<!-- {name} -->\n\n{body}\n\n<!-- end -->"
@@ -116,21 +132,6 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "processing": rows_only,
     "scaling": rows_only,
 }
-
-
-def table(rows: Rows) -> str:
-    """A table in Markdown, floats to three figures."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([number(value) for value in row.values()] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def number(value: Any) -> str:
-    """Three figures of a float, without an exponent where it is not tiny; nothing for None."""
-    if value is None:
-        return ""
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 if __name__ == "__main__":

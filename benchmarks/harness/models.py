@@ -1,5 +1,7 @@
 """A Delta-LLaVA and transformers' own LLaVA around one and the same tower and language model, with random weights."""
 
+from typing import Any
+
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
@@ -12,10 +14,13 @@ LLAVA = "LLaVA"
 
 
 def build_pair(
-    shape: str, device: str, dtype: torch.dtype
+    shape: str, device: str, dtype: torch.dtype, **fields: Any
 ) -> tuple[DeltaLlavaForConditionalGeneration, LlavaForConditionalGeneration]:
-    """Both in evaluation mode; all but the projectors are the same modules, so the pair needs the memory of one."""
-    config = model_config(shape)
+    """Both in evaluation mode; all but the projectors are the same modules, so the pair needs the memory of one.
+
+    `fields` change the config of the shape.
+    """
+    config = model_config(shape, **fields)
     ours = build(lambda: DeltaLlavaForConditionalGeneration(config), device, dtype)
     with torch.device("meta"):
         llava = LlavaForConditionalGeneration(
