@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def environment(site: Path) -> dict[str, str]:
-    """What the parts run in: this checkout's package, what wheels were carried along, no network, checks that wait left out."""
+    """What the parts run in: this checkout's package, what wheels were carried along, no network."""
     for wheel in sorted(WHEELS.glob("*.whl")):
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
@@ -80,8 +80,6 @@ def environment(site: Path) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # A captured graph cannot wait for the device, which transformers' check of the number of placeholders does.
-        "TRANSFORMERS_DISABLE_TORCH_CHECK": "1",
     }
 
 

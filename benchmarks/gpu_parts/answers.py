@@ -135,12 +135,18 @@ class GraphAnswer:
         self.step = captured(self._step, device)
 
     def _prefill(self) -> None:
+        """As both models do it, without their check of the number of placeholders, which waits for the device."""
         self.rewind()
-        outputs = self.side.model(**self.side.inputs, **{CACHE_NAME: self.cache}, use_cache=True, logits_to_keep=1)
-        self.token.copy_(outputs.logits[:, -1].argmax(-1, keepdim=True))
+        ids, others = self.side.inputs["input_ids"], {k: v for k, v in self.side.inputs.items() if k != "input_ids"}
+        features = self.side.model.get_image_features(**others, return_dict=True).pooler_output
+        embeds = self.side.language_model.get_input_embeddings()(ids)
+        placeholders = (ids == self.side.model.config.image_token_id).unsqueeze(-1)
+        self._read(embeds.masked_scatter(placeholders, torch.cat(list(features)).to(embeds.dtype)))
 
     def _step(self) -> None:
-        embeds = self.side.language_model.get_input_embeddings()(self.token)
+        self._read(self.side.language_model.get_input_embeddings()(self.token))
+
+    def _read(self, embeds: torch.Tensor) -> None:
         outputs = self.side.language_model(inputs_embeds=embeds, **{CACHE_NAME: self.cache}, use_cache=True)
         self.token.copy_(self.side.model.lm_head(outputs.last_hidden_state[:, -1]).argmax(-1, keepdim=True))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_report
@@ -183,6 +184,26 @@ def test_captured_answers_are_those_of_generate(pair, name, batch: int) -> None:
         assert torch.equal(answer.tokens(6), expected)
     assert len(answer.seconds(6)) == 6
     assert side.language_model.config._attn_implementation == "sdpa"
+
+
+class NeverWait(TorchDispatchMode):
+    """Refuses to bring a value to Python, which no captured graph can."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert not {"_local_scalar_dense", "nonzero", "equal"} & {operation._schema.name.removeprefix("aten::")}
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [LLAVA, 576, 144])
+@torch.no_grad()
+def test_what_is_captured_never_waits_for_the_device(pair, name, monkeypatch: pytest.MonkeyPatch) -> None:
+    side = answers.make_side(pair, name, 2)
+    answer, projector = answers.GraphAnswer(side, 4, "cpu"), side.projector_call()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # transformers takes other ways then
+    with NeverWait():
+        answer.run_prefill()
+        answer.step()
+        projector()
 
 
 @torch.no_grad()
