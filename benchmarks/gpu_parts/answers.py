@@ -30,7 +30,7 @@ from transformers_delta_llava.analysis import (
     profile_model,
     roofline,
 )
-from transformers_delta_llava.modeling.modeling_delta_llava import CACHE_NAME
+from transformers_delta_llava.modeling import CACHE_NAME
 
 from .report import Report, captured, measured_rates, milliseconds, peak_gigabytes
 
