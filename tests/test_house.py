@@ -106,6 +106,7 @@ def test_hub_files_are_the_files_that_are_published() -> None:
         "delta_factors_delta_llava.py",
         "delta_repo_delta_llava.py",
         "deltas_delta_llava.py",
+        "generation_delta_llava.py",
         "modeling_delta_llava.py",
         "projector_delta_llava.py",
         "auto_budget_delta_llava.py",

@@ -20,6 +20,7 @@ CODE = {
     "auto_budget_delta_llava.py",
     "configuration_delta_llava.py",
     "delta_factors_delta_llava.py",
+    "generation_delta_llava.py",
     "delta_repo_delta_llava.py",
     "deltas_delta_llava.py",
     "modeling_delta_llava.py",

@@ -134,7 +134,12 @@ def test_verify_reads_the_checksums_of_the_source(source, tmp_path):
 def test_the_files_of_a_repo(repo):
     code = {"configuration_delta_llava.py", "projector_delta_llava.py", "modeling_delta_llava.py"}
     code |= {"auto_budget_delta_llava.py", "pictures_delta_llava.py", "processing_delta_llava.py"}
-    code |= {"deltas_delta_llava.py", "delta_factors_delta_llava.py", "delta_repo_delta_llava.py"}
+    code |= {
+        "generation_delta_llava.py",
+        "deltas_delta_llava.py",
+        "delta_factors_delta_llava.py",
+        "delta_repo_delta_llava.py",
+    }
     others = "config.json generation_config.json processor_config.json tokenizer.json tokenizer_config.json README.md"
     others += " chat_template.jinja conversion.json model.safetensors"
     assert set(files(repo)) == code | set(others.split())

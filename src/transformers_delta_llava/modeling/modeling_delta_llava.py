@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_delta_llava import CLASS_TOKEN_TOWERS, DeltaLlavaConfig
 from .deltas_delta_llava import DeltaMixin
+from .generation_delta_llava import DeltaLlavaGenerationMixin
 from .projector_delta_llava import DeltaLlavaProjector, DeltaProjection, PositionEmbedding2D, WindowAttention
 
 
@@ -31,9 +32,6 @@ KEPT_IN_FULL = frozenset(
 
 # How many visual tokens each image gets: one number for all, one per image, or None for the config's default.
 VisualTokens: TypeAlias = int | list[int] | torch.Tensor | None
-
-# Arguments of the models that hold images.
-IMAGE_INPUTS = ("pixel_values", "num_visual_tokens", "mm_encoder_outputs")
 
 # transformers 5.24 renamed `past_key_values` to `cache`, as an argument and as a field of outputs.
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
@@ -378,7 +376,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         return self._tuple_or_dict(output, return_dict)
 
 
-class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMixin):
+class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, DeltaLlavaGenerationMixin):
     """[`DeltaLlavaModel`] with a language modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -509,105 +507,6 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         )
         return self._tuple_or_dict(output, return_dict)
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        next_sequence_length: int | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        is_first_iteration: bool = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
-        inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        if not is_first_iteration and kwargs.get("use_cache", True):  # the images are in the cache by now
-            return inputs
-        if next_sequence_length is not None:
-            images = self._drop_cached_images(images, input_ids, inputs_embeds, next_sequence_length)
-        return {**inputs, **images}
-
-    def _drop_cached_images(
-        self,
-        images: dict[str, Any],
-        input_ids: torch.LongTensor,
-        inputs_embeds: torch.Tensor | None,
-        next_sequence_length: int,
-    ) -> dict[str, Any]:
-        """The images whose placeholders are among the last `next_sequence_length`: the cache holds the others."""
-        encoded: Any = (images.get("mm_encoder_outputs") or {}).get("image")
-        pixel_values: Any = images.get("pixel_values")
-        length = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]
-        if next_sequence_length >= length or (encoded is None and pixel_values is None):
-            return images
-        if encoded is not None:
-            budgets = [len(tokens) for tokens in encoded.pooler_output]
-        else:
-            budgets = self.model.budget_per_image(len(pixel_values), images.get("num_visual_tokens"))
-        mask = self.model.get_placeholder_mask(input_ids, inputs_embeds)
-        if mask.sum() != sum(budgets):  # such as new images alone
-            return images
-        kept: list[int] = []
-        new = mask[:, length - next_sequence_length :].sum(-1).tolist()
-        for row, count in zip(_images_per_row(mask.sum(-1).tolist(), budgets), new):
-            while count > 0 and row:
-                image = row.pop()
-                count -= budgets[image]
-                kept.append(image)
-        kept.sort()
-        if not kept:
-            return {}
-        if encoded is None:
-            return {"pixel_values": pixel_values[kept], "num_visual_tokens": [budgets[image] for image in kept]}
-        features = BaseModelOutputWithPooling(pooler_output=[encoded.pooler_output[image] for image in kept])
-        return {"mm_encoder_outputs": {**images["mm_encoder_outputs"], "image": features}}
-
-    def heal_tokens(self, input_ids: torch.LongTensor, tokenizer: Any = None) -> torch.LongTensor:
-        """As in transformers, which writes prompts anew as text: here all but the last token stays, images above all."""
-        placeholders = self.model.get_placeholder_mask(input_ids)
-        if tokenizer is None or not placeholders.any():
-            return super().heal_tokens(input_ids, tokenizer)
-        input_ids = input_ids.clone()
-        for row, mask in zip(input_ids, placeholders):
-            text = row[int(mask.nonzero().max()) + 1 :] if mask.any() else row
-            healed = super().heal_tokens(text[None], tokenizer)[0]
-            if len(healed) > 1 and len(text) > 1 and healed[-2] == text[-2]:
-                row[-1] = healed[-1]
-        return input_ids
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
-        # Images are flattened over rows. Beams need each row's images as a group (A B A B); repeating image by image
-        # (A A B B) would hand a row the wrong picture. Each is encoded once, and its visual tokens are repeated. Newer
-        # transformers encode images before this; they see them here as `mm_encoder_outputs`.
-        pixel_values = model_kwargs.get("pixel_values")
-        encoded = model_kwargs.get("mm_encoder_outputs") or {}
-        if expand_size == 1 or (pixel_values is None and "image" not in encoded):
-            return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
-        outputs = encoded.get("image") or self.get_image_features(
-            pixel_values, model_kwargs.get("num_visual_tokens"), return_dict=True
-        )
-        features = outputs.pooler_output
-        placeholders = self.model.get_placeholder_mask(input_ids, model_kwargs.get("inputs_embeds")).sum(-1)
-        rows = _images_per_row(placeholders.tolist(), [len(tokens) for tokens in features])
-        repeated = [features[image] for row in rows for image in row * expand_size]
-        for name in IMAGE_INPUTS:
-            model_kwargs.pop(name, None)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
-        )
-        image_outputs = BaseModelOutputWithPooling(pooler_output=repeated)
-        return input_ids, {**model_kwargs, "mm_encoder_outputs": {**encoded, "image": image_outputs}}
-
 
 def _has_known_layers(tower: nn.Module) -> bool:
     """Whether a tower can be run layer by layer: it has the parts, and its layers the signature, of CLIP and SigLIP."""
@@ -615,20 +514,6 @@ def _has_known_layers(tower: nn.Module) -> bool:
     if tower.config.model_type not in CLASS_TOKEN_TOWERS or not layers or not hasattr(tower, "embeddings"):
         return False
     return list(inspect.signature(layers[0].forward).parameters)[:2] == ["hidden_states", "attention_mask"]
-
-
-def _images_per_row(placeholders: list[int], budgets: list[int]) -> list[list[int]]:
-    """Which images each row shows, from the number of placeholders per row and of visual tokens per image."""
-    rows: list[list[int]] = []
-    image = 0
-    for count in placeholders:
-        row: list[int] = []
-        while count > 0 and image < len(budgets):
-            count -= budgets[image]
-            row.append(image)
-            image += 1
-        rows.append(row)
-    return rows
 
 
 # transformers' Trainer shifts labels before it smooths them for the classes listed here, and for no other: without this
