@@ -1,5 +1,6 @@
 """The whole way of a new user, for every kind of checkpoint: convert, inspect, ask, export, compare."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -72,6 +73,8 @@ def test_convert_inspect_ask_export_compare(model_type, tmp_path, run):
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype and torch.equal(tensor.load(), after[name].load()), name
+    settings = json.loads((back / "tokenizer_config.json").read_text())
+    assert isinstance(settings.get("extra_special_tokens", {}), dict)  # all that transformers 4 reads there
     code, printed = run("inspect", back)
     assert code == 0, printed
 

@@ -326,26 +326,36 @@ def _write_tokenizer(folder: Path, output: Path, rows: int, added: list[str]) ->
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, output / name)
-    path = output / "tokenizer.json"
-    if not path.is_file():
-        return
+    gone = _drop_tokens(output / "tokenizer.json", rows, added) if (output / "tokenizer.json").is_file() else set()
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (output / name).is_file():
+            write_json(_in_words_of_transformers_4(_without(read_json(output / name), gone)), output / name)
+
+
+def _drop_tokens(path: Path, rows: int, added: list[str]) -> set[str]:
+    """Take those tokens out of a `tokenizer.json`, and the rule for images with the image token; returns them."""
     tokenizer = read_json(path)
     entries = tokenizer.get("added_tokens")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        return
+        return set()
     gone = {
         e.get("content")
         for e in entries
         if e.get("content") in added and isinstance(e.get("id"), int) and e["id"] >= rows
     }
-    if not gone:
-        return
-    tokenizer["added_tokens"] = [entry for entry in entries if entry.get("content") not in gone]
-    tokenizer["normalizer"] = _without_image_rule(tokenizer.get("normalizer"))
-    path.write_text(json.dumps(tokenizer, ensure_ascii=False, indent=2), encoding="utf-8")
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-        if (output / name).is_file():
-            write_json(_without(read_json(output / name), gone), output / name)
+    if gone:
+        tokenizer["added_tokens"] = [entry for entry in entries if entry.get("content") not in gone]
+        tokenizer["normalizer"] = _without_image_rule(tokenizer.get("normalizer"))
+        path.write_text(json.dumps(tokenizer, ensure_ascii=False, indent=2), encoding="utf-8")
+    return gone
+
+
+def _in_words_of_transformers_4(settings: dict) -> dict:
+    """A tokenizer's settings, which transformers 5 writes with a list where 4 expects names for the tokens."""
+    if not isinstance(settings.get("extra_special_tokens"), list):
+        return settings
+    kept = {key: value for key, value in settings.items() if key != "extra_special_tokens"}
+    return {**kept, "additional_special_tokens": settings["extra_special_tokens"]}
 
 
 def _without_image_rule(normalizer: object) -> object:
