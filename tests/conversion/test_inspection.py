@@ -126,3 +126,27 @@ def test_the_command(repo, changed, monkeypatch, capsys):
     assert "wrong: There is no README.md." in out
     code, out = call(changed, "--json")
     assert json.loads(out)["problems"] == ["There is no README.md."]
+
+
+@pytest.mark.parametrize(
+    ("u", "v"), [((), ()), ((2,), (2,)), ((2, 3), (2, 3)), ((2, 4, 3), (5, 3, 4)), ((4, 1), (3,)), ((4, 1), (2, 1, 4))]
+)
+def test_deltas_of_any_shape_are_described(repo, tmp_path, u, v):
+    shutil.copyfile(repo / "config.json", tmp_path / "config.json")
+    name = "model.multi_modal_projector.q_proj."
+    save_file(
+        {f"{name}weight": torch.ones(2, 2), f"{name}delta_u": torch.ones(u), f"{name}delta_v": torch.ones(v)},
+        tmp_path / "model.safetensors",
+    )
+    problems = " ".join(inspect_model(tmp_path).problems)
+    assert f"q_proj.delta_u {u} and delta_v {v} do not fit each other" in problems
+
+
+def test_the_norm_of_a_delta_needs_no_product(repo, tmp_path):
+    shutil.copyfile(repo / "config.json", tmp_path / "config.json")
+    name = "model.multi_modal_projector.q_proj."
+    factors = torch.full((1_000_000, 1), 1e-3), torch.full((1, 1_000_000), 1e-3)
+    tensors = {f"{name}delta_u": factors[0], f"{name}delta_v": factors[1], f"{name}weight": torch.ones(2, 2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (delta,) = inspect_model(tmp_path).deltas
+    assert delta.norm == pytest.approx(1.0)

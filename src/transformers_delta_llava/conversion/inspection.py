@@ -198,11 +198,12 @@ def _describe_deltas(result: Inspection, tensors: dict[str, LazyTensor]) -> None
             if None in parts:
                 result.problems.append(f"{module} has delta_u, but not weight and delta_v with it.")
                 continue
-            weight, u, v = (part.load().float() for part in parts if part is not None)
-            if u.dim() != v.dim() or u.shape[-1] != v.shape[-2]:
+            weight, u, v = (part.load().double() for part in parts if part is not None)
+            if u.dim() != v.dim() or u.dim() < 2 or u.shape[:-2] != v.shape[:-2] or u.shape[-1] != v.shape[-2]:
                 result.problems.append(f"{name} {tuple(u.shape)} and delta_v {tuple(v.shape)} do not fit each other.")
                 continue
-            norms = float((u @ v).norm()), float(weight.norm())
+            # The norm of u @ v from the products of rank x rank: a stranger's u @ v may be as large as the memory.
+            norms = float(((u.mT @ u) * (v @ v.mT)).sum().sqrt()), float(weight.norm())
             result.deltas.append(Delta(module.removeprefix(PROJECTOR), u.shape[-1], *norms))
             if not u.any():  # a delta_v of zeros is where fresh deltas start after a merge
                 result.problems.append(f"The delta of {module.removeprefix(PROJECTOR)} is zero.")
