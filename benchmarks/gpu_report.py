@@ -156,6 +156,13 @@ def end_to_end(report: Report) -> list[str]:
         f"{name.removeprefix('drift, ')}: {value:.3f}" for name, value in report.items() if name.startswith("drift")
     ]
     parts = [*heading(report), verdicts(goals), *grouped(shown, ("batch", "way"), (*ANSWERS, "Fig. 3, tokens/s"))]
+    if report.get("profile"):
+        shown = [
+            row | {"kernel": "`" + row["kernel"].replace("|", "/").replace("`", "'") + "`"}
+            for row in report["profile"]
+        ]
+        parts.append("Which kernels a step of decoding and a prefill consist of, at batch 1:")
+        parts += grouped(shown, ("visual tokens", "phase"), ("kernel", "calls", "ms", "share"))
     if drifts:
         parts.append(f"LLaVA's first token, its last run over its first: {'; '.join(drifts)}.")
     return parts

@@ -8,7 +8,8 @@ Three ways, each on the same weights:
   each of the language model's knows its place in the cache and would be compiled for itself, 32 times; hooks break up the tower's.
 
 Times are those until the logits of a token are there. A floor is what operations and weights allow at the measured rates (`roofline`).
-Sides follow each other, LLaVA first and last: `drift` is the time of its last run over that of its first.
+Sides follow each other, LLaVA first and last: `drift` is the time of its last run over that of its first. At the end a profile says which
+kernels a prefill and a step of decoding consist of.
 """
 
 import statistics
@@ -19,6 +20,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from transformers import AttentionInterface, CompileConfig, LogitsProcessor, LogitsProcessorList, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -266,7 +269,7 @@ def _measure(report: Report, size: str, plan: list[tuple[int, str]], budgets: li
         numbers = numbers[:2]
     profiles = {
         LLAVA: llava_profile(ours, LONG),
-        **{profile.budgets[0].num_visual_tokens: profile for profile in our_profiles(ours.config, numbers)},
+        **{one.budgets[0].num_visual_tokens: one for one in our_profiles(ours.config, numbers)},
     }
     for batch, way in plan:
         few = batch > 1 or way == "compiled"
@@ -276,6 +279,9 @@ def _measure(report: Report, size: str, plan: list[tuple[int, str]], budgets: li
                 _compare(report, pair, names, batch, way, profiles, rates)
         else:
             _compare(report, pair, names, batch, way, profiles, rates)
+    if size == "7b":  # last, as a profiler may slow down what follows
+        for name in (LLAVA, numbers[0]):
+            report.attempt(f"profile, {name}", lambda name=name: _profile(report, make_side(pair, name, 1)), 6.0)
 
 
 def _compare(
@@ -316,6 +322,43 @@ def _compare(
     for position, name in enumerate(names):
         last = position == len(names) - 1
         report.attempt(f"{way}, batch {batch}, {name}", lambda name=name, last=last: measure(name, last), 6.0)
+
+
+def _profile(report: Report, side: Side, most: int = 10) -> None:
+    """The kernels that take longest in one prefill and in one step, with their share of all kernels' time."""
+    answer = GraphAnswer(side, 8, report.device)
+    on_gpu = report.device == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    rows = report.content.get("profile", [])
+    tokens = side.budget if side.is_ours else f"{LLAVA} {side.budget}"
+    answer.run_prefill()
+    for phase, run, implementation in (("step", answer._step, "sdpa"), ("prefill", answer._prefill, MASKLESS)):
+        with attention(side.language_model, implementation), profile(activities=activities) as profiler:
+            run()
+            if on_gpu:
+                torch.cuda.synchronize()
+        kernels = [
+            (event.key, event.count, (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1000)
+            for event in profiler.key_averages()
+            if (event.device_type == DeviceType.CUDA) == on_gpu
+        ]
+        total = sum(ms for *_, ms in kernels)
+        rows += [
+            {
+                "visual tokens": tokens,
+                "phase": phase,
+                "kernel": key[:90],
+                "calls": calls,
+                "ms": ms,
+                "share": ms / total,
+            }
+            for key, calls, ms in sorted(kernels, key=lambda kernel: -kernel[2])[:most]
+        ]
+        calls = sum(calls for _, calls, _ in kernels)
+        rows.append(
+            {"visual tokens": tokens, "phase": phase, "kernel": "all", "calls": calls, "ms": total, "share": 1.0}
+        )
+    report.note(profile=rows)
 
 
 def _generated(report: Report, side: Side) -> dict[str, Any]:
@@ -388,8 +431,8 @@ def llava_profile(ours: Any, new_tokens: int) -> ModelProfile:
     """LLaVA runs the whole tower and an MLP of two layers on every patch; its language model is ours at as many tokens."""
     config = ours.config
     most = config.num_visual_tokens_for(1)
-    profile = profile_model(config, TEXT_TOKENS, new_tokens, budgets=[most])
-    (budget,) = profile.budgets
+    whole = profile_model(config, TEXT_TOKENS, new_tokens, budgets=[most])
+    (budget,) = whole.budgets
     shared = paper_flops(
         config, most, TEXT_TOKENS, new_tokens
     )  # of a whole CLIP and of LLaVA's MLP it is the exact count
@@ -398,4 +441,4 @@ def llava_profile(ours: Any, new_tokens: int) -> ModelProfile:
     flops = budget.exact_flops | {part: shared[part] for part in ("tower", "projector")}
     weights = budget.weight_bytes | {"tower": 2 * tower, "projector": 2 * (width * hidden + hidden * hidden)}
     changed = BudgetProfile(most, flops, budget.paper_flops, weights, budget.activation_bytes, budget.kv_cache_bytes)
-    return ModelProfile(profile.text_tokens, new_tokens, profile.dtype, profile.parameters, [changed])
+    return ModelProfile(whole.text_tokens, new_tokens, whole.dtype, whole.parameters, [changed])
