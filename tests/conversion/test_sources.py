@@ -249,3 +249,11 @@ def test_a_partial_checkpoint_needs_the_right_base(pristine, partial, tmp_path):
     (tmp_path / "base" / "config.json").unlink()
     with pytest.raises(ConversionError, match=r"more than a projector: lm_head\.weight"):
         convert_checkpoint(tmp_path / "run", tmp_path / "out", base_model=tmp_path / "base")
+
+
+def test_something_else_under_the_name_of_a_file_is_not_taken_for_nothing(partial, tmp_path):
+    peft_run(tmp_path, partial, torch.float32, {"r": 4, "target_modules": ["q_proj"]})
+    (tmp_path / "run" / "non_lora_trainables.bin").unlink()
+    (tmp_path / "run" / "non_lora_trainables.bin").mkdir()
+    with pytest.raises(ConversionError, match="non_lora_trainables.bin in run is not a regular file"):
+        convert_checkpoint(tmp_path / "run", tmp_path / "out", base_model=tmp_path / "base")

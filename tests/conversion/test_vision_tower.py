@@ -195,3 +195,12 @@ def test_names_to_publish_hold_no_path(tmp_path, monkeypatch):
     cached.mkdir(parents=True)
     assert hub.public_name(str(cached)) == "openai/clip-vit-large-patch14-336"
     assert hub.public_name(str(tmp_path / "my-clip" / (40 * "c"))) == "my-clip"
+
+
+@pytest.mark.parametrize(
+    "values", [{"model_type": {"a": 1}}, {"model_type": ["clip"]}, {"model_type": "clip", "vision_config": 5}]
+)
+def test_a_tower_config_of_other_types(tmp_path, values):
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConversionError, match="model_type=|not a JSON object"):
+        load_vision_tower(str(tmp_path), with_weights=False)

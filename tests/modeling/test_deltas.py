@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.tiny import prompt, tiny_config
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaModel
+from transformers_delta_llava.modeling.delta_repo_delta_llava import read_delta_config
 
 
 LAYOUTS = {
@@ -407,6 +408,8 @@ def test_bad_settings_change_nothing(released, tmp_path, changes, message):
     [
         ("delta_config.json", b"{", ValueError, "not valid JSON"),
         ("delta_config.json", b"[]", ValueError, "does not describe deltas"),
+        ("delta_config.json", b'{"a":' * 100_000, ValueError, "not valid JSON"),
+        ("delta_config.json", b" " * (2**20 + 1), ValueError, "has more than 1,048,576 bytes"),
         ("deltas.safetensors", b"no header", ValueError, "cannot be read"),
         ("deltas.safetensors", None, OSError, "deltas.safetensors"),
         ("delta_config.json", None, OSError, "delta_config.json"),
@@ -420,6 +423,39 @@ def test_broken_files_change_nothing(released, tmp_path, file, contents, error, 
     with pytest.raises(error, match=message):
         released.load_deltas(tmp_path / "bad")
     assert_same(snapshot(released), before)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({"delta_rank": value} for value in (None, True, "4", -1, 0.5, 10**400, [4])),
+        *({"projector_layout": value} for value in (None, 1, "other", [], {})),
+        *({"delta_sharing": value} for value in (None, 1, "other", [])),
+        *({"base_sha256": value} for value in (None, "x", [], {"bfloat16": 5})),
+        *({"base_model_name_or_path": value} for value in (5, [], 500 * "x")),
+    ],
+)
+def test_a_config_of_other_types_is_one_sentence(released, tmp_path, values):
+    write_repo(released, tmp_path / "bad", **values)
+    with pytest.raises(ValueError, match=f"delta_config.json has {next(iter(values))}=") as refused:
+        read_delta_config(tmp_path / "bad")
+    assert len(str(refused.value)) < 400
+
+
+def test_a_folder_that_appears_meanwhile_is_not_replaced(released, tmp_path, monkeypatch):
+    import safetensors.torch
+
+    save_file = safetensors.torch.save_file
+
+    def appear(*arguments, **options):
+        save_file(*arguments, **options)
+        (tmp_path / "deltas").mkdir()
+        (tmp_path / "deltas" / "mine.txt").touch()
+
+    monkeypatch.setattr(safetensors.torch, "save_file", appear)
+    with pytest.raises(FileExistsError, match="deltas exists"):
+        released.save_deltas(tmp_path / "deltas")
+    assert [path.name for path in tmp_path.rglob("*")] == ["deltas", "mine.txt"]
 
 
 def test_another_layout_or_base_is_refused_unless_forced(released, tmp_path):

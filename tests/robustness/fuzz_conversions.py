@@ -130,7 +130,9 @@ def check_conversion(source: Path, output: Path) -> list[str]:
         for file in weight_files(source):
             if file.parent == base:
                 given |= load(file)
-        given |= load(source / "non_lora_trainables.bin")
+        beside = source / "non_lora_trainables.bin"
+        if beside.is_file():  # all of the projector is from there; without it, from a base that has one
+            given = {name: t for name, t in given.items() if not name.startswith("model.mm_projector.")} | load(beside)
         _merge(given, load(source / "adapter_model.bin"), json.loads((source / "adapter_config.json").read_text()))
     else:
         for file in weight_files(source):

@@ -81,7 +81,7 @@ def main() -> None:
 
 def _sentence(error: BaseException) -> str:
     # Our own errors end with a full stop; what libraries raise is left as it is.
-    text = one_line(error, limit=5000)
+    text = one_line(error, limit=2500)
     return f"{text}." if str(error).rstrip().endswith(".") else text
 
 

@@ -1,5 +1,6 @@
 """The kinds of trained checkpoints: full, projector only, LoRA run. Each becomes one set of tensors by full names."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,4 +132,10 @@ def _read_base(spec: str, text_model_type: str) -> BaseModel:
 
 
 def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    """The first of these files; ConversionError where something else has its name, which is easily taken for nothing."""
+    for path in (folder / name for name in names):
+        if path.is_file():
+            return path
+        if os.path.lexists(path):
+            raise ConversionError(f"{path.name} in {folder.name} is not a regular file.")
+    return None

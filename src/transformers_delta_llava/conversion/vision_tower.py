@@ -116,8 +116,10 @@ def _tower_config(folder: Path) -> PreTrainedConfig:
         )
     values = read_json(path)
     model_type = values.get("model_type")
-    if model_type in _TOWER_OF:
+    if isinstance(model_type, str) and model_type in _TOWER_OF:
         values, model_type = values.get("vision_config", {}), _TOWER_OF[model_type]
+    if not isinstance(values, dict):
+        raise ConversionError(f"The vision tower {folder.name} has a vision_config that is not a JSON object.")
     if model_type not in _TOWER_OF.values():
         known = ", ".join([*_TOWER_OF, *_TOWER_OF.values()])
         raise ConversionError(f"The vision tower {folder.name} has model_type={model_type!r}; use one of {known}.")

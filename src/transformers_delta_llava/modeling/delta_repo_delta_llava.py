@@ -124,31 +124,35 @@ def write_delta_repo(
     Raises:
         ValueError: if a value is not finite.
         FileExistsError: if the folder exists and may not be replaced.
+        OSError: if it cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder = Path(folder).resolve()
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds NaN or Inf, so the deltas are not written to {folder.name}.")
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        if not overwrite:
-            raise FileExistsError(f"{folder.name} exists; choose another folder, or pass overwrite=True.")
-        if not (folder / DELTA_CONFIG).is_file():
-            raise FileExistsError(f"{folder.name} holds no deltas, so it is not replaced; choose another folder.")
+    _check_replaceable(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+    with tempfile.TemporaryDirectory(
+        prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
+    ) as temporary:
         growing, previous = Path(temporary) / "growing", Path(temporary) / "previous"
         growing.mkdir()
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         weights = growing / DELTA_WEIGHTS
         weights.touch()
         mode = weights.stat().st_mode
-        save_file(contiguous, weights, metadata={"format": "pt"})
+        try:
+            save_file(contiguous, weights, metadata={"format": "pt"})
+        except SafetensorError as error:  # it wraps what the file system says
+            raise OSError(f"{folder.name}/{DELTA_WEIGHTS} cannot be written: {error}") from error
         weights.chmod(mode)  # some safetensors versions let only the owner read
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (growing / DELTA_CONFIG).write_text(text, encoding="utf-8")
         (growing / "README.md").write_text(_card(folder.name, config), encoding="utf-8")
+        _check_replaceable(folder, overwrite)  # one may have appeared in the meantime
         if folder.exists():
             folder.rename(previous)
         try:
@@ -157,6 +161,15 @@ def write_delta_repo(
             if previous.exists():
                 previous.rename(folder)
             raise
+
+
+def _check_replaceable(folder: Path, overwrite: bool) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{folder.name} exists; choose another folder, or pass overwrite=True.")
+    if not (folder / DELTA_CONFIG).is_file():
+        raise FileExistsError(f"{folder.name} holds no deltas, so it is not replaced; choose another folder.")
 
 
 def _card(title: str, config: dict[str, Any]) -> str:
@@ -204,7 +217,7 @@ def read_delta_config(folder_or_repo: str | os.PathLike, **hub_kwargs: Any) -> d
         )
     hashes, base = config["base_sha256"], config.get("base_model_name_or_path")
     fits = {
-        "delta_rank": type(config["delta_rank"]) is int and config["delta_rank"] > 0,
+        "delta_rank": type(config["delta_rank"]) is int and 0 < config["delta_rank"] < 2**31,
         "projector_layout": config["projector_layout"] in ("released", "paper"),
         "delta_sharing": config.get("delta_sharing", "levels") in ("levels", "all"),
         "base_sha256": isinstance(hashes, dict) and all(isinstance(value, str) for value in hashes.values()),
