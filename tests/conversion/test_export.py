@@ -129,6 +129,7 @@ def test_what_cannot_be_exported(repo, pristine, tmp_path):
         {"vision_feature_layer": -1, "scale_factor": 3},
         {"projector_head_dim": 16, "projector_num_attention_heads": 4},
         {"projector_mix_ratio": 0.5, "projector_mlp_ratio": 1, "projector_hidden_act": "relu"},
+        {"projector_sr_ratio": 2},
         {"use_emhsa": False},
         {"use_transformer_block": False},
         {"use_delta_projection": False},

@@ -112,6 +112,7 @@ class ReleasedKeys(BaseModel):
     mm_projector_mix_ratio: _Float | None = None
     mm_projector_mlp_ratio: _Float | None = None
     mm_projector_num_attention_heads: _Int | None = None
+    mm_projector_sr_ratio: _Int | None = None
     mm_use_delta_projection: bool | None = None
     mm_use_emhsa: bool | None = None
     mm_use_transformer_block: bool | None = None
@@ -229,7 +230,7 @@ def convert_config(
         "vision_config": vision_config,
         "text_config": text_config,
         "image_token_id": vocabulary.image_token_id,
-        "vision_feature_select_strategy": ("full" if vision_config.model_type == "siglip_vision_model" else "default"),
+        "vision_feature_select_strategy": "full" if vision_config.model_type == "siglip_vision_model" else "default",
         "projector_layout": "released",
         **keys.own,
     }
@@ -242,19 +243,21 @@ def convert_config(
 
 def _scale_factor(keys: ReleasedKeys, given: int | None, fields: dict) -> int:
     """The scale factor of the config, or the `given` one."""
-    if keys.scale_factor is None and given is None:
+    if keys.scale_factor is None:
+        if given is not None:
+            return given
         known = DeltaLlavaConfig(**deepcopy(fields), scale_factor=1)
         choices = [f"{known.scale_factor_for(tokens)} ({tokens})" for tokens in known.visual_token_budgets]
         raise ConversionError(
             "config.json has no scale_factor; pass the one that the checkpoint was trained with (--scale-factor). "
             f"Possible are, with their visual tokens per image: {', '.join(choices)}."
         )
-    if None not in (keys.scale_factor, given) and keys.scale_factor != given:
+    if given not in (None, keys.scale_factor):
         raise ConversionError(
             f"config.json has scale_factor={keys.scale_factor}, so --scale-factor {given} is not needed; leave it out, and "
             "choose another number of visual tokens at each call (num_visual_tokens)."
         )
-    return given if keys.scale_factor is None else keys.scale_factor  # type: ignore[return-value]
+    return keys.scale_factor
 
 
 def grown_vocabulary(rows: int, needed: int) -> int:

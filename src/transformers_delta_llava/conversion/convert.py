@@ -133,7 +133,7 @@ def convert_checkpoint(
     if not (source / "config.json").is_file():
         raise ConversionError(f"The source {source} is not a folder with a config.json.")
     source_config = _read_config(source)
-    tower = vision_tower or _named_tower(source, source_config, with_weights=False)
+    tower = vision_tower or find_vision_tower(source_config.keys.mm_vision_tower, source)
     inputs = (source, tower, tokenizer or source, base_model or source)
     check_output(output, [Path(path) for path in inputs if Path(path).is_dir()], overwrite)
 
@@ -179,12 +179,6 @@ def _read_config(source: Path) -> SourceConfig:
         raise ConversionError(other or str(error)) from error
 
 
-def _named_tower(source: Path, config: SourceConfig, with_weights: bool) -> str:
-    if not config.keys.mm_vision_tower:
-        raise ConversionError("config.json names no mm_vision_tower; pass its folder or Hub id with --vision-tower.")
-    return find_vision_tower(config.keys.mm_vision_tower, source, with_weights)
-
-
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or dtype in DTYPES.values():
         return dtype
@@ -213,7 +207,7 @@ def _read_source(
     if len(checkpoint.tensors[SOURCE_EMBEDDINGS].shape) != 2:
         raise ConversionError(f"{SOURCE_EMBEDDINGS} should be a matrix with a row for each token.")
     inner = [name.removeprefix(TOWER_TARGET) for name, _ in names.rules.values() if name.startswith(TOWER_TARGET)]
-    spec = str(vision_tower or _named_tower(folder, config, with_weights=not inner))
+    spec = str(vision_tower or find_vision_tower(config.keys.mm_vision_tower, folder, with_weights=not inner))
     tower = load_vision_tower(spec, with_weights=not inner)
     adapt_to_weights(tower.config, tower.checkpoint.tensors if tower.checkpoint else inner)
     if tokenizer is None and base is not None and not has_tokenizer(folder):

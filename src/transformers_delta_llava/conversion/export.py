@@ -108,39 +108,39 @@ def export_checkpoint(
     check_output(output, [folder], overwrite)
     config = read_repo_config(folder)
     _check_layout(config)
-    made = _read_conversion(folder)
+    conversion = _read_conversion(folder)
     checkpoint = read_checkpoint(folder)
-    rows = _rows(checkpoint, config, made, vocab_size)
+    rows = _rows(checkpoint, config, conversion, vocab_size)
     if vision_tower is None:
-        vision_tower = not made.vision_tower.sha256
+        vision_tower = not conversion.vision_tower.sha256
     tensors = released_tensors(checkpoint, rows, vision_tower)
     if projector_only:
         tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(SOURCE_PROJECTOR)}
-    with atomic_folder(output, overwrite) as growing:
+    with atomic_folder(output, overwrite) as tmp_dir:
         if projector_only:
             files = [PROJECTOR_FILE]
-            torch.save({name: tensor.load().clone() for name, tensor in tensors.items()}, growing / PROJECTOR_FILE)
+            torch.save({name: tensor.load().clone() for name, tensor in tensors.items()}, tmp_dir / PROJECTOR_FILE)
         else:
-            files = write_shards(tensors, growing, shard_size, progress)
-            _write_tokenizer(folder, growing, rows, made.tokens_added)
-            _write_generation_config(folder, growing, rows)
+            files = write_shards(tensors, tmp_dir, shard_size, progress)
+            _write_tokenizer(folder, tmp_dir, rows, conversion.tokens_added)
+            _write_generation_config(folder, tmp_dir, rows)
         own = _own_settings(config)
         settings = {
             **_text_settings(config.text_config, rows),
-            **_released_settings(folder, config, made),
+            **_released_settings(folder, config, conversion),
             **own,
-            "mm_vision_tower": _write_tower(folder, config, made, growing),
+            "mm_vision_tower": _write_tower(folder, config, conversion, tmp_dir),
             "torch_dtype": dtype_name(checkpoint.tensors[EMBEDDINGS].dtype),
             "vocab_size": rows,
         }
-        write_json(json.loads(json.dumps(settings, default=str)), growing / "config.json")
+        write_json(json.loads(json.dumps(settings, default=str)), tmp_dir / "config.json")
         # Marks the folder as one that may be overwritten, and keeps for a conversion what no checkpoint says.
         origin = {
-            EXPORTED_FROM: made.source.name or folder.name,
-            "chat_template": made.chat_template,
-            "chat_template_reason": made.chat_template_reason,
+            EXPORTED_FROM: conversion.source.name or folder.name,
+            "chat_template": conversion.chat_template,
+            "chat_template_reason": conversion.chat_template_reason,
         }
-        write_json({key: value for key, value in origin.items() if value is not None}, growing / REPORT_FILE)
+        write_json({key: value for key, value in origin.items() if value is not None}, tmp_dir / REPORT_FILE)
     return ExportReport(output, files, len(tensors), rows, sorted(own))
 
 
@@ -205,7 +205,7 @@ def _check_layout(config: DeltaLlavaConfig) -> None:
         )
 
 
-def _rows(checkpoint: Checkpoint, config: DeltaLlavaConfig, made: _Conversion, wanted: int | None) -> int:
+def _rows(checkpoint: Checkpoint, config: DeltaLlavaConfig, conversion: _Conversion, wanted: int | None) -> int:
     """How many rows of the vocabulary to keep: as many as were trained, if the others are as conversion made them."""
     tables = [checkpoint.tensors[name] for name in (EMBEDDINGS, HEAD) if name in checkpoint.tensors]
     if not tables or any(len(table.shape) != 2 for table in tables):
@@ -215,7 +215,7 @@ def _rows(checkpoint: Checkpoint, config: DeltaLlavaConfig, made: _Conversion, w
         if not 0 < wanted <= size:
             raise ConversionError(f"vocab_size={wanted} is not between 1 and the repo's {size} rows.")
         return wanted
-    trained = made.trained_vocab_size
+    trained = conversion.trained_vocab_size
     if trained is None or not 0 < trained < size:
         return size
     image_rows = (config.image_token_id, None)
@@ -258,14 +258,14 @@ def _own_settings(config: DeltaLlavaConfig) -> dict:
     return {OWN_PREFIX + field: value for field, value in given.items() if value != DEFAULTS[field]}
 
 
-def _released_settings(folder: Path, config: DeltaLlavaConfig, made: _Conversion) -> dict:
+def _released_settings(folder: Path, config: DeltaLlavaConfig, conversion: _Conversion) -> dict:
     """The authors' own keys, but for the vision tower."""
-    model_type = _model_type(config.text_config, made.source.model_type)
+    model_type = _model_type(config.text_config, conversion.source.model_type)
     processor = read_json(folder / "processor_config.json") if (folder / "processor_config.json").is_file() else {}
     settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     length = settings.get("model_max_length")
     values = {
-        "architectures": [_ARCHITECTURES.get(model_type, "LlavaLlamaForCausalLM")],
+        "architectures": [_ARCHITECTURES[config.text_config.model_type]],
         "image_aspect_ratio": "pad" if processor.get("do_pad", True) else "square",
         "mm_hidden_size": config.vision_config.hidden_size,
         "mm_patch_merge_type": "flat",
@@ -279,8 +279,8 @@ def _released_settings(folder: Path, config: DeltaLlavaConfig, made: _Conversion
         "tie_word_embeddings": config.tie_word_embeddings,
         "use_mm_proj": True,
     }
-    if made.base_models and made.base_models[0] != made.vision_tower.name:
-        values["_name_or_path"] = made.base_models[0]
+    if conversion.base_models and conversion.base_models[0] != conversion.vision_tower.name:
+        values["_name_or_path"] = conversion.base_models[0]
     # A length that no tokenizer has means that nobody set one.
     if type(length) is int and length < 10**9:
         values["tokenizer_model_max_length"] = length
@@ -296,19 +296,21 @@ def _model_type(text: PreTrainedConfig, converted_from: str | None) -> str:
     return converted_from if converted_from in names else names[0]
 
 
+# By the type of the language model.
 _ARCHITECTURES = {
-    "llava_mistral": "LlavaMistralForCausalLM",
-    "llava_gemma": "LlavaGemmaForCausalLM",
-    "llava_phi3": "LlavaPhi3ForCausalLM",
-    "llava_seed_oss": "LlavaSeedOssForCausalLM",
-    "llava_qwen": "LlavaQwenForCausalLM",
-    "llava_qwen3": "LlavaQwen3ForCausalLM",
+    "llama": "LlavaLlamaForCausalLM",
+    "mistral": "LlavaMistralForCausalLM",
+    "gemma": "LlavaGemmaForCausalLM",
+    "phi3": "LlavaPhi3ForCausalLM",
+    "seed_oss": "LlavaSeedOssForCausalLM",
+    "qwen2": "LlavaQwenForCausalLM",
+    "qwen3": "LlavaQwen3ForCausalLM",
 }
 
 
-def _write_tower(folder: Path, config: DeltaLlavaConfig, made: _Conversion, output: Path) -> str:
+def _write_tower(folder: Path, config: DeltaLlavaConfig, conversion: _Conversion, output: Path) -> str:
     """The tower's name for `mm_vision_tower`: its Hub id, or a folder of its settings written beside the weights."""
-    name = made.vision_tower.name
+    name = conversion.vision_tower.name
     if name is not None and is_repo_id(name):
         return name
     tower = output / TOWER_FOLDER

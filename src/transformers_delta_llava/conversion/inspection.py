@@ -136,7 +136,7 @@ def _inspect_checkpoint(folder: Path, settings: dict, checkpoint: Checkpoint) ->
             raise ConversionError(f"The checkpoint has no language model in it (no {SOURCE_EMBEDDINGS}).")
         source = read_config(settings)
         inside = [name.removeprefix(TOWER_TARGET) for name in tensors if name.startswith(TOWER_TARGET)]
-        tower = find_vision_tower(source.keys.mm_vision_tower or "", folder)
+        tower = find_vision_tower(source.keys.mm_vision_tower, folder)
         vision_config = load_vision_tower(tower, with_weights=False).config
         if inside:
             adapt_to_weights(vision_config, inside)

@@ -59,7 +59,7 @@ class VisionTower:
     checkpoint: Checkpoint | None = None
 
 
-def find_vision_tower(named: str, checkpoint: Path, with_weights: bool = False) -> str:
+def find_vision_tower(named: str | None, checkpoint: Path, with_weights: bool = False) -> str:
     """Where the tower is that a checkpoint names, which was a Hub id or a path on the machine that trained it.
 
     Looked for in this order: the path; the same path, then its last part, inside the checkpoint's folder and beside it;
@@ -72,9 +72,14 @@ def find_vision_tower(named: str, checkpoint: Path, with_weights: bool = False) 
 
     Returns:
         A folder or a Hub id; `named` itself where nothing is found.
+
+    Raises:
+        ConversionError: the checkpoint names none.
     """
+    if not named:
+        raise ConversionError(f"config.json names no mm_vision_tower; pass its folder or Hub id with {_OPTION}.")
     hub_id = cached_repo_id(named)
-    path, name = Path(named).expanduser(), Path(hub_id or named).name
+    path, name = Path(named), Path(hub_id or named).name
     beside = [folder / part for part in (path, name) for folder in (checkpoint, checkpoint.parent)]
     for folder in (*([path] if path.is_absolute() else []), *beside, path):
         is_tower = (folder / "config.json").is_file() and (not with_weights or has_weights(folder))

@@ -14,6 +14,7 @@ from .files import refuse_special_files
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Where the Hub's client keeps downloads: the last folder's name is a commit.
 _CACHED = re.compile(r"(?:.*[/\\])?models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\][0-9a-f]{40}[/\\]?")
+_LONGEST_PATH = 4096
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # First parts of paths on the machine that trained a model, which look like owners on the Hub.
 _FOLDER = re.compile(
@@ -31,7 +32,7 @@ def is_repo_id(text: str) -> bool:
 
 def cached_repo_id(path: str) -> str | None:
     """The Hub id of a path into the Hub's cache, on whatever machine; None for any other path."""
-    match = _CACHED.fullmatch(path)
+    match = _CACHED.fullmatch(path) if len(path) <= _LONGEST_PATH else None
     return f"{match[1]}/{match[2]}" if match else None
 
 
@@ -60,11 +61,11 @@ def hub_id_of(name: object, *folders: Path) -> str | None:
         return None
     if cached := cached_repo_id(name):
         return cached
-    if not is_repo_id(name) or any((folder / name).exists() for folder in (Path(), *folders)):
-        return None
     try:
         validate_repo_id(name)
     except HFValidationError:
+        return None
+    if not is_repo_id(name) or any((folder / name).exists() for folder in (Path(), *folders)):
         return None
     owner, _, last = name.partition("/")
     is_path = _FOLDER.fullmatch(owner) or _COMMIT.fullmatch(last) or last.startswith("checkpoint-")
