@@ -12,7 +12,7 @@ from ..modeling.delta_repo_delta_llava import dtype_name
 from ..utils.files import read_json
 from ..utils.hub import local_folder
 from ..utils.output_folder import REPORT_FILE
-from .chat_templates import QUESTION, choose_chat_template, recognise_template, render
+from .chat_templates import QUESTION, choose_chat_template, exported_template, recognise_template, render
 from .checkpoint_reader import Checkpoint, LazyTensor, has_weights
 from .config_map import SourceConfig, Vocabulary, convert_config, read_config
 from .errors import ConversionError, listed
@@ -177,7 +177,8 @@ def _describe_prompt(
         tokenizer = load_tokenizer(str(folder), text_config, source.family.sentencepiece_class if source else None)
         own = read_own_template(str(folder))
         if source is not None:
-            template = choose_chat_template(None, source.settings, None, tokenizer, own)
+            exported = exported_template(folder, tokenizer)
+            template = exported or choose_chat_template(None, source.settings, None, tokenizer, own)
         else:
             report = read_json(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else {}
             template = recognise_template(own or "", report)
