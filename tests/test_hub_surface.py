@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import transformers
 
 from tests.conftest import OLDEST
@@ -26,14 +27,14 @@ def is_public_torch(name: str) -> bool:
     return path[0] == "torch" and not any(part.startswith("_") and part != "__version__" for part in path)
 
 
+@pytest.mark.skipif(transformers.__version__ == OLDEST, reason="what a class inherits differs; one version is enough")
 def test_every_name_is_in_the_table_and_every_line_of_it_is_needed() -> None:
     touched = {name for name in surface(HUB_FILES) if not is_public_torch(name)}
     names = listed() - {"torch.*"}
     assert not sorted(touched - names), (
         "add them to the table with the reason why they can be trusted, or do without them"
     )
-    if transformers.__version__ != OLDEST:  # which lacks some that the others have
-        assert not sorted(names - touched), "nothing touches these any more"
+    assert not sorted(names - touched), "nothing touches these any more"
 
 
 def test_a_new_name_is_noticed(tmp_path: Path) -> None:

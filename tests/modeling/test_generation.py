@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tokenizers import decoders
 
 from tests.tiny import IMAGE_TOKEN_ID, left_pad, prompt, tiny_config, tiny_processor
@@ -117,6 +119,20 @@ class TestCachedImages:
         assert torch.equal(
             model.generate(more, attention_mask=mask, pixel_values=pixel_values[:2], **cache, **GREEDY), expected
         )
+
+
+def test_prompts_in_chunks_keep_their_images_or_are_refused(model, batch, images):
+    """Older transformers read them without their images."""
+    expected = model.generate(**batch, **images, **GREEDY)
+    try:
+        actual = model.generate(**batch, **images, **GREEDY, prefill_chunk_size=16)
+    except ValueError as error:
+        assert "5.24" in str(error) and Version(transformers.__version__) < Version("5.24")
+    else:
+        assert torch.equal(actual, expected)
+    text = {name: batch[name][2:] for name in batch}
+    expected = model.generate(**text, **GREEDY)
+    assert torch.equal(model.generate(**text, **GREEDY, prefill_chunk_size=16), expected)
 
 
 class TestBudgetsFromTheText:

@@ -72,7 +72,6 @@ class TestBatches:
             {"use_cache": False},
             {"num_beams": 3},
             {"num_beams": 3, "num_return_sequences": 2},
-            {"prefill_chunk_size": 16},
         ],
         ids=str,
     )

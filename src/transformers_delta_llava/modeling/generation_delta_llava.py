@@ -33,6 +33,13 @@ class DeltaLlavaGenerationMixin(GenerationMixin):
             **kwargs,
         )
         if not is_first_iteration and kwargs.get("use_cache", True):  # the images are in the cache by now
+            cache = kwargs.get("cache", kwargs.get("past_key_values"))
+            shown = images.get("pixel_values") is not None or (images.get("mm_encoder_outputs") or {}).get("image")
+            if shown and cache is not None and cache.get_seq_length() == 0:
+                raise ValueError(
+                    "prefill_chunk_size: this version of transformers drops the images of a prompt that it reads in "
+                    "chunks; leave prefill_chunk_size out, or use transformers 5.24 or newer."
+                )
             return inputs
         if next_sequence_length is not None:
             images = self._drop_cached_images(images, input_ids, inputs_embeds, next_sequence_length)
