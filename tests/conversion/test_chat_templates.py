@@ -99,6 +99,8 @@ def test_what_is_known_is_taken_without_a_warning(make_tokenizer, model_type, ba
     [
         ("llava_llama", "HuggingFaceTB/SmolLM2-135M-Instruct", CHATML, True, "tokenizer", "the tokenizer has its own"),
         ("llava_llama", "/data/llama-30b", LLAMA_3, False, "llama3", "the tokenizer has <|eot_id|>"),
+        ("llava_llama", "openlm-research/open_llama_3b_v2", (), False, "vicuna_v1", "nothing in the checkpoint"),
+        ("llava_llama", "princeton-nlp/Sheared-LLaMA-2.7B", (), False, "vicuna_v1", "nothing in the checkpoint"),
         ("llava_llama", None, CHATML, False, "chatml_direct", "the tokenizer has <|im_end|>"),
         ("llava_mistral", "/data/base", CHATML, True, "chatml_direct", "the tokenizer has <|im_end|>"),
         ("llava_llama", None, ("<start_of_turn>",), False, "gemma", "the tokenizer has <start_of_turn>"),

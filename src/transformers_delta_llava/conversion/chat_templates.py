@@ -23,13 +23,15 @@ OWN = "tokenizer"
 QUESTION = [{"type": "image"}, {"type": "text", "text": "What is in this image?"}]
 _MARK = "<answer to be put here>"
 
+# A number that is not the number of parameters: `llama-30b`, `open_llama_3b`, `llama-2.7b`.
+_NO_SIZE = r"(?!\d|b|\.\d+b)"
 # Words in a base model's name, and the conversation that LLaVA's users tune such a model with; the first match counts.
 _NAMES = {
-    r"hermes[-_ ]?4(?!\d)": "hermes-4",
+    rf"hermes[-_ ]?4{_NO_SIZE}": "hermes-4",
     r"hermes": "hermes-2",
     r"vicuna|llava[-_ ]?v?1": "vicuna_v1",
-    r"llama[-_ ]?3(?!\d)": "llama3",
-    r"llama[-_ ]?2(?!\d)": "llava_llama_2",
+    rf"llama[-_ ]?3{_NO_SIZE}": "llama3",
+    rf"llama[-_ ]?2{_NO_SIZE}": "llava_llama_2",
     r"mistral|mixtral": "mistral_instruct",
     r"phi[-_ ]?3": "phi_3",
     r"gemma": "gemma",
