@@ -45,6 +45,7 @@ KINDS = {
 _SENTENCEPIECE: dict[str, tuple[bool, list[str]]] = {
     "vicuna": (False, []),
     "mistral": (True, []),
+    "openhermes": (False, ["<|im_start|>", "<|im_end|>"]),
     "phi3": (False, ["<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]),
 }
 _LLAMA_3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -67,7 +68,7 @@ def write_tokenizer(folder: Path, kind: str = "plain") -> dict[str, int | None]:
 
     Args:
         folder: an existing folder.
-        kind: `plain`, or one of `KINDS`' values, or `llama3`.
+        kind: `plain`, one of `KINDS`' values, or `llama3`, `openhermes` (ChatML on SentencePiece) or `qwen_base`.
 
     Returns:
         What a language model's config says of it: `vocab_size`, and the ids of its special tokens. Nothing for the plain
@@ -80,9 +81,9 @@ def write_tokenizer(folder: Path, kind: str = "plain") -> dict[str, int | None]:
         return _write_llama(folder, kind)
     if kind == "gemma":
         return _write_gemma(folder)
-    if kind == "qwen":
-        return _write_qwen(folder)
-    return _write_llama_3(folder)
+    if kind in ("qwen", "qwen_base"):
+        return _write_qwen(folder, is_base=kind == "qwen_base")
+    return _write_llama_3(folder, is_base=kind == "llama3")
 
 
 def _write_plain(folder: Path) -> None:
@@ -102,7 +103,10 @@ def _write_llama(folder: Path, kind: str) -> dict[str, int | None]:
     size = _train_sentencepiece(folder, unk_id=0, bos_id=1, eos_id=2, pad_id=-1)
     decoder = {str(i): _entry(token) for i, token in enumerate(("<unk>", "<s>", "</s>"))}
     # Phi-3's special tokens swallow the space and the newline behind them.
-    decoder |= {str(size + i): _entry(token, rstrip=token != "<|endoftext|>") for i, token in enumerate(added)}
+    decoder |= {
+        str(size + i): _entry(token, rstrip=kind == "phi3" and token != "<|endoftext|>")
+        for i, token in enumerate(added)
+    }
     end = "<|endoftext|>" if kind == "phi3" else "</s>"
     settings = {
         "add_bos_token": True,
@@ -159,7 +163,7 @@ def _write_gemma(folder: Path) -> dict[str, int | None]:
     return _ids(settings, size)
 
 
-def _write_qwen(folder: Path) -> dict[str, int | None]:
+def _write_qwen(folder: Path, is_base: bool) -> dict[str, int | None]:
     tokenizer = _byte_pairs([], 350)
     content = json.loads(tokenizer.to_str())["model"]
     _write_json(folder / "vocab.json", content["vocab"])
@@ -172,9 +176,9 @@ def _write_qwen(folder: Path) -> dict[str, int | None]:
         "added_tokens_decoder": {str(size + i): _entry(token) for i, token in enumerate(added)},
         "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
         "bos_token": None,
-        "chat_template": _QWEN_TEMPLATE,
+        "chat_template": None if is_base else _QWEN_TEMPLATE,
         "clean_up_tokenization_spaces": False,
-        "eos_token": "<|im_end|>",
+        "eos_token": "<|endoftext|>" if is_base else "<|im_end|>",
         "errors": "replace",
         "pad_token": "<|endoftext|>",
         "padding_side": "right",
@@ -186,8 +190,8 @@ def _write_qwen(folder: Path) -> dict[str, int | None]:
     return _ids(settings, size + len(added))
 
 
-def _write_llama_3(folder: Path) -> dict[str, int | None]:
-    """Llama 3's, and Hermes 4's, which has the same format with a bos token and a template of its own."""
+def _write_llama_3(folder: Path, is_base: bool) -> dict[str, int | None]:
+    """Llama 3's base model, or Hermes 4, which has the same format and brings its template."""
     tokenizer = _byte_pairs([], 350)
     size = tokenizer.get_vocab_size()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _LLAMA_3])
@@ -203,9 +207,9 @@ def _write_llama_3(folder: Path) -> dict[str, int | None]:
     settings = {
         "added_tokens_decoder": {str(size + i): _entry(token) for i, token in enumerate(_LLAMA_3)},
         "bos_token": _LLAMA_3[0],
-        "chat_template": _LLAMA_3_TEMPLATE,
+        "chat_template": None if is_base else _LLAMA_3_TEMPLATE,
         "clean_up_tokenization_spaces": True,
-        "eos_token": "<|eot_id|>",
+        "eos_token": "<|end_of_text|>" if is_base else "<|eot_id|>",
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": 2048,
         "padding_side": "right",

@@ -2,17 +2,16 @@
 
 import json
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from PIL import Image
-from transformers import pipeline
+from transformers import PreTrainedTokenizerBase, pipeline
 
 from examples.make_checkpoint import write_checkpoint
-from tests.conversion.real_tokenizers import encode_as_the_authors, write_byte_level, write_gemma, write_sentencepiece
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from transformers_delta_llava.conversion import convert_checkpoint, inspect_model
 from transformers_delta_llava.training.encoding import IGNORED, ConversationEncoder
@@ -20,38 +19,28 @@ from transformers_delta_llava.training.encoding import IGNORED, ConversationEnco
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "reference" / "golden_prompts.json").read_text(encoding="utf-8"))
 IMAGE = Image.effect_mandelbrot((40, 30), (-2, -1, 1, 1), 20).convert("RGB")
-LLAMA_3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-PHI_3 = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>")
-CHATML = ("<|im_start|>", "<|im_end|>")
-# Hermes 4.3's kind: no system message of its own.
-HERMES_OWN = (
-    "{{- bos_token }}{%- for message in messages %}{{- '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' }}"
-    "{{- message.content | trim + '<|eot_id|>' }}{%- endfor %}{%- if add_generation_prompt %}"
-    "{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
-)
 HERMES_TURN = "<|start_header_id|>{}<|end_header_id|>\n\n{}<|eot_id|>"
 
 
 @dataclass
 class Case:
-    """A kind of checkpoint; `opening` and `end` stand around what is trained on."""
+    """A kind of checkpoint and of tokenizer; `opening` and `end` stand around what is trained on."""
 
     model_type: str
     base: str
-    write_tokenizer: Any
+    tokenizer: str
     template: str
     opening: str
     end: str
     eos: set[str]
 
 
-llama_3 = partial(write_byte_level, special=LLAMA_3, bos="<|begin_of_text|>")
 header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
 CASES = {
     "vicuna, not legacy": Case(
         "llava_llama",
         "lmsys/vicuna-7b-v1.5",
-        partial(write_sentencepiece, legacy=False),
+        "vicuna",
         "vicuna_v1",
         "ASSISTANT:",
         "</s>",
@@ -60,7 +49,7 @@ CASES = {
     "llama 2": Case(
         "llava_llama",
         "meta-llama/Llama-2-7b-chat-hf",
-        partial(write_sentencepiece, legacy=False),
+        "vicuna",
         "llava_llama_2",
         "[/INST]",
         " </s>",
@@ -69,7 +58,7 @@ CASES = {
     "llama 3": Case(
         "llava_llama",
         "meta-llama/Meta-Llama-3-8B",
-        partial(llama_3, eos="<|end_of_text|>"),
+        "llama3",
         "llama3",
         header,
         "<|eot_id|>",
@@ -78,19 +67,17 @@ CASES = {
     "chatml on sentencepiece": Case(
         "llava_mistral",
         "teknium/OpenHermes-2.5-Mistral-7B",
-        partial(write_sentencepiece, special=CHATML, legacy=False),
+        "openhermes",
         "hermes-2",
         "<|im_start|>assistant\n",
         "<|im_end|>",
         {"</s>", "<|im_end|>"},
     ),
-    "mistral": Case(
-        "llava_mistral", "/models/base", write_sentencepiece, "mistral_instruct", "[/INST]", " </s>", {"</s>"}
-    ),
+    "mistral": Case("llava_mistral", "/models/base", "mistral", "mistral_instruct", "[/INST]", " </s>", {"</s>"}),
     "gemma": Case(
         "llava_gemma",
         "google/gemma-2b-it",
-        write_gemma,
+        "gemma",
         "gemma",
         "<start_of_turn>model\n",
         "<end_of_turn>\n<eos>",
@@ -99,16 +86,16 @@ CASES = {
     "phi 3": Case(
         "llava_Phi3",
         "microsoft/Phi-3-mini-4k-instruct",
-        partial(write_sentencepiece, special=PHI_3, legacy=False),
+        "phi3",
         "phi_3",
         "<|assistant|>\n",
         "<|end|>",
-        {"</s>", "<|end|>"},
+        {"<|endoftext|>", "<|end|>"},
     ),
     "seed oss": Case(
         "llava_seed_oss",
         "NousResearch/Hermes-4.3-36B",
-        partial(llama_3, eos="<|eot_id|>", chat_template=HERMES_OWN),
+        "hermes4",
         "tokenizer",
         header,
         "<|eot_id|>",
@@ -117,7 +104,7 @@ CASES = {
     "qwen 2": Case(
         "llava_qwen2",
         "Qwen/Qwen2-7B",
-        partial(write_byte_level, special=("<|endoftext|>", *CHATML), bos=None, eos="<|endoftext|>"),
+        "qwen_base",
         "chatml",
         "<|im_start|>assistant\n",
         "<|im_end|>",
@@ -126,23 +113,28 @@ CASES = {
 }
 
 
-def write_tiny_checkpoint(folder: Path, case: Case) -> Any:
+def write_tiny_checkpoint(folder: Path, case: Case) -> PreTrainedTokenizerBase:
     """A checkpoint with a shallow tower and its tokenizer; returns the tokenizer that the authors' code encodes with."""
+    # The sizes of tiny models have a head_dim, which not every config knows.
+    unknown = {"head_dim": None} if case.model_type in ("llava_Phi3", "llava_qwen2") else {}
     write_checkpoint(
         folder,
         model_type=case.model_type,
-        text={"vocab_size": 768},
         tower_sizes={"num_hidden_layers": 4},
-        config={"_name_or_path": case.base, "mm_vision_feature_levels": [1, 2, 3, 3]},
-        tokenizer=False,
+        config={"_name_or_path": case.base, "mm_vision_feature_levels": [1, 2, 3, 3], **unknown},
+        tokenizer=case.tokenizer,
     )
-    tokenizer = case.write_tokenizer(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
-    if case.model_type in ("llava_Phi3", "llava_qwen2"):
-        del config["head_dim"]  # which their configs do not know
-    (folder / "config.json").write_text(json.dumps(config))
-    return tokenizer
+    name = json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"]
+    return getattr(transformers, name).from_pretrained(folder)
+
+
+def encode_as_the_authors(tokenizer: PreTrainedTokenizerBase, text: str, image_ids: list[int]) -> list[int]:
+    """Token ids of a prompt: BOS once, if the tokenizer adds it, and the pieces between images encoded alone."""
+    bos = tokenizer.bos_token_id
+    ids = [bos] if bos is not None and tokenizer("").input_ids[:1] == [bos] else []
+    for index, piece in enumerate(text.split("<image>")):
+        ids += image_ids * (index > 0) + tokenizer.encode(piece, add_special_tokens=False)
+    return ids[1:] if ids[:2] == [bos, bos] else ids
 
 
 def rendered(template: str, turns: list[str], generation_prompt: bool) -> str:
