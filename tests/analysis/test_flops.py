@@ -129,3 +129,11 @@ def test_what_cannot_be_counted_is_refused() -> None:
         shape_config("70b")
     with pytest.raises(ValueError, match="num_visual_tokens=7"):
         profile_model(tiny_config(), budgets=[7])
+
+
+@pytest.mark.parametrize(
+    "lengths", [{"text_tokens": -1}, {"new_tokens": 0}, {"text_tokens": 10**20}, {"new_tokens": 10**20}]
+)
+def test_lengths_that_no_model_has_are_refused(lengths):
+    with pytest.raises(ValueError, match="use a number from"):
+        profile_model(tiny_config(), **lengths)

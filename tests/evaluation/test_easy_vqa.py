@@ -191,6 +191,7 @@ def test_a_question_longer_than_the_models_positions_is_refused(model, processor
         (["--device", "abacus"], "device='abacus' is not to be had here"),
         (["--batch-size", "0"], "--batch-size 0: ask at least one"),
         (["--limit", "0"], "limit=0: ask at least one"),
+        (["--output", "no/such/folder/x.json"], "name a file in a folder that exists"),
     ],
 )
 def test_bad_options_are_refused_in_one_sentence(saved, options, message):

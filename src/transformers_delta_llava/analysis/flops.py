@@ -87,6 +87,10 @@ def shape_config(shape: str, vision: dict | None = None, text: dict | None = Non
     return DeltaLlavaConfig({**DEFAULT_VISION_CONFIG, **(vision or {})}, {**SHAPES[shape], **(text or {})}, **fields)
 
 
+# Of a prompt or an answer: more than any model reads.
+MAX_TOKENS = 10**8
+
+
 def profile_model(
     config: DeltaLlavaConfig,
     text_tokens: int = 68,
@@ -104,8 +108,11 @@ def profile_model(
         budgets: numbers of visual tokens; all that the grid can give by default.
 
     Raises:
-        ValueError: on a budget that the grid cannot give, or a tower of another type.
+        ValueError: on a budget that the grid cannot give, lengths that no model has, or a tower of another type.
     """
+    for name, number, least in (("text_tokens", text_tokens, 0), ("new_tokens", new_tokens, 1)):
+        if not least <= number <= MAX_TOKENS:
+            raise ValueError(f"{name}={number}: use a number from {least} to {MAX_TOKENS:,}.")
     with torch.device("meta"):
         model = DeltaLlavaForConditionalGeneration(config).to("meta", dtype).eval()  # the position table is not there
     parts = {"tower": model.model.vision_tower, "projector": model.model.multi_modal_projector}

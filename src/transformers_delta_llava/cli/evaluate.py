@@ -46,6 +46,8 @@ def easy_vqa(
 
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size}: ask at least one question at a time.")
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise ValueError(f"--output {output}: name a file in a folder that exists.")
     console = Console()
     questions = draw_test_questions(limit)
     truths = [question.answer for question in questions]
