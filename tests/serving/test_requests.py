@@ -51,6 +51,7 @@ REFUSED = {
     "messages that are text": ({"messages": "hello"}, "messages='hello'"),
     "a message that is none": ({"messages": [None]}, "messages.0"),
     "no role": ({"messages": [{"content": "x"}]}, "messages.0.role is missing"),
+    "no content": ({"messages": [{"role": "user"}]}, "messages.0.content: use a string, or a list of parts"),
     "a number as content": ({"messages": [{"role": "user", "content": 7}]}, "use a string, or a list of parts"),
     "a part without type": (
         {"messages": [{"role": "user", "content": [{}]}]},

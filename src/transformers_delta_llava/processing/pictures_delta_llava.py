@@ -171,9 +171,10 @@ def download(url: str, max_bytes: int | None = None) -> bytes:
                         raise ValueError(f"{url[:200]} sends more than {limit >> 20} MiB")
         except urllib.error.HTTPError as error:
             errors.append(ValueError(f"{url[:200]} answers {error.code} {error.reason}"))
+        except urllib.error.URLError as error:  # wraps what the network said
+            errors.append(error.reason if isinstance(error.reason, OSError) else error)
         except Exception as error:
-            # What urllib raises wraps what the network said.
-            errors.append(error.reason if isinstance(getattr(error, "reason", None), OSError) else error)
+            errors.append(error)
 
     # In a thread, as even headers can come byte by byte, each of which starts the time of the socket again.
     thread = threading.Thread(target=read, daemon=True)

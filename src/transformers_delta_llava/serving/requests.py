@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from ..processing import DeltaLlavaProcessor
 from ..processing.pictures_delta_llava import URL_MAX_BYTES, download
@@ -43,12 +43,14 @@ class _TemplateOptions(_ProcessorOptions):
 
 class _Message(FileModel):
     role: str
-    content: Any = None
+    content: Any = Field(None, validate_default=True)
 
     @field_validator("content")
     @classmethod
-    def _check_parts(cls, content: Any) -> Any:
-        if content is None or isinstance(content, str):
+    def _check_parts(cls, content: Any, info: ValidationInfo) -> Any:
+        if isinstance(content, str) or (
+            content is None and info.data.get("role") == "assistant"
+        ):  # one with tool calls
             return content
         if not isinstance(content, list):
             raise ValueError("use a string, or a list of parts of type text and image_url")
