@@ -1,12 +1,15 @@
 """A conversion ends in a repo that loads and answers, or in no repo: what `push` checks is checked before it appears."""
 
 import json
+import os
 import shutil
 
 import pytest
 
-from transformers_delta_llava.conversion import ConversionError, convert_checkpoint
-from transformers_delta_llava.conversion.repo_check import check_repo
+from transformers_delta_llava.analysis.loading import load_repo
+from transformers_delta_llava.conversion import ConversionError, convert_checkpoint, export_checkpoint, inspect_model
+from transformers_delta_llava.conversion.repo_check import check_repo, repo_files
+from transformers_delta_llava.utils import templates
 
 
 @pytest.fixture
@@ -62,14 +65,15 @@ def test_a_source_that_makes_no_repo_that_loads(source, tmp_path, file, change):
         ("no image here", "out does not load: .*(0 placeholders|image)"),
         (
             "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-            "takes more than 5 seconds",
+            "takes more than 0.5 seconds",
         ),
         ("{{ 9 ** 9 ** 9 }}", r"computes powers \(\*\*\)"),
         ("{% for %}", "is not a template: "),
         (1_000_001 * " ", "has more than 1,000,000 characters"),
     ],
 )
-def test_a_template_that_makes_no_repo_that_loads(source, tmp_path, template, message):
+def test_a_template_that_makes_no_repo_that_loads(source, tmp_path, monkeypatch, template, message):
+    monkeypatch.setattr(templates, "MAX_SECONDS", 0.5)
     (tmp_path / "x.jinja").write_text(template)
     with pytest.raises(ConversionError, match=message):
         convert_checkpoint(source, tmp_path / "out", chat_template=str(tmp_path / "x.jinja"))
@@ -114,3 +118,37 @@ def test_a_tokenizer_that_panics_or_cannot_be_written(source, tmp_path, monkeypa
     with pytest.raises(ConversionError, match="The tokenizer of llava-tiny cannot be used: No space left"):
         convert_checkpoint(source, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["given"]
+
+
+def test_the_template_of_a_repo_that_loops(repo, tmp_path, monkeypatch):
+    monkeypatch.setattr(templates, "MAX_SECONDS", 0.5)
+    copied = shutil.copytree(repo, tmp_path / "copied")
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    (copied / "chat_template.jinja").write_text(loop)
+    for load in (check_repo, lambda folder: load_repo(str(folder))):
+        with pytest.raises(ConversionError, match="The chat template of .*copied takes more than 0.5 seconds"):
+            load(copied)
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors"])
+def test_a_pipe_among_the_files_of_a_repo(repo, tmp_path, name):
+    copied = shutil.copytree(repo, tmp_path / "copied")
+    (copied / name).unlink()
+    os.mkfifo(copied / name)
+    for read in (repo_files, check_repo, inspect_model, lambda folder: load_repo(str(folder))):
+        with pytest.raises(ConversionError, match=f"{name} in copied is not a regular file"):
+            read(copied)
+
+
+def test_a_repo_of_a_thousand_million_layers(repo, tmp_path):
+    copied = shutil.copytree(repo, tmp_path / "copied")
+    edit(copied / "config.json", lambda values: values["text_config"].update(num_hidden_layers=10**9))
+    for read in (
+        check_repo,
+        lambda folder: load_repo(str(folder)),
+        lambda folder: export_checkpoint(folder, tmp_path / "out"),
+    ):
+        with pytest.raises(
+            ConversionError, match="text_config.num_hidden_layers=1000000000: input should be less than"
+        ):
+            read(copied)

@@ -13,6 +13,8 @@ from ..processing.pictures_delta_llava import open_image
 from ..utils.errors import DeltaLlavaError, one_line, shorten
 from ..utils.files import read_json, refuse_special_files
 from ..utils.hub import is_repo_id
+from ..utils.templates import render_question
+from ..utils.validation import check_sizes
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -44,6 +46,7 @@ def load_repo(
             model, dtype=getattr(torch, dtype), output_loading_info=True
         )
         processor = DeltaLlavaProcessor.from_pretrained(model)
+        render_question(processor, f"The chat template of {model}")
     missing = sorted(report["missing_keys"])
     if missing:
         raise DeltaLlavaError(f"{model} cannot be used: {len(missing)} weights are missing, among them {missing[0]}.")
@@ -115,9 +118,11 @@ def _check_repo(model: str) -> None:
     if not (folder / "config.json").is_file():
         raise DeltaLlavaError(f"{model} is no model: it has no config.json.")
     try:
-        model_type = read_json(folder / "config.json").get("model_type")
+        settings = read_json(folder / "config.json")
+        check_sizes(settings, "config.json")
     except ValueError as error:
         raise DeltaLlavaError(f"{model} is no model: {one_line(error)}.") from error
+    model_type = settings.get("model_type")
     if not isinstance(model_type, str):
         raise DeltaLlavaError(f"{model} is no model: its config.json names no model_type.")
     if model_type != "delta_llava":

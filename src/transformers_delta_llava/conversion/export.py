@@ -14,13 +14,12 @@ from ..utils.errors import explain_errors
 from ..utils.files import read_json, write_json
 from ..utils.hub import is_repo_id, local_folder
 from ..utils.output_folder import EXPORTED_FROM, REPORT_FILE, atomic_folder, check_output
-from ..utils.validation import FileModel, read_model
+from ..utils.validation import FileModel, check_sizes, read_model
 from .checkpoint_reader import Checkpoint, LazyTensor, read_checkpoint
 from .config_map import DEFAULTS, OWN_PREFIX
 from .errors import ConversionError, listed
 from .key_map import RULES, SOURCE_PROJECTOR, TOWER_TARGET, Rule, Shape
 from .language_models import LANGUAGE_MODELS
-from .settings import check_sizes
 from .shard_writer import Progress, parse_size, same_bits, write_shards
 from .sources import PROJECTOR_FILE
 from .tensor_plan import EMBEDDINGS, HEAD, new_rows, published_name

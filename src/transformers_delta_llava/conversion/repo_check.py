@@ -12,10 +12,10 @@ from ..modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
 from ..utils.errors import explain_errors
 from ..utils.files import read_json, refuse_special_files
-from ..utils.templates import check_template, time_limit
+from ..utils.templates import render_question
+from ..utils.validation import check_sizes
 from .errors import ConversionError, listed
 from .repo_code import HUB_FILES, read_code
-from .settings import check_sizes
 
 
 # What a model repo has, beside this package's code. Logs, data, keys and whatever else lies in the folder stay there.
@@ -48,9 +48,10 @@ def repo_files(folder: Path, include: Sequence[str] = ()) -> tuple[dict[str, Pat
     if not folder.is_dir():
         raise ConversionError(f"{folder} is not a folder.")
     files, left_out, matched = {}, [], set()
+    refuse_special_files(folder)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if path.is_dir() and not path.is_symlink():
+        if not path.is_file() and not path.is_symlink():
             continue
         if any(part.startswith(".") for part in name.parts) and str(name) not in PUBLISHED:
             continue  # nobody looks for `.git` and `.env` in a repo
@@ -131,11 +132,7 @@ def _check_processor(folder: Path, name: str, config: DeltaLlavaConfig) -> None:
     for word, token_id in processor.tokenizer.get_vocab().items():
         if (other := words_by_id.setdefault(token_id, word)) != word:
             raise ConversionError(f"{name} does not load: its tokenizer has {listed((other, word))} under one id.")
-    template, what = processor.chat_template, f"The chat template of {name}"
-    check_template(template if isinstance(template, str) else "", what)
-    question = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
-    with time_limit(what):
-        prompt = processor.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
+    prompt = render_question(processor, f"The chat template of {name}")
     inputs = processor(images=Image.new("RGB", (40, 30)), text=prompt, return_tensors="pt")
     found = int((inputs["input_ids"] == config.image_token_id).sum())
     if found != config.num_visual_tokens:

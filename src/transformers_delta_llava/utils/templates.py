@@ -33,18 +33,37 @@ def check_template(source: str, name: str) -> None:
         raise DeltaLlavaError(f"{name} computes powers (**), which no prompt needs and which may take for ever.")
 
 
+def render_question(processor: Any, what: str) -> str:
+    """The prompt for a question about an image, by the template of a repo, which may be a stranger's.
+
+    Args:
+        processor: of the repo.
+        what: what errors call its template.
+
+    Raises:
+        DeltaLlavaError: a template that runs too long, or that `check_template` refuses.
+        ValueError: whatever else it raises.
+    """
+    template = processor.chat_template
+    for source in template.values() if isinstance(template, dict) else [template]:
+        check_template(str(source or ""), what)
+    content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    with time_limit(what):
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
 @contextmanager
-def time_limit(what: str, seconds: float = MAX_SECONDS) -> Iterator[None]:
-    """Stops Python code in the block, in this thread, that takes longer.
+def time_limit(what: str) -> Iterator[None]:
+    """Stops Python code in the block, in this thread, that takes longer than `MAX_SECONDS`.
 
     Raises:
         DeltaLlavaError: saying that `what` takes too long.
     """
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + MAX_SECONDS
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
         if time.monotonic() > deadline:
-            raise DeltaLlavaError(f"{what} takes more than {seconds:g} seconds.")
+            raise DeltaLlavaError(f"{what} takes more than {MAX_SECONDS:g} seconds.")
         return trace
 
     previous = sys.gettrace()

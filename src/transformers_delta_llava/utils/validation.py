@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import DeltaLlavaError, one_line
 from .files import read_json
@@ -42,3 +42,34 @@ def read_model(path: Path, model: type[Model]) -> Model:
     """
     values: Mapping[str, Any] = read_json(path)
     return validate(model, values, path.name)
+
+
+_Layers = Annotated[int, Field(ge=1, le=1000)]
+_Size = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+class _Sizes(FileModel):
+    """Sizes by which configs and models build lists and tables, at most what any model has, by a wide margin."""
+
+    num_hidden_layers: _Layers | None = None
+    hidden_size: _Size | None = None
+    intermediate_size: _Size | None = None
+    num_attention_heads: _Size | None = None
+    num_key_value_heads: _Size | None = None
+    head_dim: _Size | None = None
+    max_position_embeddings: _Size | None = None
+    vocab_size: _Size | None = None
+    num_channels: _Size | None = None
+    patch_size: _Size | None = None
+    image_size: Annotated[int, Field(ge=1, le=2**16)] | None = None
+    text_config: "_Sizes | None" = None
+    vision_config: "_Sizes | None" = None
+
+
+def check_sizes(settings: Mapping[str, object], where: str) -> None:
+    """Refuse a config whose sizes would fill the memory before anything compares them with the weights.
+
+    Raises:
+        DeltaLlavaError: one sentence that begins with `where`.
+    """
+    validate(_Sizes, dict(settings), where)
