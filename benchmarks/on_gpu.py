@@ -52,7 +52,7 @@ def main() -> None:
     options = ["--rehearse"] if arguments.rehearse else []
     with tempfile.TemporaryDirectory() as site:
         statuses = run_parts(
-            {name: LIMITS[name] for name in arguments.parts},
+            {name: LIMITS[name] * (3 if arguments.rehearse else 1) for name in arguments.parts},  # CPUs may be busy
             lambda name: [*script, "--child", name, *options],
             arguments.output,
             arguments.seconds,
