@@ -148,7 +148,9 @@ def test_a_damaged_index_is_built_again(tmp_path: Path) -> None:
         assert len(JsonRows(file, tmp_path / "data", tmp_path / "cache")) == 4
 
 
-@pytest.mark.parametrize("content", ['{"a": 1}', "[{} {", '[{"a": 1}', '["a', ""])
+@pytest.mark.parametrize(
+    "content", ['{"a": 1}', "[{} {", '[{"a": 1}', '["a', "", "[{}}, {}]", "[{}], {}]", "[{}]" + " " * 99 + "x"]
+)
 def test_a_broken_array_is_named(tmp_path: Path, content: str) -> None:
     file = tmp_path / "rows.json"
     file.write_text(content)

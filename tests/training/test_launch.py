@@ -34,10 +34,10 @@ def folder(tmp_path_factory: Any) -> Path:
     return folder
 
 
-def recipe(folder: Path, name: str, **arguments: Any) -> Path:
+def recipe(folder: Path, name: str, changes: dict[str, Any] | None = None, **arguments: Any) -> Path:
     """Writes a recipe, for a run into the folder `name`."""
     arguments = {**ARGUMENTS, "output_dir": str(folder / name), **arguments}
-    content = recipe_content(folder, visual_tokens=[9, 4], arguments=arguments)
+    content = recipe_content(folder, visual_tokens=[9, 4], arguments=arguments, **(changes or {}))
     write_yaml(make_recipe(content).to_dict(), folder / f"{name}.yaml")
     return folder / f"{name}.yaml"
 
@@ -69,18 +69,28 @@ def test_torchrun_with_ddp_ends_where_one_process_does(folder: Path) -> None:
     assert_close(folder / "one", folder / "ddp")
 
 
+FSDP = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version=2", "--num_processes", "2"]
+FSDP += ["--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP", "--fsdp_state_dict_type=SHARDED_STATE_DICT"]
+FSDP += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+FSDP += [str(Path(__file__).parent / "fsdp_on_cpu.py"), "train"]
+
+
+def test_fsdp2_with_lora_ends_where_one_process_does(folder: Path) -> None:
+    """What is trained beside the adapters is in the finished folder, too."""
+    lora = {"r": 2, "lora_dropout": 0.0, "modules_to_save": ["embed_tokens"], "target_modules": ["q_proj", "v_proj"]}
+    changes = {"train": ["projector", "lora"], "lora": lora, "projector_lr": 5e-4}
+    train(load_recipe(recipe(folder, "one-lora", changes)))
+    launch([*FSDP, str(recipe(folder, "fsdp-lora", changes, per_device_train_batch_size=2))])
+    before = load_file(folder / "model" / "model.safetensors")
+    after = load_file(folder / "one-lora" / "model.safetensors")
+    for part in ("embed_tokens", "language_model.layers", "vision_tower", "multi_modal_projector"):
+        assert any(part in name and not torch.equal(before[name], after[name]) for name in before), part
+    assert_close(folder / "one-lora", folder / "fsdp-lora")
+
+
 def test_accelerate_launch_with_fsdp2_ends_where_one_process_does_and_resumes(folder: Path) -> None:
-    config = {
-        "fsdp_version": "2",
-        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "fsdp_state_dict_type": "SHARDED_STATE_DICT",
-    }
-    flags = [f"--{key}={value}" for key, value in config.items()]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", *flags, "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += [str(Path(__file__).parent / "fsdp_on_cpu.py"), "train"]
     file = recipe(folder, "fsdp", per_device_train_batch_size=2, save_strategy="steps", save_steps=2)
-    launch([*command, str(file)])
+    launch([*FSDP, str(file)])
     assert_close(folder / "one", folder / "fsdp")
     checkpoint = folder / "fsdp" / "checkpoint-2"
     assert any("pytorch_model_fsdp" in path.name for path in checkpoint.iterdir()), "it did not run under FSDP"
@@ -89,5 +99,5 @@ def test_accelerate_launch_with_fsdp2_ends_where_one_process_does_and_resumes(fo
     ]
 
     resumed = recipe(folder, "resumed", per_device_train_batch_size=2, resume_from_checkpoint=str(checkpoint))
-    launch([*command, str(resumed)])
+    launch([*FSDP, str(resumed)])
     assert_close(folder / "fsdp", folder / "resumed", atol=1e-6)

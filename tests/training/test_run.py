@@ -310,6 +310,18 @@ def test_weights_that_are_not_numbers_are_not_saved_as_the_finished_model(folder
             save()
 
 
+def test_arguments_that_fail_only_when_the_run_begins_are_one_sentence(folder: Path, tmp_path: Path) -> None:
+    arguments = {"output_dir": str(tmp_path), "dataloader_multiprocessing_context": "spawn"}
+    try:
+        content = make_recipe(recipe_content(folder, arguments=arguments))
+    except RecipeError:
+        pytest.skip("this transformers has no such argument")
+    with pytest.raises(
+        RecipeError, match=r"cannot begin with these arguments \(ValueError: multiprocessing_context can"
+    ):
+        train(content)
+
+
 def test_a_checkpoint_without_optimizer_is_not_gone_on_from(folder: Path, tmp_path: Path) -> None:
     content = checkpoints_of(folder, tmp_path, save_only_model=True)
     with pytest.raises(RecipeError, match=r"checkpoint-2 lacks the optimizer's state.*as model.path"):

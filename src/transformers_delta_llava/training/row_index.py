@@ -20,9 +20,10 @@ CHUNK_BYTES = 4 * 2**20
 MAX_ROW_BYTES = 64 * 2**20
 COLUMNS = ("numbers", "starts", "stops", "lengths", "images")
 OPENING = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[")
-# A whole string, one that the chunk cuts off (without group 1), or a sign.
-TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*(?:(")|\\?\Z)|[][{},]', re.DOTALL)
-QUOTE, COMMA = b'",'
+# Up to and with the next sign outside strings: between rows, and within one.
+_STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
+OUTER = re.compile(rb'[^][{},"]*(?:' + _STRING + rb'[^][{},"]*)*([][{},])', re.DOTALL)
+INNER = re.compile(rb'[^][{}"]*(?:' + _STRING + rb'[^][{}"]*)*([][{}])', re.DOTALL)
 FORMAT = 2  # of the cached index; a change makes old ones unread
 
 
@@ -57,7 +58,7 @@ def iterate_json_rows(path: Path) -> Iterator[tuple[int, int, bytes]]:
     Rows are told apart by brackets, quotes and commas alone: one that is not JSON comes out as it is.
 
     Raises:
-        DataError: the file is not an array, or ends before the array does.
+        DataError: the file is not an array, or ends before the array does, or goes on after it.
     """
     if path.suffix == ".jsonl":
         with path.open("rb") as file:
@@ -80,23 +81,18 @@ def _iterate_array(path: Path) -> Iterator[tuple[int, int, bytes]]:
                 if opened is None:
                     raise DataError(f"{path} is not a JSON array of rows; name a file of rows, one a line, .jsonl.")
                 depth, row, position = 1, opened.end(), opened.end()
-            for token in TOKEN.finditer(buffer, position):
-                kind = buffer[token.start()]
-                if kind == QUOTE:
-                    if token.group(1) is None:  # the string goes on in the next chunk
-                        position = token.start()
-                        break
-                    continue
-                depth += (kind in b"[{") - (kind in b"]}")
-                if not depth or depth == 1 and kind == COMMA:
-                    data = buffer[row : token.start()]
+            while token := (OUTER if depth == 1 else INNER).match(buffer, position):
+                sign, position = token.group(1), token.end()
+                depth += (sign in b"[{") - (sign in b"]}")
+                if not depth or sign == b",":
+                    data = buffer[row : position - 1]
                     if data.strip():
-                        yield base + row, base + token.start(), data
-                    row = token.end()
+                        yield base + row, base + position - 1, data
+                    row = position
                 if not depth:
+                    if sign == b"}" or buffer[position:].strip() or file.read(CHUNK_BYTES).strip():
+                        raise DataError(f"{path} goes on after its array ends, at byte {base + position - 1}.")
                     return
-            else:
-                position = len(buffer)
             if len(buffer) - row > MAX_ROW_BYTES:
                 raise DataError(f"{path} has a row of more than {MAX_ROW_BYTES:,} bytes at byte {base + row}.")
     raise DataError(f"{path} ends before its array does.")

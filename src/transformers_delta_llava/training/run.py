@@ -89,6 +89,8 @@ def _explain(error: Exception, trainer: DeltaLlavaTrainer, checkpoint: str | Non
             f"The run cannot go on from {checkpoint} ({type(error).__name__}: {one_line(error)}): it was written with "
             "another recipe, or is damaged; without that folder --resume goes on from the one before."
         )
+    if not trainer.began and isinstance(error, (ValueError, TypeError, LookupError)):
+        return f"The run cannot begin with these arguments ({type(error).__name__}: {one_line(error)})."
     return None
 
 
