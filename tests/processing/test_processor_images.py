@@ -201,6 +201,8 @@ def test_pictures_of_floats_are_scaled_not_clipped(raw: Any) -> None:
         assert (raw(Image.new("F", (3, 3), huge)) == 0).all()
     far = np.array([[-3e38, 3e38]], np.float32)
     np.testing.assert_array_equal(raw(Image.fromarray(far), do_pad=False)[0, :, 0], [0, 255])
+    farther = np.array([[-1.7e308, 0, 1.7e308]])
+    np.testing.assert_array_equal(pictures_delta_llava._to_bytes(farther, stretch=True), [[0, 128, 255]])
 
 
 @pytest.mark.parametrize("kind", ["picture", "path", "jpeg path"])

@@ -240,8 +240,9 @@ def _to_bytes(values: np.ndarray, stretch: bool = False) -> np.ndarray:
             raise ValueError(f"its values reach from {low:g} to {high:g}, beyond 0..1, 0..255 or 0..65535")
         if high == low:
             return np.zeros(values.shape, np.uint8)
-        # Halved, as the largest floats are too far from the smallest for a float.
-        return np.rint((values / 2.0 - low / 2) / (high / 2 - low / 2) * 255.0).astype(np.uint8)
+        if math.isinf(high - low):
+            values, low, high = values / 2, low / 2, high / 2
+        start, stop = low, high
     return np.rint((values.astype(np.float64) - start) * (255.0 / (stop - start))).astype(np.uint8)
 
 
@@ -259,7 +260,7 @@ def pad_to_square(image: Image.Image, option: Callable[[str], Any]) -> Image.Ima
         option: gives the image processor's settings by name.
 
     Raises:
-        ValueError: the square would have more than `MAX_PIXELS`, and is not resized.
+        ValueError: the square is larger than `LONG_SIDE`, and is not resized.
     """
     side = max(image.size)
     left, top = (side - image.width) // 2, (side - image.height) // 2
@@ -267,7 +268,7 @@ def pad_to_square(image: Image.Image, option: Callable[[str], Any]) -> Image.Ima
     colour = tuple(int(channel * 255) for channel in np.broadcast_to(0.0 if mean is None else mean, 3))
     size, resample = square_target(option("size")), option("resample")
     if not option("do_resize") or size is None or not isinstance(resample, int):
-        if side * side > MAX_PIXELS:
+        if side > LONG_SIDE:
             raise ValueError(f"as a square of {side} x {side} pixels it is too large without being resized")
         square = Image.new("RGB", (side, side), colour)
         square.paste(image, (left, top))
