@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -221,7 +222,7 @@ def text_of(generator: random.Random) -> Any:
             {"bytes": {"bytes": data}},
             "nowhere.png",
             "~nobody/a.png",
-            "file:///nowhere.png",
+            Path("/nowhere.png").as_uri(),
             "file:nowhere",
             "http://127.0.0.1:9/a.png",
             "http://",
@@ -309,7 +310,7 @@ def try_request(generator: random.Random) -> None:
             return generator.choice(spoiled)
         url = f"data:image/png;base64,{base64.b64encode(encoded(generator)).decode()}"
         if generator.random() < 0.2:
-            url = generator.choice(["/etc/hostname", "file:///etc/hostname", "http://127.0.0.1:9/", "", "data:", "x"])
+            url = generator.choice(["/etc/hostname", Path("/etc/hostname").as_uri(), "http://127.0.0.1:9/", "", "data:", "x"])
         parts = [{"type": "text", "text": words(generator)}, {"type": "image_url", "image_url": {"url": url}}]
         return generator.choice([words(generator), parts, parts[:1]])
 
