@@ -310,7 +310,9 @@ def try_request(generator: random.Random) -> None:
             return generator.choice(spoiled)
         url = f"data:image/png;base64,{base64.b64encode(encoded(generator)).decode()}"
         if generator.random() < 0.2:
-            url = generator.choice(["/etc/hostname", Path("/etc/hostname").as_uri(), "http://127.0.0.1:9/", "", "data:", "x"])
+            url = generator.choice(
+                ["/etc/hostname", Path("/etc/hostname").as_uri(), "http://127.0.0.1:9/", "", "data:", "x"]
+            )
         parts = [{"type": "text", "text": words(generator)}, {"type": "image_url", "image_url": {"url": url}}]
         return generator.choice([words(generator), parts, parts[:1]])
 

@@ -43,7 +43,7 @@ _KNOWN_BY_NAME = {spec.rpartition("/")[2]: spec for spec in KNOWN_TOWERS}
 
 # Whole image-text models, and the type of the tower inside them.
 _TOWER_OF = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
-_OPTION = "--vision-tower"
+_OPTION = "--vision-tower (in Python vision_tower=...)"
 _CONFIG_FILES = ("config.json", "preprocessor_config.json")
 # Only pickles if there is nothing else.
 _WEIGHT_FILES = (("model*.safetensors*",), ("pytorch_model*.bin*",))
