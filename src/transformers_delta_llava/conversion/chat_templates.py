@@ -14,7 +14,7 @@ from ..utils.files import read_json, read_text
 from ..utils.output_folder import EXPORTED_FROM, REPORT_FILE
 from ..utils.templates import check_template, time_limit
 from .errors import ConversionError
-from .language_models import language_model
+from .language_models import LanguageModel, language_model
 from .tokenizer import TEMPLATE_FILE
 
 
@@ -76,7 +76,7 @@ def choose_chat_template(
         name = OWN if requested == OWN else find_conversation(requested) or Path(requested).name
         return ChatTemplate(name, read_chat_template(requested, tokenizer, own), "as given by --chat-template")
     family = language_model(settings.get("model_type"))
-    for name, reason, is_guess in _candidates(settings, base, tokenizer, own):
+    for name, reason, is_guess in _candidates(family, settings, base, tokenizer, own):
         if name != OWN:
             return ChatTemplate(name, read_chat_template(name, tokenizer), reason, is_guess)
         try:
@@ -88,11 +88,10 @@ def choose_chat_template(
 
 
 def _candidates(
-    settings: dict, base: str | None, tokenizer: PreTrainedTokenizerBase, own: str | None
+    family: LanguageModel, settings: dict, base: str | None, tokenizer: PreTrainedTokenizerBase, own: str | None
 ) -> Iterator[tuple[str, str, bool]]:
     """Names of templates with the reason for each and whether that is a guess, the best first."""
     model_type = settings["model_type"]
-    family = language_model(model_type)
     vocabulary = tokenizer.get_vocab()
     for evidence in family.evidence:
         if evidence == "own" and own is not None:
