@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.training.tiny_run import make_processor, make_tokenizer, recipe_content, write_data, write_model
-from transformers_delta_llava.training import RecipeError, make_recipe, train
+from transformers_delta_llava.training import DataError, RecipeError, make_recipe, train
 from transformers_delta_llava.training.recipe import write_yaml
 from transformers_delta_llava.training.run import make_trainer
 from transformers_delta_llava.training.trainer import merge_adapter
@@ -310,6 +310,14 @@ def test_weights_that_are_not_numbers_are_not_saved_as_the_finished_model(folder
             save()
 
 
+def test_a_bad_image_that_a_worker_finds_is_one_sentence(folder: Path, tmp_path: Path) -> None:
+    file = write_data(tmp_path / "data", 4)
+    (tmp_path / "data" / "1.png").write_bytes(b"not an image")
+    data = {"path": str(file), "images": str(file.parent)}
+    with pytest.raises(DataError, match=r"^row 1 \(id r1\) cannot be used: .*1\.png.*leaves such rows out\)\.$"):
+        run(folder, tmp_path / "out", data=data, arguments={"dataloader_num_workers": 1})
+
+
 def test_arguments_that_fail_only_when_the_run_begins_are_one_sentence(folder: Path, tmp_path: Path) -> None:
     arguments = {"output_dir": str(tmp_path), "dataloader_multiprocessing_context": "spawn"}
     try:
@@ -328,19 +336,19 @@ def test_a_checkpoint_without_optimizer_is_not_gone_on_from(folder: Path, tmp_pa
         train(make_recipe(content), resume=True)
 
 
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
-)
-def test_a_damaged_checkpoint_is_named(folder: Path, tmp_path: Path, name: str) -> None:
+def test_a_damaged_checkpoint_is_named(folder: Path, tmp_path: Path) -> None:
+    """Files that a kill or a full disk cut off, and one that is something else."""
     content = checkpoints_of(folder, tmp_path)
-    file = tmp_path / "checkpoint-2" / name
-    for damaged in (file.read_bytes()[: file.stat().st_size // 2], b"", b"[1, {"):
-        file.write_bytes(damaged)
-        with pytest.raises(
-            RecipeError, match=r"cannot go on from .*checkpoint-2 \(.*--resume goes on from the one before"
-        ):
-            train(make_recipe(content), resume=True)
-    shutil.rmtree(tmp_path / "checkpoint-2")
+    checkpoint = tmp_path / "checkpoint-2"
+    refused = pytest.raises(RecipeError, match=r"cannot go on from .*checkpoint-2 \(.*goes on from the one before")
+    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
+        whole = (checkpoint / name).read_bytes()
+        for damaged in (whole[: len(whole) // 2], b"[1, {" if name.startswith("rng") else b""):
+            (checkpoint / name).write_bytes(damaged)
+            with refused:
+                train(make_recipe(content), resume=True)
+        (checkpoint / name).write_bytes(whole)
+    shutil.rmtree(checkpoint)
     train(make_recipe(content), resume=True)
 
 

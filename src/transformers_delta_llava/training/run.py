@@ -15,7 +15,7 @@ from .collator import Collator
 from .data import Rows, open_rows
 from .dataset import TrainingDataset, record_skipped
 from .encoding import ConversationEncoder
-from .errors import RecipeError
+from .errors import DataError, RecipeError
 from .models import build_model
 from .recipe import Recipe, write_yaml
 from .trainable import select_trainable, trains_vision
@@ -50,7 +50,11 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         check_resumable(checkpoint)
     try:
         return _run(recipe, trainer, checkpoint)
-    except DeltaLlavaError:
+    except DeltaLlavaError as error:
+        if "in DataLoader worker process" in str(
+            error
+        ):  # the text is the worker's traceback, and ends in the sentence
+            raise DataError(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
         raise
     except Exception as error:
         if sentence := _explain(error, trainer, checkpoint):
