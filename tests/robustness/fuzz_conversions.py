@@ -44,6 +44,31 @@ FORMS = (("safetensors", 1), ("safetensors", 2), ("bin", 1), ("bin", 2))
 GROWN = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 LONGEST_SENTENCE = 2500  # twenty names of tensors, twice
 PREFIX = "base_model.model."
+# Files that checkpoints and towers often bring.
+SETTINGS: dict[str, dict] = {
+    "source/generation_config.json": {
+        "do_sample": True,
+        "temperature": 0.7,
+        "eos_token_id": [2],
+        "max_new_tokens": 64,
+    },
+    "source/special_tokens_map.json": {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}},
+    "source/added_tokens.json": {"<extra>": 300},
+    "vision-tower/preprocessor_config.json": {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": 32},
+        "do_center_crop": True,
+        "crop_size": {"height": 32, "width": 32},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 0.00392156862745098,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    },
+}
 Operation = Callable[[Path, Path], object]
 
 
@@ -65,7 +90,10 @@ class Target:
 def write_checkpoints(folder: Path) -> None:
     """A full checkpoint in every form."""
     for form, shards in FORMS:
-        write_checkpoint(folder / f"{form}-{shards}" / "source", form=form, shards=shards)
+        source = folder / f"{form}-{shards}" / "source"
+        write_checkpoint(source, form=form, shards=shards)
+        for name, values in SETTINGS.items():
+            (source.parent / name).write_text(json.dumps(values))
 
 
 def write_lora_runs(folder: Path) -> None:
