@@ -177,7 +177,7 @@ def test_what_peft_saves_beside_the_factors(pristine, partial, tmp_path, options
     merged = peft_run(
         tmp_path, partial, torch.float32, {"r": 4, **options}, save_embedding_layers="embed_tokens" in str(options)
     )
-    convert_checkpoint(tmp_path / "run", tmp_path / "out", base_model=tmp_path / "base")
+    report = convert_checkpoint(tmp_path / "run", tmp_path / "out", base_model=tmp_path / "base")
     still_tied = torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
     assert still_tied is (tied and options.get("ensure_weight_tying", False))
     if still_tied:
@@ -185,6 +185,7 @@ def test_what_peft_saves_beside_the_factors(pristine, partial, tmp_path, options
     assert_repo_holds(tmp_path / "out", {**merged, **projector(partial), **tower_of(pristine)})
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["tie_word_embeddings"] is still_tied
+    assert ("no longer tied" in str(report.warnings)) is (tied and not still_tied)
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])

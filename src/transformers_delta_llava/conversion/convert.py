@@ -59,6 +59,7 @@ class _Source:
     tokenizer: PreTrainedTokenizerBase
     token_ids: TokenIds
     chat_template: ChatTemplate
+    untied: bool
 
     @property
     def rows(self) -> int:
@@ -242,6 +243,7 @@ def _read_source(
         tower=tower,
         tokenizer=text_tokenizer,
         token_ids=token_ids,
+        untied=tensors.untied,
         chat_template=template,
     )
 
@@ -279,6 +281,8 @@ def _report(
     warnings: list[str],
     source_files: dict[str, str],
 ) -> ConversionReport:
+    if read.untied:
+        warnings = [*warnings, "the adapter has a head or embeddings of its own, so the two are no longer tied"]
     if read.config.unknown:
         warnings = [*warnings, f"config.json has keys that are not known here: {', '.join(read.config.unknown)}"]
     return ConversionReport(
