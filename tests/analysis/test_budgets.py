@@ -389,7 +389,7 @@ def test_a_url_that_keeps_silent_or_answers_404(monkeypatch: Any) -> None:
         ('{"model_type": 7}', "names no model_type"),
         ('{"model_type": "llava"}', "is a llava, not a delta_llava"),
         ('{"model_type": "delta_llava", "scale_factor": "two"}', "cannot be loaded: "),
-        ('{"model_type": "delta_llava", "vision_config": 3}', "cannot be loaded: "),
+        ('{"model_type": "delta_llava", "vision_config": 3}', "cannot be loaded: |is no model: "),
         ('{"model_type": "delta_llava", "text_config": {"model_type": "none"}}', "cannot be loaded: "),
     ],
 )

@@ -246,7 +246,6 @@ def test_a_token_is_found_by_place_and_by_text(trained: Any) -> None:
     ("options", "message"),
     [
         ({"prompt": " \n"}, "The prompt is empty"),
-        ({"prompt": "what is <image>?"}, "number of <image> tokens"),
         ({"on": "pixels"}, "on='pixels': use 'visual_tokens' or 'patches'"),
         ({"max_new_tokens": 0}, "max_new_tokens=0: use at least 1"),
         ({"num_visual_tokens": 5}, "`num_visual_tokens=5` is not a budget"),
