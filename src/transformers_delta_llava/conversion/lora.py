@@ -159,9 +159,9 @@ def merge_lora(
             raise ConversionError(f"The adapter's {name} is not understood; merge it with PEFT (merge_and_unload).")
         elif ".original_module." not in name:  # what `modules_to_save` replaces
             _add_whole(whole, name, tensor)
-    strangers = [n for n in whole.keys() - base.keys() if n != HEAD and not n.startswith(_NOT_OF_THE_BASE)]
-    if strangers:
-        raise ConversionError(f"The adapter holds tensors that the base model does not have: {listed(strangers)}.")
+    unexpected = [n for n in whole.keys() - base.keys() if n != HEAD and not n.startswith(_NOT_OF_THE_BASE)]
+    if unexpected:
+        raise ConversionError(f"The adapter holds tensors that the base model does not have: {listed(unexpected)}.")
     merged = {**base, **whole}
     if tied:
         changed = [f"{module}.weight" for module, _ in factors if f"{module}.weight" in (EMBEDDINGS, HEAD)]
