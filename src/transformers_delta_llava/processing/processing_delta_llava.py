@@ -67,7 +67,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
     `"auto"` takes for every image the smallest budget that loses at most `auto_max_loss` of it: see `image_losses`.
 
     Images may be of any size and mode: PIL images, arrays and tensors (grey, channels first or last; 8 or 16 bits, or
-    floats in 0..1 or 0..255), paths, URLs. Each is turned as its EXIF tag says and brought to 8-bit RGB; 16-bit and
+    floats in 0..1 or 0..255), and what `open_image` reads: paths, URLs, base64, bytes, files, mappings. Each is turned as its EXIF tag says and brought to 8-bit RGB; 16-bit and
     float pictures are scaled, not clipped. Transparency is dropped (`convert("RGB")`), as in the authors' code.
     Padding of text is the tokenizer's affair (`padding_side`): generation wants it on the left.
 
