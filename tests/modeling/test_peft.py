@@ -49,7 +49,9 @@ def test_targets_of_lora_are_those_in_llava_and_linear_maps_of_the_projector(mod
 
 
 @pytest.mark.parametrize(
-    "config", [LoHaConfig(target_modules=COMMON), IA3Config(target_modules=COMMON, feedforward_modules=[])], ids=str
+    "config",
+    [LoHaConfig(target_modules=COMMON), IA3Config(target_modules=COMMON, feedforward_modules=[])],
+    ids=lambda config: type(config).__name__,
 )
 def test_other_methods_of_peft(model, config):
     adapters = adapted(get_peft_model(model, config))
