@@ -296,3 +296,21 @@ def test_bad_input_is_one_error_and_no_output(released_repo, checkpoint, tmp_pat
     ):
         with pytest.raises((FileExistsError, ValueError), match="exists"):
             call()
+
+
+@pytest.mark.parametrize("factor", ["v_proj.delta_v", "v_proj.delta_u", "k_proj.delta_u", "q_proj.delta_u"])
+@pytest.mark.parametrize("shape", [(1, -1), (-1,), (1, 1)])
+def test_factors_of_other_dimensions_are_refused(released_repo, tmp_path, factor, shape):
+    deltas = shutil.copytree(released_repo.parent / "deltas", tmp_path / "deltas")
+    path = deltas / "deltas.safetensors"
+    tensors = load_file(path)
+    tensor = tensors[factor]
+    tensors[factor] = tensor.reshape(-1) if shape == (-1,) else tensor.reshape(*[1] * len(shape), *tensor.shape)
+    save_file(tensors, path)
+    for use in (
+        lambda: truncate_deltas(deltas, tmp_path / "out", rank=1),
+        lambda: apply_deltas(released_repo, deltas, tmp_path / "out"),
+    ):
+        with pytest.raises(ValueError, match="deltas: .* is .* and should be .* of a float dtype"):
+            use()
+    assert not (tmp_path / "out").exists()

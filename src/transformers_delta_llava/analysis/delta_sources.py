@@ -177,7 +177,9 @@ def _assemble(
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     rank = 0
     if deltas:
-        shapes = {projection: _shapes(projection, deltas, weights) for projection in updates}
+        levels = len(level_names)
+        leading = () if layout == "released" else (3, levels) if sharing == "all" else (levels,)
+        shapes = {projection: _shapes(projection, deltas, weights, leading) for projection in updates}
         pairs, rank = check_deltas(deltas, shapes, f"{name}: ")
         for n, tensor in deltas.items():
             if not torch.isfinite(tensor).all():
@@ -186,13 +188,11 @@ def _assemble(
 
 
 def _shapes(
-    projection: str, deltas: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]
+    projection: str, deltas: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], leading: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of the factors of a base, or without one the shapes they have: then only the ranks are compared."""
     own = [tuple(t.shape) for t in (deltas.get(f"{projection}.{f}") for f in FACTORS) if t is not None]
     if len(own) < 2 or len(own[0]) < 2 or len(own[1]) < 2:
         return (0, 0), (0, 0)  # check_deltas says which is missing or misshapen
-    if projection not in weights:
-        return own[0], own[1]
-    out, width = weights[projection].shape
-    return (*own[0][:-2], width, 1), (*own[0][:-2], 1, out)
+    out, width = weights[projection].shape if projection in weights else (own[1][-1], own[0][-2])
+    return (*leading, width, 1), (*leading, 1, out)
