@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
-from transformers_delta_llava.conversion import convert_checkpoint, export_checkpoint
+from transformers_delta_llava.conversion import convert_checkpoint, export_checkpoint, inspect_model
 from transformers_delta_llava.evaluation import answer_questions, draw_test_questions, score_answers
 
 
@@ -36,6 +36,11 @@ def test_export_gives_back_the_files_that_are_here(repo: Path, tmp_path: Path):
             for values in (here, there):
                 values.pop("transformers_version", None)
             assert there == here, file.name
+
+
+def test_its_chat_template_is_the_one_of_that_name(repo: Path):
+    inspection = inspect_model(repo)
+    assert (inspection.chat_template, inspection.problems) == ("vicuna_v1", [])
 
 
 @pytest.mark.parametrize("budget", [16, 1])
