@@ -288,11 +288,10 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
-    def _count_placeholders(self, mask: torch.Tensor, num_images: int) -> list[int] | None:
+    def _budgets_in_text(self, mask: torch.Tensor, num_placeholders: int, num_images: int) -> list[int] | None:
         """Budgets of images from the text, for callers that drop `num_visual_tokens` (TRL's GRPOTrainer); `None` if
         the config's default fits, or the text does not tell."""
-        # A graph that is being traced cannot branch on values.
-        if torch.compiler.is_compiling() or mask.sum() == num_images * self.config.num_visual_tokens:
+        if num_placeholders == num_images * self.config.num_visual_tokens:
             return None
         counts = [len(list(run)) for row in mask.tolist() for is_image, run in groupby(row) if is_image]
         known = len(counts) == num_images and set(counts) <= set(self.config.visual_token_budgets)
@@ -337,9 +336,11 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs['image'].")
         if pixel_values is not None or image_outputs is not None:
             mask = self.get_placeholder_mask(input_ids, inputs_embeds)
+            # Read before the tower runs: later, reading would wait for it. A graph that is being traced has no values.
+            num_placeholders = None if torch.compiler.is_compiling() else int(mask.sum())
         if pixel_values is not None:
-            if num_visual_tokens is None:
-                num_visual_tokens = self._count_placeholders(mask, len(pixel_values))
+            if num_visual_tokens is None and num_placeholders is not None:
+                num_visual_tokens = self._budgets_in_text(mask, num_placeholders, len(pixel_values))
             image_outputs = self.get_image_features(pixel_values, num_visual_tokens, return_dict=True)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -348,11 +349,9 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         if image_outputs is not None:
             image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = mask.to(inputs_embeds.device)
-            num_placeholders, num_features = mask.sum(), image_features.shape[0]
-            # A graph that is being traced cannot branch on values.
-            if not torch.compiler.is_compiling() and num_placeholders != num_features:
+            if num_placeholders not in (None, len(image_features)):
                 raise ValueError(
-                    f"The text has {num_placeholders} image placeholders and the images give {num_features} visual "
+                    f"The text has {num_placeholders} image placeholders and the images give {len(image_features)} visual "
                     "tokens; give processor and model the same num_visual_tokens, and do not cut the text."
                 )
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_features)
