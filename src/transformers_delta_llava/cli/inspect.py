@@ -42,8 +42,7 @@ def _print(found: Inspection) -> None:
         for line in found.first_prompt.split("\n"):
             say(f"    {line}", talk)
     if found.kind == "repo":
-        is_current = not any(".py" in problem for problem in found.problems)
-        state = "as released" if is_current else "see below; `delta-llava update` brings today's"
+        state = "as released" if found.code_is_current else "see below; `delta-llava update` brings today's"
         say(f"code: version {found.code_version or 'unknown (before 0.1.0)'}, {state}", talk)
     if found.deltas:
         deltas = Table("delta", "rank", "norm", "norm of its base", "ratio")

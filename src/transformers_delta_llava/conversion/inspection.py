@@ -68,6 +68,7 @@ class Inspection:
     visual_token_budgets: tuple[int, ...] = ()
     default_visual_tokens: int | None = None
     code_version: str | None = None
+    code_is_current: bool = True
     deltas: list[Delta] = field(default_factory=list)
     chat_template: str | None = None
     chat_template_reason: str | None = None
@@ -111,7 +112,7 @@ def _inspect_repo(folder: Path, checkpoint: Checkpoint) -> Inspection:
     if not has_tokenizer(folder):
         result.problems.append("There is no tokenizer.")
     code = read_code(folder)
-    result.code_version = code.version
+    result.code_version, result.code_is_current = code.version, code.is_current
     result.problems += [
         f"There is no {name}, so the repo does not load without this package." for name in code.missing
     ]

@@ -1,7 +1,6 @@
 """The code that a repo carries: written, recognised, and brought up to date."""
 
 import hashlib
-import json
 import os
 import re
 import tempfile
@@ -15,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from .. import modeling, processing
 from ..modeling.configuration_delta_llava import CODE_VERSION
 from ..utils.errors import DeltaLlavaError, format_names
-from ..utils.files import read_json
+from ..utils.files import json_bytes, read_json
 from ..utils.hub import is_repo_id
 from ..utils.output_folder import REPORT_FILE
 from .retries import explain
@@ -200,8 +199,7 @@ def _stamped(folder: Path) -> dict[str, bytes]:
     config = (folder / "config.json").read_bytes()
     stamped = {"config.json": _STAMP.sub(rf'\g<1>"{CODE_VERSION}"', config.decode()).encode()}
     if _noted_code(folder):
-        report = {**read_json(folder / REPORT_FILE), "code": describe_code()}
-        stamped[REPORT_FILE] = (json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        stamped[REPORT_FILE] = json_bytes({**read_json(folder / REPORT_FILE), "code": describe_code()})
     return {name: content for name, content in stamped.items() if content != (folder / name).read_bytes()}
 
 

@@ -88,7 +88,12 @@ def parse_json(text: str) -> Any:
 
 def write_json(value: dict, path: Path) -> None:
     """Write `value` in the same bytes every time."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_bytes(json_bytes(value))
+
+
+def json_bytes(value: dict) -> bytes:
+    """What `write_json` writes."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def refuse_special_files(folder: Path) -> None:
