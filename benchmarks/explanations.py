@@ -26,8 +26,8 @@ from PIL import Image
 from rich.progress import track
 
 from transformers_delta_llava.analysis import load_repo
-from transformers_delta_llava.analysis.asking import answer_ids, encode_question
 from transformers_delta_llava.analysis.explain import heat_map, token_gradients
+from transformers_delta_llava.analysis.inference import answer_ids, encode_question
 from transformers_delta_llava.conversion import convert_checkpoint
 from transformers_delta_llava.evaluation import Question, load_questions
 

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from examples.make_checkpoint import LLAVA_KEYS, TEXT, projector_shapes, write_tokenizer, write_tower
-from transformers_delta_llava.conversion.shard_writer import parse_size
+from transformers_delta_llava.conversion.checkpoint import parse_size
 
 
 TEXT_SIZES = {

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from transformers_delta_llava.training.data import open_rows
+from transformers_delta_llava.training.dataset import open_rows
 from transformers_delta_llava.training.recipe import DataRecipe
 
 

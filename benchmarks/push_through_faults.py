@@ -31,7 +31,8 @@ from rich.table import Table  # noqa: E402
 from examples.make_checkpoint import write_checkpoint  # noqa: E402
 from tests.hub_faults import FAULTS, Faults  # noqa: E402
 from tests.hub_server import TOKEN, HubServer  # noqa: E402
-from transformers_delta_llava.conversion import convert_checkpoint, push_folder  # noqa: E402
+from transformers_delta_llava.conversion import convert_checkpoint  # noqa: E402
+from transformers_delta_llava.hub import push_folder  # noqa: E402
 
 
 REPO = "org/delta-llava-tiny"

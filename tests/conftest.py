@@ -12,6 +12,7 @@ import pytest
 import transformers
 
 
+pytest_plugins = ["tests.checkpoints"]
 _PINS = Path(__file__).parents[1] / "constraints-oldest.txt"
 OLDEST = re.findall(r"transformers==([\d.]+)", _PINS.read_text(encoding="utf-8"))[0]
 # Deprecations that our code cannot avoid, as regular expressions, and why.

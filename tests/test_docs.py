@@ -21,7 +21,7 @@ from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.cli.main import app
 from transformers_delta_llava.conversion import convert_checkpoint
 from transformers_delta_llava.training import load_recipe
-from transformers_delta_llava.training.rows import to_messages
+from transformers_delta_llava.training.conversations import to_messages
 
 
 PAGES = ["README.md", *sorted(path.name for path in DOCS.glob("*.md"))]

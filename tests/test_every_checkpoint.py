@@ -11,7 +11,7 @@ from transformers import pipeline
 
 from examples.make_checkpoint import write_checkpoint
 from transformers_delta_llava.cli.main import main
-from transformers_delta_llava.conversion.checkpoint_reader import read_checkpoint
+from transformers_delta_llava.conversion.checkpoint import read_checkpoint
 from transformers_delta_llava.conversion.language_models import LANGUAGE_MODELS
 
 

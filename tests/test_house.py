@@ -20,19 +20,15 @@ PACKAGE = ROOT / "src" / "transformers_delta_llava"
 LAYERS = {
     "modeling": set(),
     "processing": set(),
-    "utils": set(),
-    "analysis": {"conversion", "modeling", "processing", "utils"},  # reads and writes repos as conversion does
-    "conversion": {"modeling", "processing", "utils"},
-    "evaluation": {"modeling", "processing", "utils"},
-    "training": {"conversion", "modeling", "processing", "utils"},  # prepares tokenizers as conversion does
-    "serving": {
-        "analysis",
-        "conversion",
-        "modeling",
-        "processing",
-        "utils",
-    },  # shows analyses on a page, writes folders
-    "cli": {"analysis", "conversion", "evaluation", "modeling", "processing", "serving", "training", "utils"},
+    "utils": {"modeling", "processing"},
+    "hub": {"utils", "modeling", "processing"},
+    "conversion": {"hub", "utils", "modeling", "processing"},
+    "deltas": {"conversion", "hub", "utils", "modeling", "processing"},  # reads checkpoints, too
+    "analysis": {"utils", "modeling", "processing"},
+    "evaluation": {"utils", "modeling", "processing"},
+    "training": {"conversion", "hub", "utils", "modeling", "processing"},  # prepares tokenizers as conversion does
+    "serving": {"analysis", "utils", "modeling", "processing"},  # the demo app shows analyses
+    "cli": {"conversion", "deltas", "hub", "utils", "processing", "analysis", "evaluation", "serving", "training"},
 }
 # Files that are copied into Hub repos, where only what transformers brings along is sure to be installed.
 HUB_FILES = sorted([*PACKAGE.glob("modeling/[!_]*.py"), *PACKAGE.glob("processing/[!_]*.py")])
@@ -41,7 +37,9 @@ PUBLIC_MODULES = (
     "transformers_delta_llava",
     "transformers_delta_llava.analysis",
     "transformers_delta_llava.conversion",
+    "transformers_delta_llava.deltas",
     "transformers_delta_llava.evaluation",
+    "transformers_delta_llava.hub",
     "transformers_delta_llava.processing",
     "transformers_delta_llava.serving",
     "transformers_delta_llava.training",
@@ -110,7 +108,7 @@ def test_hub_files_are_the_files_that_are_published() -> None:
         "modeling_delta_llava.py",
         "projector_delta_llava.py",
         "auto_budget_delta_llava.py",
-        "pictures_delta_llava.py",
+        "image_utils_delta_llava.py",
         "processing_delta_llava.py",
     ]
 

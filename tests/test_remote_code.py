@@ -24,7 +24,7 @@ CODE = {
     "delta_repo_delta_llava.py",
     "deltas_delta_llava.py",
     "modeling_delta_llava.py",
-    "pictures_delta_llava.py",
+    "image_utils_delta_llava.py",
     "processing_delta_llava.py",
     "projector_delta_llava.py",
 }

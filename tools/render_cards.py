@@ -10,8 +10,8 @@ from pathlib import Path
 import yaml
 
 from transformers_delta_llava import DeltaLlavaConfig
-from transformers_delta_llava.conversion.model_card import Measured, ModelCard, PaperResult
 from transformers_delta_llava.conversion.vision_tower import KNOWN_TOWERS
+from transformers_delta_llava.hub.model_card import Measured, ModelCard, PaperResult
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -26,13 +26,7 @@ from transformers import AttentionInterface, CompileConfig, LogitsProcessor, Log
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from harness.models import LLAVA, build_pair, make_inputs
-from transformers_delta_llava.analysis import (
-    BudgetProfile,
-    ModelProfile,
-    paper_flops,
-    profile_model,
-    roofline,
-)
+from transformers_delta_llava.analysis import BudgetProfile, ModelProfile, paper_flops, profile_model, roofline
 from transformers_delta_llava.modeling import CACHE_NAME
 
 from .report import Report, captured, measured_rates, milliseconds, peak_gigabytes

@@ -13,7 +13,7 @@ from torch import nn
 
 from harness import peak_bytes
 from projector import build, inputs
-from transformers_delta_llava.analysis.flops import projector_flops
+from transformers_delta_llava.analysis.profile import projector_flops
 
 from .report import Report, captured, measured_rates, milliseconds
 

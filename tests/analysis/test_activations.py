@@ -4,7 +4,7 @@ import torch
 
 from tests.tiny import tiny_config
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
-from transformers_delta_llava.analysis.activations import LiveMemory, language_peak_bytes, projector_peak_bytes
+from transformers_delta_llava.analysis.profile import LiveMemory, language_peak_bytes, projector_peak_bytes
 
 
 def test_memory_is_counted_while_it_is_held() -> None:

@@ -19,18 +19,17 @@ from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.analysis import (
     BudgetComparison,
     BudgetRun,
-    budget_pictures,
     budgets,
     compare_budgets,
-    drawing,
     explain,
+    figures,
     load_config,
     load_picture,
     load_repo,
     write_comparison,
 )
 from transformers_delta_llava.cli.main import main
-from transformers_delta_llava.processing import pictures_delta_llava
+from transformers_delta_llava.processing import image_utils_delta_llava
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +182,7 @@ def test_the_picture_holds_every_answer(processor: Any, photo: Any, tmp_path: Pa
     path = tmp_path / "page.png"
     write_comparison(comparison(answer, "what is it? " * 20), photo, processor, "model", path)
     page = np.asarray(Image.open(path))
-    margin = page[:, budget_pictures.WIDTH - budget_pictures.MARGIN + 2 :]
+    margin = page[:, figures.WIDTH - figures.MARGIN + 2 :]
     assert (margin == 255).all() and (page[-10:] == 255).all()
     assert (page < 128).any()
     short = comparison("yes", "what is it? " * 20)
@@ -192,34 +191,34 @@ def test_the_picture_holds_every_answer(processor: Any, photo: Any, tmp_path: Pa
 
 
 def test_lines_fit_and_lose_nothing() -> None:
-    draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), drawing.font(17)
+    draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), figures.font(17)
     text = "a few words and Donaudampfschifffahrtsgesellschaftskapitän " * 3
-    lines = drawing.wrap(draw, text, font, 120)
+    lines = figures.wrap(draw, text, font, 120)
     assert max(draw.textlength(line, font) for line in lines) <= 120
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
-    assert drawing.wrap(draw, "", font, 120) == [""]
-    assert drawing.wrap(draw, "WW", font, 1) == ["W", "W"]  # never nothing, however narrow
+    assert figures.wrap(draw, "", font, 120) == [""]
+    assert figures.wrap(draw, "WW", font, 1) == ["W", "W"]  # never nothing, however narrow
 
 
 def test_without_a_font_of_the_system_pillows_own_serves(
     processor: Any, photo: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    truetype = drawing.ImageFont.truetype
+    truetype = figures.ImageFont.truetype
 
     def without_files(font: Any, *rest: Any, **options: Any) -> Any:
         if isinstance(font, str):
             raise OSError("cannot open resource")
         return truetype(font, *rest, **options)
 
-    monkeypatch.setattr(drawing.ImageFont, "truetype", without_files)
+    monkeypatch.setattr(figures.ImageFont, "truetype", without_files)
     write_comparison(comparison(), photo, processor, "model", tmp_path / "page.PNG")
-    assert Image.open(tmp_path / "page.PNG").width == budget_pictures.WIDTH
+    assert Image.open(tmp_path / "page.PNG").width == figures.WIDTH
 
 
 def test_a_mosaic_has_one_tile_per_token(photo: Image.Image) -> None:
-    tiles = budget_pictures.mosaic(photo, 4, 10)
+    tiles = figures.mosaic(photo, 4, 10)
     assert np.array_equal(np.asarray(tiles), np.asarray(photo.resize((10, 10), Image.Resampling.NEAREST)))
-    assert len(np.unique(np.asarray(budget_pictures.mosaic(photo, 1, 10)))) == 1
+    assert len(np.unique(np.asarray(figures.mosaic(photo, 1, 10)))) == 1
 
 
 # The command.
@@ -375,7 +374,7 @@ def test_a_prompt_longer_than_the_models_positions_is_refused(repo: Path, photo:
 
 
 def test_a_url_that_keeps_silent_or_answers_404(monkeypatch: Any) -> None:
-    monkeypatch.setattr(pictures_delta_llava, "URL_TIMEOUT", 0.2)
+    monkeypatch.setattr(image_utils_delta_llava, "URL_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ValueError, match="timed out"):
         load_picture(f"http://127.0.0.1:{silent.getsockname()[1]}/a.png")
 

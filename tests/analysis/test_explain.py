@@ -12,9 +12,9 @@ from PIL import Image
 from tests.tiny import tiny_config, tiny_processor
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from transformers_delta_llava.analysis import Explanation, compare_budgets, draw_explanations, draw_heat, explain
-from transformers_delta_llava.analysis.asking import encode_question, find_token
-from transformers_delta_llava.analysis.drawing import tower_view
 from transformers_delta_llava.analysis.explain import default_budgets, heat_map, token_gradients
+from transformers_delta_llava.analysis.figures import tower_view
+from transformers_delta_llava.analysis.inference import encode_question, find_token
 from transformers_delta_llava.conversion import convert_checkpoint
 
 

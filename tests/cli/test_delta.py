@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.analysis.conftest import make
+from tests.deltas.conftest import make
 from transformers_delta_llava.cli.main import main
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.tiny import tiny_config, tiny_processor
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
-from transformers_delta_llava.analysis import drawing
+from transformers_delta_llava.analysis import figures
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +100,13 @@ def test_what_cannot_be_written_leaves_the_old_picture(call, repo, photo, monkey
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(drawing.Image.Image, "save", save)
+    monkeypatch.setattr(figures.Image.Image, "save", save)
     code, out, err = call("explain", repo, photo, "what?", "--max-new-tokens", 1)
     assert code == 2 and not out and "No space left on device" in err
     assert old.read_bytes() == b"old" and sorted(Path().iterdir()) == [old, photo]
 
 
 def test_a_file_that_may_not_be_written_is_refused_at_once(call, photo, monkeypatch) -> None:
-    monkeypatch.setattr(drawing.os, "access", lambda path, mode: False)  # root may write everything
+    monkeypatch.setattr(figures.os, "access", lambda path, mode: False)  # root may write everything
     code, _, err = call("explain", "no/repo", photo, "what?", "--output", "heat.png")
     assert (code, err) == (2, "delta-llava: heat.png may not be written.\n")

@@ -13,7 +13,7 @@ import transformers_delta_llava
 from examples.make_checkpoint import write_checkpoint
 from tests.hub_server import TOKEN, HubServer
 from transformers_delta_llava.cli import push as push_command
-from transformers_delta_llava.conversion import ConversionError
+from transformers_delta_llava.utils.errors import DeltaLlavaError
 
 
 REPO = "org/delta-llava-tiny"
@@ -132,7 +132,7 @@ def test_wrong_options(call, checkpoint, arguments, message):
 
 def test_a_push_that_fails_after_the_conversion_says_where_the_repo_is(call, checkpoint, tmp_path, monkeypatch):
     def fail(*arguments, **options):
-        raise ConversionError("The Hub is down.")
+        raise DeltaLlavaError("The Hub is down.")
 
     monkeypatch.setattr(push_command, "push_folder", fail)
     monkeypatch.chdir(tmp_path)

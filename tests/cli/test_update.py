@@ -7,7 +7,7 @@ import pytest
 
 from tests.tiny import tiny_config, tiny_processor
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
-from transformers_delta_llava.conversion.repo_code import describe_code
+from transformers_delta_llava.hub.repo_files import describe_code
 
 
 @pytest.fixture

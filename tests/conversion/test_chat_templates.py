@@ -6,7 +6,6 @@ import pytest
 from transformers import AutoConfig
 
 from examples.make_checkpoint import write_tokenizer
-from transformers_delta_llava.conversion import ConversionError
 from transformers_delta_llava.conversion.chat_templates import (
     answer_end,
     answer_end_ids,
@@ -14,8 +13,9 @@ from transformers_delta_llava.conversion.chat_templates import (
     choose_chat_template,
     read_chat_template,
 )
-from transformers_delta_llava.conversion.tokenizer import add_tokens, load_tokenizer, read_own_template
+from transformers_delta_llava.hub.tokenizer import add_tokens, load_tokenizer, read_own_template
 from transformers_delta_llava.processing import CHAT_TEMPLATES, load_chat_template
+from transformers_delta_llava.utils.errors import DeltaLlavaError
 
 
 OWN = (
@@ -134,9 +134,9 @@ def test_what_the_user_says_counts_first(make_tokenizer, tmp_path):
         chosen = choose_chat_template(requested, settings, None, tokenizer, OWN)
         assert (chosen.name, chosen.reason, chosen.is_guess) == (name, "as given by --chat-template", False)
     assert chosen.text == OWN
-    with pytest.raises(ConversionError, match="no chat template of its own"):
+    with pytest.raises(DeltaLlavaError, match="no chat template of its own"):
         choose_chat_template("tokenizer", settings, None, tokenizer, None)
-    with pytest.raises(ConversionError, match="llama_4 is neither a file nor one of vicuna_v1, .*, tokenizer"):
+    with pytest.raises(DeltaLlavaError, match="llama_4 is neither a file nor one of vicuna_v1, .*, tokenizer"):
         choose_chat_template("llama_4", settings, None, tokenizer, None)
 
 
@@ -145,7 +145,7 @@ def test_an_own_template_that_fails_is_passed_over_or_refused(make_tokenizer):
     settings = {"model_type": "llava_seed_oss"}
     chosen = choose_chat_template(None, settings, None, tokenizer, broken)
     assert (chosen.name, chosen.is_guess) == ("hermes-4", True)
-    with pytest.raises(ConversionError, match="The tokenizer's own chat template does not render a conversation: no"):
+    with pytest.raises(DeltaLlavaError, match="The tokenizer's own chat template does not render a conversation: no"):
         choose_chat_template("tokenizer", settings, None, tokenizer, broken)
 
 

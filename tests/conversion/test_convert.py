@@ -19,9 +19,10 @@ from examples.make_checkpoint import (
     write_weights,
 )
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, modeling, processing
-from transformers_delta_llava.conversion import ConversionError, convert_checkpoint, convert_state_dict
-from transformers_delta_llava.conversion.checkpoint_reader import read_checkpoint
-from transformers_delta_llava.utils.hub import hub_id_of
+from transformers_delta_llava.conversion import convert_checkpoint, convert_state_dict
+from transformers_delta_llava.conversion.checkpoint import read_checkpoint
+from transformers_delta_llava.utils.errors import DeltaLlavaError
+from transformers_delta_llava.utils.files import hub_id_of
 
 
 def stored(repo: Path) -> dict[str, torch.Tensor]:
@@ -126,14 +127,14 @@ def test_verify_reads_the_checksums_of_the_source(source, tmp_path):
     damaged = bytearray(file.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     file.write_bytes(damaged)
-    with pytest.raises(ConversionError, match="pytorch_model.bin is damaged: Bad CRC-32"):
+    with pytest.raises(DeltaLlavaError, match="pytorch_model.bin is damaged: Bad CRC-32"):
         convert_checkpoint(source, tmp_path / "out", verify=True)
     assert not (tmp_path / "out").exists()
 
 
 def test_the_files_of_a_repo(repo):
     code = {"configuration_delta_llava.py", "projector_delta_llava.py", "modeling_delta_llava.py"}
-    code |= {"auto_budget_delta_llava.py", "pictures_delta_llava.py", "processing_delta_llava.py"}
+    code |= {"auto_budget_delta_llava.py", "image_utils_delta_llava.py", "processing_delta_llava.py"}
     code |= {
         "generation_delta_llava.py",
         "deltas_delta_llava.py",
@@ -264,7 +265,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(pristine, repo, tmp_path):
 def test_overwriting(repo, source, tmp_path):
     output = shutil.copytree(repo, tmp_path / "out")
     (output / "old-file").touch()
-    with pytest.raises(ConversionError, match="--overwrite"):
+    with pytest.raises(DeltaLlavaError, match="--overwrite"):
         convert_checkpoint(source, output)
     assert (output / "old-file").exists()
     convert_checkpoint(source, output, overwrite=True)
@@ -274,7 +275,7 @@ def test_overwriting(repo, source, tmp_path):
 @pytest.mark.parametrize("place", ["", "inside"])
 def test_the_source_is_no_place_for_the_output(source, place):
     before = files(source)
-    with pytest.raises(ConversionError, match="one folder or lie inside each other"):
+    with pytest.raises(DeltaLlavaError, match="one folder or lie inside each other"):
         convert_checkpoint(source, source / place, overwrite=True)
     assert files(source) == before
 
@@ -283,7 +284,7 @@ def test_the_towers_folder_is_no_place_for_the_output(source, edit_config, tmp_p
     write_tower(tmp_path / "tower")
     (tmp_path / "tower" / "conversion.json").touch()
     edit_config(mm_vision_tower=str(tmp_path / "tower"))
-    with pytest.raises(ConversionError, match="input tower are one folder"):
+    with pytest.raises(DeltaLlavaError, match="input tower are one folder"):
         convert_checkpoint(source, tmp_path / "tower", overwrite=True)
 
 
@@ -292,7 +293,7 @@ def test_a_failure_publishes_nothing_and_leaves_the_source_alone(source, tmp_pat
     del tensors["model.norm.weight"]
     write_weights(source, tensors)
     before = files(source)
-    with pytest.raises(ConversionError, match=r"lacks.*language_model\.norm\.weight"):
+    with pytest.raises(DeltaLlavaError, match=r"lacks.*language_model\.norm\.weight"):
         convert_checkpoint(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["llava-tiny"]
     assert files(source) == before
@@ -309,11 +310,11 @@ def test_a_failure_while_writing_publishes_nothing(source, tmp_path):
 
 def test_the_tower_may_be_given(pristine, source, edit_config, tmp_path):
     edit_config(mm_vision_tower="/no/such/folder")
-    with pytest.raises(ConversionError, match="vision tower /no/such/folder is not a folder"):
+    with pytest.raises(DeltaLlavaError, match="vision tower /no/such/folder is not a folder"):
         convert_checkpoint(source, tmp_path / "out")
     convert_checkpoint(source, tmp_path / "out", vision_tower=pristine / "vision-tower")
     edit_config(mm_vision_tower=None)
-    with pytest.raises(ConversionError, match="--vision-tower"):
+    with pytest.raises(DeltaLlavaError, match="--vision-tower"):
         convert_checkpoint(source, tmp_path / "out2")
 
 
@@ -335,7 +336,7 @@ def test_a_tower_that_disagrees_is_refused(source, tmp_path, geometry, message):
 def test_the_tokenizer_may_be_given(source, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (source / name).unlink()
-    with pytest.raises(ConversionError, match="brings no tokenizer.*--tokenizer"):
+    with pytest.raises(DeltaLlavaError, match="brings no tokenizer.*--tokenizer"):
         convert_checkpoint(source, tmp_path / "out")
     write_tokenizer(tmp_path / "tokenizer")
     convert_checkpoint(source, tmp_path / "out", tokenizer=str(tmp_path / "tokenizer"))
@@ -352,7 +353,7 @@ def test_the_tokenizer_may_be_given(source, tmp_path):
     ],
 )
 def test_options_are_checked(source, tmp_path, options, message):
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(DeltaLlavaError, match=message):
         convert_checkpoint(source, tmp_path / "out", **options)
 
 
@@ -362,19 +363,19 @@ def test_prompt_formats(source, tmp_path):
     assert "<|im_start|>" in (tmp_path / "b" / "chat_template.jinja").read_text()
     own = tmp_path / "own.jinja"
     own.write_text("{% for message in messages %}{{ raise_exception('no') }}{% endfor %}")
-    with pytest.raises(ConversionError, match="own.jinja does not render a conversation: no"):
+    with pytest.raises(DeltaLlavaError, match="own.jinja does not render a conversation: no"):
         convert_checkpoint(source, tmp_path / "c", chat_template=str(own))
 
 
 def test_what_is_no_checkpoint(tmp_path):
-    with pytest.raises(ConversionError, match="is not a folder with a config.json"):
+    with pytest.raises(DeltaLlavaError, match="is not a folder with a config.json"):
         convert_checkpoint(tmp_path / "nowhere", tmp_path / "out")
     folder = tmp_path / "projector-only"
     write_checkpoint(folder, Recipe(tower=False))
     tensors = {name: tensor.load() for name, tensor in read_checkpoint(folder).tensors.items()}
     write_weights(folder, {name: tensor for name, tensor in tensors.items() if "mm_projector" in name})
-    with pytest.raises(ConversionError, match="no language model"):
+    with pytest.raises(DeltaLlavaError, match="no language model"):
         convert_checkpoint(folder, tmp_path / "out")
     write_weights(folder, {**tensors, "model.embed_tokens.weight": torch.ones(4)})
-    with pytest.raises(ConversionError, match="should be a matrix"):
+    with pytest.raises(DeltaLlavaError, match="should be a matrix"):
         convert_checkpoint(folder, tmp_path / "out")

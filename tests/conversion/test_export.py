@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerFast
 from examples.make_checkpoint import write_checkpoint
 from tests.tiny import tiny_config, tiny_processor
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
-from transformers_delta_llava.conversion import ConversionError, convert_checkpoint, export_checkpoint
-from transformers_delta_llava.conversion.checkpoint_reader import read_checkpoint
-from transformers_delta_llava.conversion.shard_writer import same_bits
-from transformers_delta_llava.conversion.tensor_plan import published_name
+from transformers_delta_llava.conversion import convert_checkpoint, export_checkpoint
+from transformers_delta_llava.conversion.checkpoint import read_checkpoint, same_bits
+from transformers_delta_llava.conversion.weight_mapping import published_name
+from transformers_delta_llava.utils.errors import DeltaLlavaError
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
@@ -95,26 +95,26 @@ def test_rows_that_were_trained_since_stay(repo, tmp_path):
     assert_same(read(tmp_path / "again"), tensors)
     assert export_checkpoint(changed, tmp_path / "cut", vocab_size=100).vocab_size == 100
     assert read(tmp_path / "cut")["lm_head.weight"].shape[0] == 100
-    with pytest.raises(ConversionError, match="vocab_size=0 is not between"):
+    with pytest.raises(DeltaLlavaError, match="vocab_size=0 is not between"):
         export_checkpoint(changed, tmp_path / "none", vocab_size=0)
 
 
 def test_what_cannot_be_exported(repo, pristine, tmp_path):
-    with pytest.raises(ConversionError, match="is not a Delta-LLaVA repo: .*'llava_llama'"):
+    with pytest.raises(DeltaLlavaError, match="is not a Delta-LLaVA repo: .*'llava_llama'"):
         export_checkpoint(pristine / "llava-tiny", tmp_path / "out")
-    with pytest.raises(ConversionError, match="one folder"):
+    with pytest.raises(DeltaLlavaError, match="one folder"):
         export_checkpoint(repo, repo, overwrite=True)
     other = shutil.copytree(repo, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "projector_layout": "paper"}))
-    with pytest.raises(ConversionError, match="projector_layout='paper', for which the authors' layout has no names"):
+    with pytest.raises(DeltaLlavaError, match="projector_layout='paper', for which the authors' layout has no names"):
         export_checkpoint(other, tmp_path / "out")
     (other / "config.json").write_text(json.dumps(config))
     (other / "conversion.json").write_text('{"trained_vocab_size": "many"}')
-    with pytest.raises(ConversionError, match=r"conversion\.json: trained_vocab_size='many\'"):
+    with pytest.raises(DeltaLlavaError, match=r"conversion\.json: trained_vocab_size='many\'"):
         export_checkpoint(other, tmp_path / "out")
     (other / "config.json").write_text(json.dumps({**config, "vision_feature_levels": "x"}))
-    with pytest.raises(ConversionError, match=r"config\.json of other is not usable"):
+    with pytest.raises(DeltaLlavaError, match=r"config\.json of other is not usable"):
         export_checkpoint(other, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from transformers_delta_llava.cli.main import main
-from transformers_delta_llava.conversion import ConversionError, inspect_model
+from transformers_delta_llava.conversion import inspect_model
 from transformers_delta_llava.processing import load_chat_template
+from transformers_delta_llava.utils.errors import DeltaLlavaError
 
 
 QUERY = "model.multi_modal_projector.q_proj."
@@ -100,10 +101,10 @@ def test_a_config_that_is_wrong(changed, source, edit_config):
 
 
 def test_what_is_no_model(tmp_path):
-    with pytest.raises(ConversionError, match=r"has no config\.json"):
+    with pytest.raises(DeltaLlavaError, match=r"has no config\.json"):
         inspect_model(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConversionError, match="no whole set of weights"):
+    with pytest.raises(DeltaLlavaError, match="no whole set of weights"):
         inspect_model(tmp_path)
 
 

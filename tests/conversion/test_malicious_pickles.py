@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from transformers_delta_llava.conversion import ConversionError, convert_checkpoint
-from transformers_delta_llava.conversion.checkpoint_reader import read_checkpoint
+from transformers_delta_llava.conversion import convert_checkpoint
+from transformers_delta_llava.conversion.checkpoint import read_checkpoint
+from transformers_delta_llava.utils.errors import DeltaLlavaError
 
 
 class _Calls:
@@ -91,7 +92,7 @@ def test_no_pickle_runs(pristine, tmp_path, kind, file):
         (source / "adapter_config.json").unlink()
     (source / file).write_bytes(KINDS[kind](mark))
     base = None if file == "pytorch_model.bin" else pristine / "llava-tiny"
-    with pytest.raises(ConversionError) as error:
+    with pytest.raises(DeltaLlavaError) as error:
         convert_checkpoint(source, tmp_path / "out", base_model=base)
     assert str(error.value).startswith(file)
     assert "\n" not in str(error.value)
@@ -126,7 +127,7 @@ def test_code_in_a_source_is_never_imported(pristine, tmp_path):
     (source / "optimizer.pt").write_bytes(_system(mark))
     try:
         convert_checkpoint(source, tmp_path / "out")
-    except ConversionError:
+    except DeltaLlavaError:
         assert not (tmp_path / "out").exists()
     else:
         found = {path.name for path in (tmp_path / "out").iterdir()}
@@ -137,7 +138,7 @@ def test_code_in_a_source_is_never_imported(pristine, tmp_path):
 
 def test_a_safetensors_header_that_claims_the_world(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 2**63 - 1) + b"{}")
-    with pytest.raises(ConversionError, match=r"model\.safetensors is not a readable"):
+    with pytest.raises(DeltaLlavaError, match=r"model\.safetensors is not a readable"):
         read_checkpoint(tmp_path)
 
 
@@ -151,5 +152,5 @@ def test_an_archive_that_unpacks_to_too_much(tmp_path):
     ):
         for entry in old.namelist():
             new.writestr(entry, old.read(entry))
-    with pytest.raises(ConversionError, match=r"pytorch_model\.bin"):
+    with pytest.raises(DeltaLlavaError, match=r"pytorch_model\.bin"):
         read_checkpoint(tmp_path)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from examples.make_checkpoint import write_weights
-from transformers_delta_llava.conversion import ConversionError, convert_checkpoint, inspect_model
-from transformers_delta_llava.conversion.checkpoint_reader import read_checkpoint
+from transformers_delta_llava.conversion import convert_checkpoint, inspect_model
+from transformers_delta_llava.conversion.checkpoint import read_checkpoint
+from transformers_delta_llava.utils.errors import DeltaLlavaError
 
 
 LEVEL = "model.mm_projector."
@@ -51,7 +52,7 @@ def put_projector(source: Path):
 def test_another_projector_is_named(case, put_projector, tmp_path):
     shapes, words = CASES[case]
     folder = put_projector(shapes)
-    with pytest.raises(ConversionError) as error:
+    with pytest.raises(DeltaLlavaError) as error:
         convert_checkpoint(folder, tmp_path / "out")
     assert words in str(error.value)
     assert "not a delta projector" in str(error.value) and "delta-llava train" in str(error.value)
@@ -66,7 +67,7 @@ def test_it_is_named_before_the_config_is_refused(put_projector, edit_config, tm
     """LLaVA-1.5's own config says `llava`, and a sentence about model types would help nobody."""
     folder = put_projector(MLP)
     edit_config(model_type="llava", scale_factor=None)
-    with pytest.raises(ConversionError, match="LLaVA's own MLP"):
+    with pytest.raises(DeltaLlavaError, match="LLaVA's own MLP"):
         convert_checkpoint(folder, tmp_path / "out")
     assert "LLaVA's own MLP" in inspect_model(folder).problems[0]
 
@@ -81,7 +82,7 @@ def test_a_projector_alone(pristine, tmp_path):
     folder.mkdir()
     shutil.copy(pristine / "llava-tiny" / "config.json", folder)
     torch.save({LEVEL + name: torch.ones(shape) for name, shape in MLP.items()}, folder / "mm_projector.bin")
-    with pytest.raises(ConversionError, match="LLaVA's own MLP"):
+    with pytest.raises(DeltaLlavaError, match="LLaVA's own MLP"):
         convert_checkpoint(folder, tmp_path / "out", base_model=pristine / "llava-tiny")
     assert "LLaVA's own MLP" in inspect_model(folder).problems[0]
     ours = {n: t.load() for n, t in read_checkpoint(pristine / "llava-tiny").tensors.items() if n.startswith(LEVEL)}
@@ -92,14 +93,14 @@ def test_a_projector_alone(pristine, tmp_path):
 
 
 def test_what_needs_no_conversion_or_has_nothing_to_convert(repo, put_projector, tmp_path):
-    with pytest.raises(ConversionError, match="is a Delta-LLaVA repo already, which needs no conversion"):
+    with pytest.raises(DeltaLlavaError, match="is a Delta-LLaVA repo already, which needs no conversion"):
         convert_checkpoint(repo, tmp_path / "out")
     folder = put_projector({})
-    with pytest.raises(ConversionError, match=r"has no projector .*--base-model"):
+    with pytest.raises(DeltaLlavaError, match=r"has no projector .*--base-model"):
         convert_checkpoint(folder, tmp_path / "out")
     llava = tmp_path / "llava-hf"
     llava.mkdir()
     (llava / "config.json").write_text(json.dumps({"model_type": "llava"}))
     write_weights(llava, {"model.multi_modal_projector.linear_1.weight": torch.ones(2, 2)})
-    with pytest.raises(ConversionError, match="in the layout of transformers, which needs no conversion"):
+    with pytest.raises(DeltaLlavaError, match="in the layout of transformers, which needs no conversion"):
         convert_checkpoint(llava, tmp_path / "out")

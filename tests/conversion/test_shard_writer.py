@@ -8,9 +8,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tests.conversion.test_tensor_plan import lazily
-from transformers_delta_llava.conversion import ConversionError, shard_writer
-from transformers_delta_llava.conversion.checkpoint_reader import LazyTensor, read_checkpoint
-from transformers_delta_llava.conversion.shard_writer import parse_size, same_bits, verify_shards, write_shards
+from transformers_delta_llava.conversion import checkpoint
+from transformers_delta_llava.conversion.checkpoint import (
+    LazyTensor,
+    parse_size,
+    read_checkpoint,
+    same_bits,
+    verify_shards,
+    write_shards,
+)
+from transformers_delta_llava.utils.errors import DeltaLlavaError
 
 
 @pytest.mark.parametrize(
@@ -23,7 +30,7 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["", "GB", "2 parsecs", "-1GB", "0", 0, "0.1", "1e9"])
 def test_what_is_no_size(text):
-    with pytest.raises(ConversionError, match="max_shard_size=.*for instance 2GB"):
+    with pytest.raises(DeltaLlavaError, match="max_shard_size=.*for instance 2GB"):
         parse_size(text)
 
 
@@ -69,7 +76,7 @@ def test_a_failure_to_write_is_an_os_error(tmp_path, monkeypatch):
     def save_file(*args, **kwargs):
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(shard_writer, "save_file", save_file)
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
     with pytest.raises(OSError, match=r"model\.safetensors cannot be written: No space left"):
         write_shards(lazily(TENSORS).tensors, tmp_path, 10**6)
 
@@ -79,7 +86,7 @@ def test_a_failure_to_write_is_an_os_error(tmp_path, monkeypatch):
 def test_values_that_are_no_numbers_are_refused(tmp_path, value, dtype):
     tensor = torch.ones(5, 7, dtype=dtype)
     tensor[2, 3] = value
-    with pytest.raises(ConversionError, match="b.weight holds NaN or Inf"):
+    with pytest.raises(DeltaLlavaError, match="b.weight holds NaN or Inf"):
         write_shards({"b.weight": LazyTensor((5, 7), dtype, lambda: tensor)}, tmp_path, 1000)
 
 
@@ -93,9 +100,9 @@ def test_verification_sees_a_single_bit(tmp_path):
     assert seen == [(12, 36), (24, 36), (36, 36)]
     path = tmp_path / "model-00002-of-00003.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 128]))
-    with pytest.raises(ConversionError, match="Verification failed: b is not on the disk"):
+    with pytest.raises(DeltaLlavaError, match="Verification failed: b is not on the disk"):
         verify_shards(tensors, tmp_path)
-    with pytest.raises(ConversionError, match="Verification failed: the files differ in c"):
+    with pytest.raises(DeltaLlavaError, match="Verification failed: the files differ in c"):
         verify_shards({name: tensors[name] for name in "ab"}, tmp_path)
 
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from examples.make_checkpoint import write_tokenizer, write_weights
-from transformers_delta_llava.conversion import ConversionError, convert_checkpoint, convert_state_dict
-from transformers_delta_llava.conversion import lora as lora_module
-from transformers_delta_llava.conversion.checkpoint_reader import read_checkpoint
-from transformers_delta_llava.conversion.lora import LoraSettings, read_lora_settings
+from transformers_delta_llava.conversion import convert_checkpoint, convert_state_dict, sources
+from transformers_delta_llava.conversion.checkpoint import read_checkpoint
+from transformers_delta_llava.conversion.sources import LoraSettings, read_lora_settings
+from transformers_delta_llava.utils.errors import DeltaLlavaError
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
@@ -140,7 +140,7 @@ def test_other_adapters_are_refused(partial, tmp_path, config, message):
     peft_run(tmp_path, partial, torch.float32, {"r": 4, "target_modules": ["q_proj"]})
     path = tmp_path / "run" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
-    with pytest.raises(ConversionError) as error:
+    with pytest.raises(DeltaLlavaError) as error:
         convert_checkpoint(tmp_path / "run", tmp_path / "out", base_model=tmp_path / "base")
     assert message in str(error.value)
 
@@ -195,15 +195,15 @@ def test_factors_for_one_of_two_tied_weights_are_refused(partial, tmp_path, targ
         path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
     del partial["lm_head.weight"]
     peft_run(tmp_path, partial, torch.float32, {"r": 4, "target_modules": ["q_proj", target]}, "auto")
-    with pytest.raises(ConversionError, match=rf"factors for .*{target}.* ties its head to its embeddings"):
+    with pytest.raises(DeltaLlavaError, match=rf"factors for .*{target}.* ties its head to its embeddings"):
         convert_checkpoint(tmp_path / "run", tmp_path / "out", base_model=tmp_path / "base")
 
 
 def test_a_pattern_that_backtracks_for_ever_is_refused_in_seconds(monkeypatch):
-    monkeypatch.setattr(lora_module, "_PATTERN_SECONDS", 0.2)
+    monkeypatch.setattr(sources, "_PATTERN_SECONDS", 0.2)
     settings = LoraSettings.model_validate({"lora_alpha": 8, "alpha_pattern": {"(a|aa)+b": 4}})
     begun = time.monotonic()
-    with pytest.raises(ConversionError, match="take more than 0 seconds to match"):
+    with pytest.raises(DeltaLlavaError, match="take more than 0 seconds to match"):
         settings.scalings({"a" * 200: 4})
     assert time.monotonic() - begun < 5
 
@@ -233,22 +233,22 @@ def test_a_broken_adapter_is_refused(partial, tmp_path, tensors, message):
     contents = {f"base_model.model.{name}": torch.ones(shape) for name, shape in tensors.items()}
     save_file(contents, tmp_path / "run" / "adapter_model.safetensors")
     (tmp_path / "run" / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 8}')
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(DeltaLlavaError, match=message):
         convert_checkpoint(tmp_path / "run", tmp_path / "out", base_model=tmp_path / "base")
 
 
 def test_a_partial_checkpoint_needs_the_right_base(pristine, partial, tmp_path):
     torch.save(projector(partial), tmp_path / "run" / "mm_projector.bin")
-    with pytest.raises(ConversionError, match=r"holds the projector only; pass .* --base-model"):
+    with pytest.raises(DeltaLlavaError, match=r"holds the projector only; pass .* --base-model"):
         convert_checkpoint(tmp_path / "run", tmp_path / "out")
     (tmp_path / "base" / "config.json").write_text('{"model_type": "mistral"}')
-    with pytest.raises(ConversionError, match="model_type='mistral', but the checkpoint was trained on a llama"):
+    with pytest.raises(DeltaLlavaError, match="model_type='mistral', but the checkpoint was trained on a llama"):
         convert_checkpoint(tmp_path / "run", tmp_path / "out", base_model=tmp_path / "base")
-    with pytest.raises(ConversionError, match="is a full checkpoint, which needs no --base-model"):
+    with pytest.raises(DeltaLlavaError, match="is a full checkpoint, which needs no --base-model"):
         convert_checkpoint(pristine / "llava-tiny", tmp_path / "out", base_model=tmp_path / "base")
     torch.save({**projector(partial), "lm_head.weight": torch.ones(1)}, tmp_path / "run" / "mm_projector.bin")
     (tmp_path / "base" / "config.json").unlink()
-    with pytest.raises(ConversionError, match=r"more than a projector: lm_head\.weight"):
+    with pytest.raises(DeltaLlavaError, match=r"more than a projector: lm_head\.weight"):
         convert_checkpoint(tmp_path / "run", tmp_path / "out", base_model=tmp_path / "base")
 
 
@@ -256,5 +256,5 @@ def test_something_else_under_the_name_of_a_file_is_not_taken_for_nothing(partia
     peft_run(tmp_path, partial, torch.float32, {"r": 4, "target_modules": ["q_proj"]})
     (tmp_path / "run" / "non_lora_trainables.bin").unlink()
     (tmp_path / "run" / "non_lora_trainables.bin").mkdir()
-    with pytest.raises(ConversionError, match="non_lora_trainables.bin in run is not a regular file"):
+    with pytest.raises(DeltaLlavaError, match="non_lora_trainables.bin in run is not a regular file"):
         convert_checkpoint(tmp_path / "run", tmp_path / "out", base_model=tmp_path / "base")

@@ -5,11 +5,11 @@ import torch
 from transformers import CLIPVisionConfig
 
 from examples.make_checkpoint import LLAVA_KEYS, TEXT, TOWER, Recipe, checkpoint_tensors, write_tower
-from transformers_delta_llava.conversion import ConversionError, convert_config, convert_state_dict
-from transformers_delta_llava.conversion.checkpoint_reader import Checkpoint, LazyTensor
-from transformers_delta_llava.conversion.config_map import Vocabulary
-from transformers_delta_llava.conversion.key_map import map_names
-from transformers_delta_llava.conversion.tensor_plan import EMBEDDINGS, HEAD, plan_tensors
+from transformers_delta_llava.conversion import convert_config, convert_state_dict
+from transformers_delta_llava.conversion.checkpoint import Checkpoint, LazyTensor
+from transformers_delta_llava.conversion.config_mapping import Vocabulary
+from transformers_delta_llava.conversion.weight_mapping import EMBEDDINGS, HEAD, map_names, plan_tensors
+from transformers_delta_llava.utils.errors import DeltaLlavaError
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_casting(tensors):
 
 def test_missing_tensors_are_listed(tensors):
     gone = ["model.layers.1.mlp.up_proj.weight", "model.mm_projector.q_proj_1.U"]
-    with pytest.raises(ConversionError) as error:
+    with pytest.raises(DeltaLlavaError) as error:
         plan({name: tensor for name, tensor in tensors.items() if name not in gone})
     assert "lacks" in str(error.value)
     assert all(name in str(error.value) for name in convert_state_dict({name: tensors[name] for name in gone}))
@@ -76,7 +76,7 @@ def test_missing_tensors_are_listed(tensors):
 def test_tensors_without_a_place_are_listed(tensors):
     extra = {"model.layers.2.mlp.up_proj.weight": torch.ones(2, 2)}
     with pytest.raises(
-        ConversionError, match=r"has no place for model\.language_model\.layers\.2\.mlp\.up_proj\.weight"
+        DeltaLlavaError, match=r"has no place for model\.language_model\.layers\.2\.mlp\.up_proj\.weight"
     ):
         plan({**tensors, **extra})
 
@@ -84,13 +84,13 @@ def test_tensors_without_a_place_are_listed(tensors):
 def test_a_renamed_tensor_shows_under_both_names(tensors):
     renamed = {name.replace("layers.1.input_layernorm", "layers.1.input_norm"): t for name, t in tensors.items()}
     with pytest.raises(
-        ConversionError, match=r"^The checkpoint lacks .*1\.input_layernorm.*no place for .*1\.input_norm"
+        DeltaLlavaError, match=r"^The checkpoint lacks .*1\.input_layernorm.*no place for .*1\.input_norm"
     ):
         plan(renamed)
 
 
 def test_wrong_shapes_are_listed(tensors):
-    with pytest.raises(ConversionError, match=r"language_model\.norm\.weight is \(5,\) instead of \(32,\)"):
+    with pytest.raises(DeltaLlavaError, match=r"language_model\.norm\.weight is \(5,\) instead of \(32,\)"):
         plan({**tensors, "model.norm.weight": torch.ones(5)})
 
 
@@ -98,22 +98,22 @@ def test_wrong_shapes_are_listed(tensors):
     "name", ["model.mm_projector.q_proj_1.shared_weight.weight", "model.embed_tokens.weight", "lm_head.weight"]
 )
 def test_a_number_is_no_matrix(tensors, name):
-    with pytest.raises(ConversionError, match=r"is \(\) instead of"):
+    with pytest.raises(DeltaLlavaError, match=r"is \(\) instead of"):
         plan({**tensors, name: torch.tensor(1.0)}, vocabulary=Vocabulary(384, 320))
 
 
 def test_a_tower_of_another_width_is_refused(tensors):
-    with pytest.raises(ConversionError, match="trained on a vision tower 128 wide, but this tower is 256 wide"):
+    with pytest.raises(DeltaLlavaError, match="trained on a vision tower 128 wide, but this tower is 256 wide"):
         plan(tensors, vision={"hidden_size": 256})
 
 
 def test_quantised_weights_are_refused(tensors):
-    with pytest.raises(ConversionError, match=r"quantised.*norm\.weight \(torch\.uint8\)"):
+    with pytest.raises(DeltaLlavaError, match=r"quantised.*norm\.weight \(torch\.uint8\)"):
         plan({**tensors, "model.norm.weight": torch.ones(32, dtype=torch.uint8)})
 
 
 def test_settings_that_make_no_model(tensors):
-    with pytest.raises(ConversionError, match="No model can be built"):
+    with pytest.raises(DeltaLlavaError, match="No model can be built"):
         plan(tensors, hidden_act="no-such-activation")
 
 
@@ -162,12 +162,12 @@ def test_a_tied_head_that_repeats_the_embeddings_is_left_out(tensors):
 
 
 def test_a_tied_head_that_differs_is_refused(tensors):
-    with pytest.raises(ConversionError, match="differs from them"):
+    with pytest.raises(DeltaLlavaError, match="differs from them"):
         plan(tensors, tie_word_embeddings=True)
-    with pytest.raises(ConversionError, match="differs from them"):
+    with pytest.raises(DeltaLlavaError, match="differs from them"):
         plan({**tensors, "lm_head.weight": torch.ones(319, 32)}, tie_word_embeddings=True)
 
 
 def test_a_head_that_is_missing_is_missed(tensors):
-    with pytest.raises(ConversionError, match=r"lacks tensors that the model needs: lm_head\.weight"):
+    with pytest.raises(DeltaLlavaError, match=r"lacks tensors that the model needs: lm_head\.weight"):
         plan({name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"})

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from examples.make_checkpoint import write_tower, write_weights
-from transformers_delta_llava.conversion import ConversionError
 from transformers_delta_llava.conversion.vision_tower import (
     KNOWN_TOWERS,
     adapt_to_weights,
     find_vision_tower,
     load_vision_tower,
 )
-from transformers_delta_llava.utils import hub
+from transformers_delta_llava.utils import files
+from transformers_delta_llava.utils.errors import DeltaLlavaError
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -72,17 +72,17 @@ def test_the_folders_own_preprocessing_counts(tmp_path):
 def test_preprocessing_of_another_size_is_refused(tmp_path, size):
     write_tower(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": size}))
-    with pytest.raises(ConversionError, match="image_size=32.*336"):
+    with pytest.raises(DeltaLlavaError, match="image_size=32.*336"):
         load_vision_tower(str(tmp_path), with_weights=False)
 
 
 def test_what_is_no_tower(tmp_path):
-    with pytest.raises(ConversionError, match="has no config.json"):
+    with pytest.raises(DeltaLlavaError, match="has no config.json"):
         load_vision_tower(str(tmp_path), with_weights=False)
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(ConversionError, match="model_type='vit'; use one of clip, siglip"):
+    with pytest.raises(DeltaLlavaError, match="model_type='vit'; use one of clip, siglip"):
         load_vision_tower(str(tmp_path), with_weights=False)
-    with pytest.raises(ConversionError, match="not a folder, and not a Hub id"):
+    with pytest.raises(DeltaLlavaError, match="not a folder, and not a Hub id"):
         load_vision_tower(str(tmp_path / "nowhere"), with_weights=False)
 
 
@@ -109,7 +109,7 @@ def test_a_hub_id_is_downloaded_safetensors_first(tmp_path, monkeypatch):
                 shutil.copy(file, cache)
         return str(cache)
 
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(files, "snapshot_download", snapshot_download)
     tower = load_vision_tower("owner/tower", with_weights=True)
     assert tower.name == "owner/tower"
     assert tower.checkpoint.tensors.keys() == tensors.keys()
@@ -126,8 +126,8 @@ def test_the_hub_out_of_reach(monkeypatch):
     def snapshot_download(repo_id, allow_patterns):
         raise OSError("no network\nand a long story")
 
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-    with pytest.raises(ConversionError, match=r"owner/tower is not a folder here, .*\(no network\); pass the path"):
+    monkeypatch.setattr(files, "snapshot_download", snapshot_download)
+    with pytest.raises(DeltaLlavaError, match=r"owner/tower is not a folder here, .*\(no network\); pass the path"):
         load_vision_tower("owner/tower", with_weights=False)
 
 
@@ -180,21 +180,21 @@ def test_a_folder_of_settings_is_passed_by_where_weights_are_needed(tmp_path):
 
 def test_errors_name_the_option(tmp_path):
     for spec in ("/data/other-tower", "vision-tower"):
-        with pytest.raises(ConversionError, match=f"{spec} is not a folder.* with --vision-tower"):
+        with pytest.raises(DeltaLlavaError, match=f"{spec} is not a folder.* with --vision-tower"):
             load_vision_tower(spec, with_weights=False)
 
 
 def test_names_to_publish_hold_no_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert hub.public_name("openai/clip-vit-large-patch14-336") == "openai/clip-vit-large-patch14-336"
-    assert hub.public_name(str(tmp_path / "tower")) == "tower"
+    assert files.public_name("openai/clip-vit-large-patch14-336") == "openai/clip-vit-large-patch14-336"
+    assert files.public_name(str(tmp_path / "tower")) == "tower"
     Path("local/tower").mkdir(parents=True)
-    assert hub.public_name("local/tower") == "tower"
-    assert hub.public_name("../tower/") == "tower"
+    assert files.public_name("local/tower") == "tower"
+    assert files.public_name("../tower/") == "tower"
     cached = tmp_path / "models--openai--clip-vit-large-patch14-336" / "snapshots" / (40 * "c")
     cached.mkdir(parents=True)
-    assert hub.public_name(str(cached)) == "openai/clip-vit-large-patch14-336"
-    assert hub.public_name(str(tmp_path / "my-clip" / (40 * "c"))) == "my-clip"
+    assert files.public_name(str(cached)) == "openai/clip-vit-large-patch14-336"
+    assert files.public_name(str(tmp_path / "my-clip" / (40 * "c"))) == "my-clip"
 
 
 @pytest.mark.parametrize(
@@ -202,5 +202,5 @@ def test_names_to_publish_hold_no_path(tmp_path, monkeypatch):
 )
 def test_a_tower_config_of_other_types(tmp_path, values):
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ConversionError, match="model_type=|not a JSON object"):
+    with pytest.raises(DeltaLlavaError, match="model_type=|not a JSON object"):
         load_vision_tower(str(tmp_path), with_weights=False)

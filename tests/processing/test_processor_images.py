@@ -22,7 +22,7 @@ from PIL import Image
 from transformers import SiglipImageProcessorPil
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from transformers_delta_llava.processing import load_chat_template, pictures_delta_llava
+from transformers_delta_llava.processing import image_utils_delta_llava, load_chat_template
 
 
 SIZES = [(40, 30), (30, 40), (33, 32), (28, 28), (64, 64), (1, 1), (1, 7), (500, 3), (3, 501), (777, 1000)]
@@ -66,7 +66,7 @@ def test_working_in_strips_changes_no_bit(
     make_processor: Any, make_image_processor: Any, make_picture: Any, monkeypatch: Any, size: Any, resample: Any
 ) -> None:
     image_processor = make_image_processor(resample=resample)
-    monkeypatch.setattr(pictures_delta_llava, "STRIP_PIXELS", 1000)
+    monkeypatch.setattr(image_utils_delta_llava, "STRIP_PIXELS", 1000)
     image = make_picture(*size)
     pixels = make_processor(image_processor=image_processor)(images=image, return_tensors="pt")["pixel_values"]
     assert torch.equal(pixels, image_processor(on_a_square(image), return_tensors="pt")["pixel_values"])
@@ -89,7 +89,7 @@ pixels = processor._process_images(images, return_tensors="np")[0]["pixel_values
 assert pixels.shape == (3, 3, 336, 336)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(pictures_delta_llava.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(image_utils_delta_llava.__file__).parents[1])}
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout.split()[-1]) < 200 * 1024  # kB
@@ -202,7 +202,7 @@ def test_pictures_of_floats_are_scaled_not_clipped(raw: Any) -> None:
     far = np.array([[-3e38, 3e38]], np.float32)
     np.testing.assert_array_equal(raw(Image.fromarray(far), do_pad=False)[0, :, 0], [0, 255])
     farther = np.array([[-1.7e308, 0, 1.7e308]])
-    np.testing.assert_array_equal(pictures_delta_llava._to_bytes(farther, stretch=True), [[0, 128, 255]])
+    np.testing.assert_array_equal(image_utils_delta_llava._to_bytes(farther, stretch=True), [[0, 128, 255]])
 
 
 @pytest.mark.parametrize("kind", ["picture", "path", "jpeg path"])
@@ -443,7 +443,7 @@ def bicubic(length: int, side: int) -> np.ndarray:
 def test_long_images_are_resized_as_if_whole_to_within_a_bound(
     make_processor: Any, make_image_processor: Any, make_picture: Any, monkeypatch: Any, size: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(pictures_delta_llava, "LONG_SIDE", 1000)
+    monkeypatch.setattr(image_utils_delta_llava, "LONG_SIDE", 1000)
     image_processor = make_image_processor(do_normalize=False, image_mean=[0, 0, 0])
     image = make_picture(*size)
     found = make_processor(image_processor=image_processor)(images=image, return_tensors="np")["pixel_values"][0]
@@ -474,7 +474,7 @@ def test_long_images_take_no_time(
 def test_the_middle_of_a_long_image_that_is_not_padded_is_its_middle(
     make_processor: Any, make_image_processor: Any, monkeypatch: Any, size: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(pictures_delta_llava, "MAX_PIXELS", 4 * 28 * 28 * 100)
+    monkeypatch.setattr(image_utils_delta_llava, "MAX_PIXELS", 4 * 28 * 28 * 100)
     image_processor = make_image_processor()
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
     found = make_processor(image_processor=image_processor, do_pad=False)(images=image, return_tensors="np")[
@@ -545,14 +545,14 @@ def test_a_url_is_read(raw: Any, make_picture: Any, server: str) -> None:
 def test_a_url_that_gives_no_image_is_given_up(
     processor: Any, server: str, monkeypatch: pytest.MonkeyPatch, path: str, message: str
 ) -> None:
-    monkeypatch.setattr(pictures_delta_llava, "URL_TOTAL_TIMEOUT", 0.5)
-    monkeypatch.setattr(pictures_delta_llava, "URL_MAX_BYTES", 2**20)
+    monkeypatch.setattr(image_utils_delta_llava, "URL_TOTAL_TIMEOUT", 0.5)
+    monkeypatch.setattr(image_utils_delta_llava, "URL_MAX_BYTES", 2**20)
     with pytest.raises(ValueError, match=f"^Image 0 cannot be used: .*{message}"):
         processor(images=f"{server}/{path}", text="<image>")
 
 
 def test_a_url_that_keeps_silent_is_given_up(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures_delta_llava, "URL_TIMEOUT", 0.2)
+    monkeypatch.setattr(image_utils_delta_llava, "URL_TIMEOUT", 0.2)
     with (
         socket.create_server(("127.0.0.1", 0)) as silent,  # takes the connection and says nothing
         pytest.raises(ValueError, match="^Image 0 cannot be used: .*timed out"),

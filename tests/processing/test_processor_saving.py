@@ -134,4 +134,4 @@ def test_the_hub_files_import_nothing_that_a_hub_repo_lacks() -> None:
             elif isinstance(node, ast.ImportFrom):
                 (siblings if node.level else imported).add(str(node.module).partition(".")[0])
     assert imported - set(sys.stdlib_module_names) == {"PIL", "numpy", "torch", "transformers"}
-    assert siblings == {"auto_budget_delta_llava", "pictures_delta_llava"}
+    assert siblings == {"auto_budget_delta_llava", "image_utils_delta_llava"}

@@ -29,15 +29,15 @@ from examples.make_checkpoint import write_checkpoint
 from tests.robustness.children import hashes, outcome
 from tests.robustness.damages import DAMAGES, load, weight_files
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
-from transformers_delta_llava.analysis import apply_deltas, delta_stats, extract_deltas, truncate_deltas
 from transformers_delta_llava.conversion import (
     convert_checkpoint,
     convert_state_dict,
     export_checkpoint,
     inspect_model,
-    push_folder,
 )
-from transformers_delta_llava.conversion.shard_writer import same_bits
+from transformers_delta_llava.conversion.checkpoint import same_bits
+from transformers_delta_llava.deltas import apply_deltas, delta_stats, extract_deltas, truncate_deltas
+from transformers_delta_llava.hub import push_folder
 
 
 FORMS = (("safetensors", 1), ("safetensors", 2), ("bin", 1), ("bin", 2))

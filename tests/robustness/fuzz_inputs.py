@@ -26,7 +26,7 @@ from PIL import Image
 
 from tests.tiny import tiny_config, tiny_processor
 from transformers_delta_llava import DeltaLlavaProcessor
-from transformers_delta_llava.serving.requests import (
+from transformers_delta_llava.serving.transformers_serve import (
     ChatRequest,
     CompletionRequest,
     ResponsesRequest,

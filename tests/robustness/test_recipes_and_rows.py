@@ -21,9 +21,8 @@ from transformers import TrainingArguments
 
 from tests.training.tiny_run import make_processor, make_rows, recipe_content, write_data, write_model
 from transformers_delta_llava.training import DataError, DataRecipe, load_recipe, train
-from transformers_delta_llava.training.data import open_rows
-from transformers_delta_llava.training.dataset import TrainingDataset
-from transformers_delta_llava.training.encoding import ConversationEncoder
+from transformers_delta_llava.training.conversations import ConversationEncoder
+from transformers_delta_llava.training.dataset import TrainingDataset, open_rows
 from transformers_delta_llava.training.sampler import Request
 from transformers_delta_llava.utils.errors import DeltaLlavaError
 

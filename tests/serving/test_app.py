@@ -13,7 +13,7 @@ from tests.tiny import tiny_config, tiny_processor
 from transformers_delta_llava import serving
 from transformers_delta_llava.analysis import Explanation
 from transformers_delta_llava.serving import app
-from transformers_delta_llava.serving.page_input import caption, choose_budgets, location, read_upload, sentence
+from transformers_delta_llava.serving.app import caption, choose_budgets, location, read_upload, sentence
 
 
 def test_options(monkeypatch):

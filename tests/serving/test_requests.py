@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from tests.tiny import tiny_config, tiny_processor
-from transformers_delta_llava.processing import pictures_delta_llava
-from transformers_delta_llava.serving.requests import (
+from transformers_delta_llava.processing import image_utils_delta_llava
+from transformers_delta_llava.serving.transformers_serve import (
     ChatRequest,
     CompletionRequest,
     ResponsesRequest,
@@ -135,7 +135,7 @@ def test_files_of_the_server_are_not_read(url):
 
 
 def test_a_silent_url_stops_nobody_else(monkeypatch):
-    monkeypatch.setattr(pictures_delta_llava, "URL_TIMEOUT", 0.5)
+    monkeypatch.setattr(image_utils_delta_llava, "URL_TIMEOUT", 0.5)
     waits = []
 
     async def both(url: str) -> None:

@@ -11,7 +11,7 @@ import yaml
 import transformers_delta_llava
 from transformers_delta_llava.cli.main import main
 from transformers_delta_llava.serving import write_space
-from transformers_delta_llava.serving.space import GRADIO, PYTHON
+from transformers_delta_llava.serving.app import GRADIO, PYTHON
 
 
 ROOT = Path(__file__).parents[2]

@@ -9,9 +9,9 @@ import pytest
 
 from tests.training.tiny_run import make_picture, make_rows, write_data, write_rows
 from transformers_delta_llava.training import DataError, DataRecipe, row_index
-from transformers_delta_llava.training.data import DatasetRows, JsonRows, open_rows
-from transformers_delta_llava.training.errors import RowError
-from transformers_delta_llava.training.rows import to_messages
+from transformers_delta_llava.training.conversations import to_messages
+from transformers_delta_llava.training.dataset import DatasetRows, JsonRows, open_rows
+from transformers_delta_llava.utils.errors import RowError
 
 
 def turn(speaker: str, value: Any) -> dict[str, Any]:

@@ -9,11 +9,8 @@ import torch
 from tests.training.tiny_run import BUDGETS, make_model, make_picture, make_processor, write_data
 from transformers_delta_llava.processing import CHAT_TEMPLATES
 from transformers_delta_llava.training import DataError
-from transformers_delta_llava.training.collator import Collator
-from transformers_delta_llava.training.data import JsonRows
-from transformers_delta_llava.training.dataset import TrainingDataset
-from transformers_delta_llava.training.encoding import IGNORED, ConversationEncoder
-from transformers_delta_llava.training.rows import RowError, to_messages
+from transformers_delta_llava.training.conversations import IGNORED, ConversationEncoder, RowError, to_messages
+from transformers_delta_llava.training.dataset import Collator, JsonRows, TrainingDataset
 from transformers_delta_llava.training.sampler import Request
 
 

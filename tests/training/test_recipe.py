@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from transformers_delta_llava.training import RecipeError, load_recipe
-from transformers_delta_llava.training.arguments import make_arguments
-from transformers_delta_llava.training.recipe import write_yaml
+from transformers_delta_llava.training.recipe import make_arguments, write_yaml
 
 
 RECIPE = """

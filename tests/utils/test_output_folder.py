@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from transformers_delta_llava.utils import output_folder
+from transformers_delta_llava.utils import files
 from transformers_delta_llava.utils.errors import DeltaLlavaError
-from transformers_delta_llava.utils.output_folder import REPORT_FILE, atomic_folder, check_output
+from transformers_delta_llava.utils.files import REPORT_FILE, atomic_folder, check_output
 
 
 def names(folder):
@@ -119,7 +119,7 @@ def test_a_second_run_for_one_output_is_refused_and_the_first_goes_on(tmp_path):
 def test_only_a_dead_owner_has_a_successor(tmp_path):
     code = """if True:
         import os, pathlib, sys
-        from transformers_delta_llava.utils.output_folder import atomic_folder
+        from transformers_delta_llava.utils.files import atomic_folder
         with atomic_folder(pathlib.Path(sys.argv[1])) as folder:
             (folder / "half").touch()
             print("written", flush=True)
@@ -147,7 +147,7 @@ def test_what_fails_after_the_output_is_there_is_no_error(tmp_path, monkeypatch,
             raise PermissionError(13, "Permission denied", str(path))
         rmtree(path, ignore_errors)
 
-    monkeypatch.setattr(output_folder.shutil, "rmtree", refuse_previous)
+    monkeypatch.setattr(files.shutil, "rmtree", refuse_previous)
     with atomic_folder(tmp_path / "out", overwrite=True) as folder:
         (folder / "new").touch()
     assert names(tmp_path / "out") == ["new"]

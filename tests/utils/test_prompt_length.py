@@ -6,7 +6,7 @@ import pytest
 
 from tests.tiny import tiny_config, tiny_processor
 from transformers_delta_llava.utils.errors import DeltaLlavaError
-from transformers_delta_llava.utils.prompt_length import check_prompt, check_texts, max_prompt_tokens
+from transformers_delta_llava.utils.prompts import check_prompt, check_texts, max_prompt_tokens
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from transformers.generation.streamers import BaseStreamer
 from ..modeling import DeltaLlavaForConditionalGeneration
 from ..modeling.delta_repo_delta_llava import dtype_name
 from ..processing import DeltaLlavaProcessor
-from ..utils.prompt_length import max_prompt_tokens
-from .asking import count_visual_tokens, encode_question
+from ..utils.prompts import max_prompt_tokens
+from .inference import count_visual_tokens, encode_question
 
 
 TIMES = (

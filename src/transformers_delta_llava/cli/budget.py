@@ -10,7 +10,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from .arguments import number_or_word
+from .options import number_or_word
 
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ def budget(
     from transformers.utils.logging import disable_progress_bar  # these take seconds to import
 
     from ..analysis import compare_budgets, load_picture, load_repo, write_comparison
-    from ..analysis.budget_pictures import SUFFIXES
-    from ..analysis.drawing import check_output
+    from ..analysis.figures import SUFFIXES, check_output
 
     if output is not None:
         check_output(output, SUFFIXES)

@@ -7,10 +7,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from ..conversion import ConversionError, convert_checkpoint
-from ..conversion.publish import check_login
-from ..utils.hub import is_repo_id
-from .console import say
+from ..conversion import convert_checkpoint
+from ..hub.push import check_login
+from ..utils.errors import DeltaLlavaError
+from ..utils.files import is_repo_id
+from .options import say
 from .push import CreatePr, DryRun, Private, Revision, push_and_tell
 
 
@@ -66,11 +67,11 @@ def convert(
     """
     if push_to_hub is None:
         if private or revision is not None or create_pr or dry_run:
-            raise ConversionError("--private, --revision, --create-pr and --dry-run belong to --push-to-hub.")
+            raise DeltaLlavaError("--private, --revision, --create-pr and --dry-run belong to --push-to-hub.")
         if output is None:
-            raise ConversionError("Name the folder to write the repo to, or publish it with --push-to-hub ORG/NAME.")
+            raise DeltaLlavaError("Name the folder to write the repo to, or publish it with --push-to-hub ORG/NAME.")
     elif not is_repo_id(push_to_hub):
-        raise ConversionError(f"{push_to_hub} is not a Hub id of the form owner/name.")
+        raise DeltaLlavaError(f"{push_to_hub} is not a Hub id of the form owner/name.")
     elif not dry_run:
         check_login()  # not after an hour of conversion
     output = output or Path(str(push_to_hub).rpartition("/")[2])
@@ -115,6 +116,6 @@ def convert(
             push_and_tell(
                 output, push_to_hub, private=private, revision=revision, create_pr=create_pr, dry_run=dry_run
             )
-        except ConversionError as error:
+        except DeltaLlavaError as error:
             again = f"the converted repo is in {output}, and `delta-llava push {output} {push_to_hub}` publishes it."
-            raise ConversionError(f"{str(error).rstrip('.')}; {again}") from error
+            raise DeltaLlavaError(f"{str(error).rstrip('.')}; {again}") from error

@@ -10,13 +10,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .console import cell, say
+from .options import cell, say
 
 
 if TYPE_CHECKING:
     import torch
 
-    from ..analysis import DeltaReport, DeltaRow
+    from ..deltas import DeltaReport, DeltaRow
 
 delta = typer.Typer(no_args_is_help=True, help="Take deltas out of models, shrink them, put them into models.")
 
@@ -48,7 +48,7 @@ def extract(
     as_json: Json = False,
 ) -> None:
     """Write the deltas of a model, or of a fine-tuned model against its base, as a delta repo."""
-    from ..analysis import extract_deltas  # takes seconds to import, which `--help` need not wait for
+    from ..deltas import extract_deltas  # takes seconds to import, which `--help` need not wait for
 
     report = extract_deltas(source, output, base, rank, _torch_dtype(dtype))
     if report.left_out:
@@ -71,7 +71,7 @@ def truncate(
     as_json: Json = False,
 ) -> None:
     """Write deltas at a lower rank, by singular values."""
-    from ..analysis import truncate_deltas
+    from ..deltas import truncate_deltas
 
     _print_report(truncate_deltas(source, output, rank, energy, _torch_dtype(dtype)), as_json)
 
@@ -86,7 +86,7 @@ def apply(
     as_json: Json = False,
 ) -> None:
     """Write a model's repo with these deltas in the place of its own."""
-    from ..analysis import apply_deltas
+    from ..deltas import apply_deltas
 
     _print_report(apply_deltas(repo, deltas, output, force, max_shard_size), as_json)
 
@@ -102,7 +102,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Write a model's repo with the deltas added to its bases."""
-    from ..analysis import merge_deltas
+    from ..deltas import merge_deltas
 
     _print_report(merge_deltas(repo, output, deltas, rank, force, max_shard_size), as_json)
 
@@ -115,7 +115,7 @@ def stats(
     as_json: Json = False,
 ) -> None:
     """Print singular values and norms of deltas, by projection and level."""
-    from ..analysis import delta_stats, write_plot
+    from ..deltas import delta_stats, write_plot
 
     rows = delta_stats(source, base)
     if plot is not None:

@@ -10,7 +10,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from .arguments import number_or_word
+from .options import number_or_word
 
 
 if TYPE_CHECKING:
@@ -44,13 +44,12 @@ def explain(
     from transformers.utils.logging import disable_progress_bar  # these take seconds to import
 
     from .. import analysis
-    from ..analysis.asking import encode_question
-    from ..analysis.drawing import check_output, write_picture
     from ..analysis.explain import check_question, default_budgets
-    from ..analysis.explain_pictures import SUFFIXES
-    from ..utils.prompt_length import max_prompt_tokens
+    from ..analysis.figures import EXPLAIN_SUFFIXES, check_output, write_picture
+    from ..analysis.inference import encode_question
+    from ..utils.prompts import max_prompt_tokens
 
-    check_output(output, SUFFIXES)
+    check_output(output, EXPLAIN_SUFFIXES)
     check_question(prompt, on, max_new_tokens)
     disable_progress_bar()
     picture = analysis.load_picture(image)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..conversion import export_checkpoint
-from .console import say
+from .options import say
 
 
 class Format(str, Enum):

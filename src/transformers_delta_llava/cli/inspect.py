@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..conversion import Inspection, inspect_model
-from .console import cell, say
+from .options import cell, say
 
 
 def inspect(

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from ..conversion import PushReport, push_folder
+from ..hub import PushReport, push_folder
 from ..utils.errors import printable
-from .console import say
+from .options import say
 
 
 Private = Annotated[bool, typer.Option("--private", help="Create the repo private.")]

@@ -4,9 +4,9 @@ from typing import Annotated
 
 import typer
 
-from ..conversion import update_code
+from ..hub import update_code
 from ..utils.errors import printable
-from .console import say
+from .options import say
 from .push import CreatePr, Revision
 
 

@@ -7,15 +7,13 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from ..hub.tokenizer import TEMPLATE_FILE
 from ..processing import CHAT_TEMPLATES, load_chat_template
 from ..processing.chat_templates import adapt_template, find_conversation
-from ..utils.errors import explain_errors
-from ..utils.files import read_json, read_text
-from ..utils.output_folder import EXPORTED_FROM, REPORT_FILE
-from ..utils.templates import check_template, time_limit
-from .errors import ConversionError
+from ..utils.errors import DeltaLlavaError, explain_errors
+from ..utils.files import EXPORTED_FROM, REPORT_FILE, read_json, read_text
+from ..utils.prompts import check_template, time_limit
 from .language_models import LanguageModel, language_model
-from .tokenizer import TEMPLATE_FILE
 
 
 # What the tokenizer's own template is called, on the command line and in reports.
@@ -70,7 +68,7 @@ def choose_chat_template(
         own: the tokenizer's own template.
 
     Raises:
-        ConversionError: what the user says cannot be used, or the type of language model is not known.
+        DeltaLlavaError: what the user says cannot be used, or the type of language model is not known.
     """
     if requested is not None:
         name = OWN if requested == OWN else find_conversation(requested) or Path(requested).name
@@ -81,7 +79,7 @@ def choose_chat_template(
             return ChatTemplate(name, read_chat_template(name, tokenizer), reason, is_guess)
         try:
             return ChatTemplate(OWN, read_chat_template(OWN, tokenizer, own), reason, is_guess)
-        except ConversionError:
+        except DeltaLlavaError:
             continue  # the next best is said to be a guess
     template = read_chat_template(family.conversation, tokenizer)
     return ChatTemplate(family.conversation, template, "nothing in the checkpoint says which", True)
@@ -151,14 +149,14 @@ def read_chat_template(name_or_file: str, tokenizer: PreTrainedTokenizerBase, ow
     """A conversation format by name, the tokenizer's `own` template made to take images, or a Jinja file as it is.
 
     Raises:
-        ConversionError: it is none of these, or does not render a plain conversation.
+        DeltaLlavaError: it is none of these, or does not render a plain conversation.
     """
     adds_bos = tokenizer.bos_token_id is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
     if find_conversation(name_or_file) is not None:
         return load_chat_template(name_or_file, bos=adds_bos)
     if name_or_file == OWN:
         if own is None:
-            raise ConversionError("The tokenizer has no chat template of its own; name another with --chat-template.")
+            raise DeltaLlavaError("The tokenizer has no chat template of its own; name another with --chat-template.")
         end = answer_end(own, tokenizer, "The tokenizer's own chat template")
         template = adapt_template(own, end)
         if adds_bos and not render(template, tokenizer, "Hi").startswith(str(tokenizer.bos_token)):
@@ -167,7 +165,7 @@ def read_chat_template(name_or_file: str, tokenizer: PreTrainedTokenizerBase, ow
     path = Path(name_or_file)
     if not path.is_file():
         names = ", ".join((*CHAT_TEMPLATES, OWN))
-        raise ConversionError(f"The chat template {name_or_file} is neither a file nor one of {names}.")
+        raise DeltaLlavaError(f"The chat template {name_or_file} is neither a file nor one of {names}.")
     template = read_text(path)
     answer_end(template, tokenizer, f"The chat template {path.name}")
     return template
@@ -186,7 +184,7 @@ def render(template: str, tokenizer: PreTrainedTokenizerBase, content: object) -
     """The prompt of a first question with this content, up to where the model answers.
 
     Raises:
-        ConversionError: the template does not render it.
+        DeltaLlavaError: the template does not render it.
     """
     messages = [{"role": "user", "content": content}]
     return _render(messages, template, tokenizer, "The chat template", add_generation_prompt=True)
@@ -196,7 +194,7 @@ def answer_end(template: str, tokenizer: PreTrainedTokenizerBase, name: str = "T
     """What `template` writes behind an answer to end it, such as `<|im_end|>`.
 
     Raises:
-        ConversionError: it does not render a conversation; the text calls it `name`.
+        DeltaLlavaError: it does not render a conversation; the text calls it `name`.
     """
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _MARK}]
     text = _render(messages, template, tokenizer, name)

@@ -1,35 +1,19 @@
-"""A trained checkpoint in the authors' layout becomes a Hub repo."""
+"""Convert a trained checkpoint in the authors' layout to a Hub repo."""
 
+import hashlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import PreTrainedTokenizerBase
 
-from ..modeling import DeltaLlavaConfig
-from ..modeling.delta_repo_delta_llava import dtype_name
-from ..utils.errors import explain_errors
-from ..utils.files import read_json, write_json
-from ..utils.hub import hub_id_of, public_name
-from ..utils.output_folder import REPORT_FILE, atomic_folder, check_output
-from .chat_templates import ChatTemplate, chat_template_warnings, choose_chat_template, exported_template
-from .checkpoint_reader import Checkpoint, verify_archives
-from .config_map import SourceConfig, Vocabulary, convert_config, grown_vocabulary, read_config
-from .errors import ConversionError
-from .generation import fit_generation_config, read_generation_config
-from .hub_repo import write_config, write_processor
-from .key_map import TOWER_TARGET, NameMap, delta_rank, map_names
-from .model_card import Conversion, ModelCard
-from .other_projectors import describe_other_projector
-from .repo_check import check_repo
-from .repo_code import write_code
-from .report import ConversionReport, sha256_of
-from .shard_writer import Progress, parse_size, verify_shards, write_shards
-from .sources import BaseModel, open_trained, read_source
-from .tensor_plan import EMBEDDINGS, SOURCE_EMBEDDINGS, TensorPlan, plan_tensors
-from .tokenizer import (
+from .. import __version__
+from ..hub.model_card import Conversion, ModelCard
+from ..hub.repo_files import check_repo, describe_code, write_code, write_config, write_processor
+from ..hub.tokenizer import (
     TOKENIZER_FILES,
     TokenIds,
     add_tokens,
@@ -38,7 +22,124 @@ from .tokenizer import (
     read_own_template,
     save_tokenizer,
 )
+from ..modeling import DeltaLlavaConfig
+from ..modeling.delta_repo_delta_llava import dtype_name
+from ..utils.errors import DeltaLlavaError, explain_errors
+from ..utils.files import REPORT_FILE, atomic_folder, check_output, hub_id_of, public_name, read_json, write_json
+from .chat_templates import ChatTemplate, chat_template_warnings, choose_chat_template, exported_template
+from .checkpoint import Checkpoint, Progress, parse_size, verify_archives, verify_shards, write_shards
+from .config_mapping import SourceConfig, Vocabulary, convert_config, grown_vocabulary, read_config
+from .generation_config import fit_generation_config, read_generation_config
+from .sources import BaseModel, open_trained, read_source
 from .vision_tower import VisionTower, adapt_to_weights, find_vision_tower, load_vision_tower
+from .weight_mapping import (
+    EMBEDDINGS,
+    SOURCE_EMBEDDINGS,
+    TOWER_TARGET,
+    NameMap,
+    TensorPlan,
+    delta_rank,
+    describe_other_projector,
+    map_names,
+    plan_tensors,
+)
+
+
+_CHUNK = 1 << 20
+_THREADS = 4
+
+
+@dataclass
+class ConversionReport:
+    """Result of `convert_checkpoint`.
+
+    Attributes:
+        output: the repo folder.
+        source: name of the checkpoint folder.
+        model_type: of the checkpoint.
+        source_files: sha256 of every file of the source that was read, by name.
+        vision_tower: name of the vision tower.
+        vision_tower_files: sha256 of the tower's weight files; empty where the checkpoint brought its tower.
+        base_model: name of the model that a projector or a LoRA run was put on; None for a full checkpoint.
+        base_model_files: sha256 of that model's weight files.
+        trained_vocab_size: rows of the source's embeddings; rows above them were added.
+        tokens_added: tokens that the source's tokenizer lacked.
+        base_models: Hub ids of what the checkpoint was made of, as far as it says.
+        chat_template: name of the chat template, and `chat_template_reason`, why it was taken.
+        dtypes: number of tensors written, by dtype.
+        tensors_used: number of the source's tensors that were used.
+        tensors_ignored: the source's tensors that were left out, with the reason.
+        tensors_written: number of tensors in the repo.
+        config_keys_ignored: keys of the source's config that have no effect, with the reason.
+        config_keys_unknown: keys of the source's config that are not known here.
+        visual_tokens: visual tokens per image by default.
+        weight_files: names of the weight files.
+        warnings: sentences worth reading.
+    """
+
+    output: Path
+    source: str
+    model_type: str
+    source_files: dict[str, str]
+    vision_tower: str
+    vision_tower_files: dict[str, str]
+    base_model: str | None
+    base_model_files: dict[str, str]
+    trained_vocab_size: int
+    tokens_added: list[str]
+    base_models: list[str]
+    chat_template: str
+    chat_template_reason: str
+    dtypes: dict[str, int]
+    tensors_used: int
+    tensors_ignored: dict[str, str]
+    tensors_written: int
+    config_keys_ignored: dict[str, str]
+    config_keys_unknown: list[str]
+    visual_tokens: int
+    weight_files: list[str]
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict:
+        """What `conversion.json` holds: everything but where the output lies, so that no path is published."""
+        return {
+            "source": {"name": self.source, "model_type": self.model_type, "sha256": self.source_files},
+            "vision_tower": {"name": self.vision_tower, "sha256": self.vision_tower_files},
+            "base_model": {"name": self.base_model, "sha256": self.base_model_files} if self.base_model else None,
+            "code": describe_code(),
+            "trained_vocab_size": self.trained_vocab_size,
+            "tokens_added": self.tokens_added,
+            "base_models": self.base_models,
+            "versions": {
+                "transformers_delta_llava": __version__,
+                "transformers": transformers.__version__,
+                "torch": torch.__version__,
+            },
+            "tensors": {
+                "used": self.tensors_used,
+                "ignored": self.tensors_ignored,
+                "written": self.tensors_written,
+                "dtypes": self.dtypes,
+            },
+            "config_keys": {"ignored": self.config_keys_ignored, "unknown": self.config_keys_unknown},
+            "chat_template": self.chat_template,
+            "chat_template_reason": self.chat_template_reason,
+            "warnings": self.warnings,
+        }
+
+
+def sha256_of(files: list[Path]) -> dict[str, str]:
+    """The sha256 of each file, by its name; several at a time, since hashing is slower than a disk."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return dict(zip((file.name for file in files), pool.map(_sha256, files)))
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 # Tokens of a tokenizer that were not trained, beside those that conversion adds: some authors add a few and never resize.
@@ -125,14 +226,14 @@ def convert_checkpoint(
         What was done; the same stands in the output's `conversion.json`.
 
     Raises:
-        ConversionError: one sentence on why there is no output.
+        DeltaLlavaError: one sentence on why there is no output.
         ValueError: from `DeltaLlavaConfig`, on settings that no Delta-LLaVA model can have.
         OSError: reading or writing failed.
     """
     source, output = Path(source), Path(output)
     cast, shard_size = _dtype(dtype), parse_size(max_shard_size)
     if not (source / "config.json").is_file():
-        raise ConversionError(f"The source {source} is not a folder with a config.json.")
+        raise DeltaLlavaError(f"The source {source} is not a folder with a config.json.")
     source_config = _read_config(source)
     tower = vision_tower or find_vision_tower(source_config.keys.mm_vision_tower, source)
     inputs = (source, tower, tokenizer or source, base_model or source)
@@ -173,18 +274,18 @@ def convert_checkpoint(
 def _read_config(source: Path) -> SourceConfig:
     try:
         return read_config(read_json(source / "config.json"))
-    except ConversionError as error:
+    except DeltaLlavaError as error:
         # The tensors tell more about a model of another kind than its config does.
         trained = open_trained(source)
         other = describe_other_projector(trained.tensors, public_name(str(source))) if trained else None
-        raise ConversionError(other or str(error)) from error
+        raise DeltaLlavaError(other or str(error)) from error
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or dtype in DTYPES.values():
         return dtype
     if dtype not in DTYPES:
-        raise ConversionError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")
+        raise DeltaLlavaError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")
     return DTYPES[str(dtype)]
 
 
@@ -201,12 +302,12 @@ def _read_source(
     if tensors.untied:
         config = read_config({**config.settings, "tie_word_embeddings": False})
     if other := describe_other_projector(checkpoint.tensors, public_name(str(folder))):
-        raise ConversionError(other)
+        raise DeltaLlavaError(other)
     names = map_names(checkpoint.tensors)
     if SOURCE_EMBEDDINGS not in checkpoint.tensors:
-        raise ConversionError(f"The checkpoint has no language model in it (no {SOURCE_EMBEDDINGS}).")
+        raise DeltaLlavaError(f"The checkpoint has no language model in it (no {SOURCE_EMBEDDINGS}).")
     if len(checkpoint.tensors[SOURCE_EMBEDDINGS].shape) != 2:
-        raise ConversionError(f"{SOURCE_EMBEDDINGS} should be a matrix with a row for each token.")
+        raise DeltaLlavaError(f"{SOURCE_EMBEDDINGS} should be a matrix with a row for each token.")
     inner = [name.removeprefix(TOWER_TARGET) for name, _ in names.rules.values() if name.startswith(TOWER_TARGET)]
     spec = str(vision_tower or find_vision_tower(config.keys.mm_vision_tower, folder, with_weights=not inner))
     tower = load_vision_tower(spec, with_weights=not inner)
@@ -214,7 +315,7 @@ def _read_source(
     if tokenizer is None and base is not None and not has_tokenizer(folder):
         tokenizer = base.folder
     if tokenizer is None and not has_tokenizer(folder):
-        raise ConversionError(
+        raise DeltaLlavaError(
             f"{folder.name} brings no tokenizer; pass the folder or Hub id of its language model's with --tokenizer."
         )
     with explain_errors(f"The tokenizer of {public_name(str(tokenizer or folder))} cannot be used"):
@@ -225,7 +326,7 @@ def _read_source(
         own_template = read_own_template(str(tokenizer or folder))
     rows = checkpoint.tensors[SOURCE_EMBEDDINGS].shape[0]
     if token_ids.count - rows > _MOST_NEW_ROWS:
-        raise ConversionError(
+        raise DeltaLlavaError(
             f"The tokenizer has ids up to {token_ids.count - 1:,}, but the checkpoint was trained with {rows:,} rows: it is "
             "not the tokenizer of this checkpoint; pass the right one with --tokenizer."
         )

@@ -8,22 +8,36 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
+from ..hub.tokenizer import IMAGE_TOKEN, PAD_TOKEN, TEMPLATE_FILE, TOKENIZER_FILES, WORD_MARK_RULE
 from ..modeling import DeltaLlavaConfig
 from ..modeling.delta_repo_delta_llava import dtype_name
-from ..utils.errors import explain_errors
-from ..utils.files import read_json, write_json
-from ..utils.hub import is_repo_id, local_folder
-from ..utils.output_folder import EXPORTED_FROM, REPORT_FILE, atomic_folder, check_output
+from ..utils.errors import DeltaLlavaError, explain_errors, format_names
+from ..utils.files import (
+    EXPORTED_FROM,
+    REPORT_FILE,
+    atomic_folder,
+    check_output,
+    is_repo_id,
+    local_folder,
+    read_json,
+    write_json,
+)
 from ..utils.validation import FileModel, check_sizes, read_model
-from .checkpoint_reader import Checkpoint, LazyTensor, read_checkpoint
-from .config_map import DEFAULTS, OWN_PREFIX
-from .errors import ConversionError, listed
-from .key_map import RULES, SOURCE_PROJECTOR, TOWER_TARGET, Rule, Shape
+from .checkpoint import Checkpoint, LazyTensor, Progress, parse_size, read_checkpoint, same_bits, write_shards
+from .config_mapping import DEFAULTS, OWN_PREFIX
 from .language_models import LANGUAGE_MODELS
-from .shard_writer import Progress, parse_size, same_bits, write_shards
 from .sources import PROJECTOR_FILE
-from .tensor_plan import EMBEDDINGS, HEAD, new_rows, published_name
-from .tokenizer import IMAGE_TOKEN, PAD_TOKEN, TEMPLATE_FILE, TOKENIZER_FILES, WORD_MARK_RULE
+from .weight_mapping import (
+    EMBEDDINGS,
+    HEAD,
+    RULES,
+    SOURCE_PROJECTOR,
+    TOWER_TARGET,
+    Rule,
+    Shape,
+    new_rows,
+    published_name,
+)
 
 
 TOWER_FOLDER = "vision-tower"
@@ -99,7 +113,7 @@ def export_checkpoint(
         progress: called with the bytes of tensors handled so far, and in all.
 
     Raises:
-        ConversionError: one sentence on why there is no output.
+        DeltaLlavaError: one sentence on why there is no output.
         OSError: reading or writing failed.
     """
     shard_size, output = parse_size(max_shard_size), Path(output)
@@ -144,12 +158,12 @@ def export_checkpoint(
 
 
 def read_repo_config(folder: Path) -> DeltaLlavaConfig:
-    """The config of a repo; ConversionError where there is none or it is not a Delta-LLaVA repo's."""
+    """The config of a repo; DeltaLlavaError where there is none or it is not a Delta-LLaVA repo's."""
     if not (folder / "config.json").is_file():
-        raise ConversionError(f"The repo {folder.name} has no config.json.")
+        raise DeltaLlavaError(f"The repo {folder.name} has no config.json.")
     values = read_json(folder / "config.json")
     if values.get("model_type") != "delta_llava":
-        raise ConversionError(
+        raise DeltaLlavaError(
             f"{folder.name} is not a Delta-LLaVA repo: its config.json has model_type={values.get('model_type')!r}."
         )
     what = f"The config.json of {folder.name} is not usable"
@@ -162,7 +176,7 @@ def released_tensors(checkpoint: Checkpoint, vocab_size: int, vision_tower: bool
     """A repo's tensors under the authors' names and in their shapes, embeddings and head cut to `vocab_size` rows.
 
     Raises:
-        ConversionError: listing tensors that the released layout has no name for.
+        DeltaLlavaError: listing tensors that the released layout has no name for.
     """
     found: dict[str, LazyTensor] = {}
     unknown = []
@@ -176,7 +190,7 @@ def released_tensors(checkpoint: Checkpoint, vocab_size: int, vision_tower: bool
         elif vision_tower or not name.startswith(TOWER_TARGET):
             found[row[0]] = _with_axes(tensor) if row[1].shape is Shape.CONV_1X1 else tensor
     if unknown:
-        raise ConversionError(f"The released layout has no name for {listed(unknown)}.")
+        raise DeltaLlavaError(f"The released layout has no name for {format_names(unknown)}.")
     return found
 
 
@@ -198,7 +212,7 @@ def _read_conversion(folder: Path) -> _Conversion:
 
 def _check_layout(config: DeltaLlavaConfig) -> None:
     if config.projector_layout != "released":
-        raise ConversionError(
+        raise DeltaLlavaError(
             f"The repo has projector_layout={config.projector_layout!r}, for which the authors' layout has no names; only "
             "'released' can be exported."
         )
@@ -208,11 +222,11 @@ def _rows(checkpoint: Checkpoint, config: DeltaLlavaConfig, conversion: _Convers
     """How many rows of the vocabulary to keep: as many as were trained, if the others are as conversion made them."""
     tables = [checkpoint.tensors[name] for name in (EMBEDDINGS, HEAD) if name in checkpoint.tensors]
     if not tables or any(len(table.shape) != 2 for table in tables):
-        raise ConversionError(f"The repo holds no {EMBEDDINGS} with a row for each token.")
+        raise DeltaLlavaError(f"The repo holds no {EMBEDDINGS} with a row for each token.")
     size = tables[0].shape[0]
     if wanted is not None:
         if not 0 < wanted <= size:
-            raise ConversionError(f"vocab_size={wanted} is not between 1 and the repo's {size} rows.")
+            raise DeltaLlavaError(f"vocab_size={wanted} is not between 1 and the repo's {size} rows.")
         return wanted
     trained = conversion.trained_vocab_size
     if trained is None or not 0 < trained < size:
@@ -291,7 +305,7 @@ def _model_type(text: PreTrainedConfig, converted_from: str | None) -> str:
     names = [name for name, family in LANGUAGE_MODELS.items() if family.text_model_type == text.model_type]
     if not names:
         known = ", ".join(sorted({family.text_model_type for family in LANGUAGE_MODELS.values()}))
-        raise ConversionError(f"The authors' code has no language model of type {text.model_type}; it has {known}.")
+        raise DeltaLlavaError(f"The authors' code has no language model of type {text.model_type}; it has {known}.")
     return converted_from if converted_from in names else names[0]
 
 

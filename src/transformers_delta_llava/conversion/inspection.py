@@ -7,23 +7,28 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
+from ..hub.repo_files import read_code
+from ..hub.tokenizer import TEMPLATE_FILE, has_tokenizer, load_tokenizer, read_own_template
 from ..modeling import DeltaLlavaConfig
 from ..modeling.delta_repo_delta_llava import dtype_name
-from ..utils.files import read_json
-from ..utils.hub import local_folder
-from ..utils.output_folder import REPORT_FILE
+from ..utils.errors import DeltaLlavaError, format_names
+from ..utils.files import REPORT_FILE, local_folder, read_json
 from .chat_templates import QUESTION, choose_chat_template, exported_template, recognise_template, render
-from .checkpoint_reader import Checkpoint, LazyTensor, has_weights
-from .config_map import SourceConfig, Vocabulary, convert_config, read_config
-from .errors import ConversionError, listed
+from .checkpoint import Checkpoint, LazyTensor, has_weights
+from .config_mapping import SourceConfig, Vocabulary, convert_config, read_config
 from .export import read_repo_config
-from .key_map import PROJECTOR, TOWER_TARGET, delta_rank, map_names
-from .other_projectors import describe_other_projector
-from .repo_code import read_code
 from .sources import open_trained
-from .tensor_plan import EMBEDDINGS, SOURCE_EMBEDDINGS, expected_shapes
-from .tokenizer import TEMPLATE_FILE, has_tokenizer, load_tokenizer, read_own_template
 from .vision_tower import adapt_to_weights, find_vision_tower, load_vision_tower
+from .weight_mapping import (
+    EMBEDDINGS,
+    PROJECTOR,
+    SOURCE_EMBEDDINGS,
+    TOWER_TARGET,
+    delta_rank,
+    describe_other_projector,
+    expected_shapes,
+    map_names,
+)
 
 
 # Parts of the model, and words in the names of their tensors, in repos and in checkpoints; the rest is the language model.
@@ -83,15 +88,15 @@ def inspect_model(spec: str | Path) -> Inspection:
         spec: folder or Hub id.
 
     Raises:
-        ConversionError: there is no config, or no weights that can be read.
+        DeltaLlavaError: there is no config, or no weights that can be read.
     """
     folder = local_folder(str(spec), "model", _FILES)
     if not (folder / "config.json").is_file():
-        raise ConversionError(f"{folder.name} has no config.json.")
+        raise DeltaLlavaError(f"{folder.name} has no config.json.")
     settings = read_json(folder / "config.json")
     checkpoint = open_trained(folder)
     if checkpoint is None:
-        raise ConversionError(f"{folder.name} holds no whole set of weights, so there is nothing to look into.")
+        raise DeltaLlavaError(f"{folder.name} holds no whole set of weights, so there is nothing to look into.")
     if settings.get("model_type") == "delta_llava":
         return _inspect_repo(folder, checkpoint)
     return _inspect_checkpoint(folder, settings, checkpoint)
@@ -101,7 +106,7 @@ def _inspect_repo(folder: Path, checkpoint: Checkpoint) -> Inspection:
     result = Inspection(folder.name, "repo", _components(checkpoint.tensors))
     try:
         config = read_repo_config(folder)
-    except ConversionError as error:
+    except DeltaLlavaError as error:
         result.problems.append(str(error))
     else:
         _describe_budgets(result, config)
@@ -134,7 +139,7 @@ def _inspect_checkpoint(folder: Path, settings: dict, checkpoint: Checkpoint) ->
     try:
         table = checkpoint.tensors.get(SOURCE_EMBEDDINGS)
         if table is None and not alone:
-            raise ConversionError(f"The checkpoint has no language model in it (no {SOURCE_EMBEDDINGS}).")
+            raise DeltaLlavaError(f"The checkpoint has no language model in it (no {SOURCE_EMBEDDINGS}).")
         source = read_config(settings)
         inside = [name.removeprefix(TOWER_TARGET) for name in tensors if name.startswith(TOWER_TARGET)]
         tower = find_vision_tower(source.keys.mm_vision_tower, folder)
@@ -149,7 +154,7 @@ def _inspect_checkpoint(folder: Path, settings: dict, checkpoint: Checkpoint) ->
         _describe_budgets(result, config)
         _describe_prompt(result, folder, source.text_config, source)
         if source.unknown:
-            result.problems.append(f"config.json has keys that are not known here: {listed(source.unknown)}.")
+            result.problems.append(f"config.json has keys that are not known here: {format_names(source.unknown)}.")
         rules = {target: (name, rule) for name, (target, rule) in names.rules.items()}
         shaped = {t: rules[t][1].reshape(tensor.shape, rules[t][0]) for t, tensor in tensors.items()}
         expected = expected_shapes(config)
@@ -184,7 +189,7 @@ def _describe_prompt(
             report = read_json(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else {}
             template = recognise_template(own or "", report)
         result.first_prompt = render(template.text, tokenizer, QUESTION)
-    except ConversionError as error:
+    except DeltaLlavaError as error:
         result.problems.append(str(error))
     else:
         result.chat_template, result.chat_template_reason = template.name, template.reason
@@ -216,7 +221,7 @@ def _shape_problems(config: DeltaLlavaConfig, tensors: dict[str, LazyTensor]) ->
     adapt_to_weights(config.vision_config, inside)
     try:
         expected = expected_shapes(config)
-    except ConversionError as error:
+    except DeltaLlavaError as error:
         return [str(error)]
     problems = _differences({name: tensor.shape for name, tensor in tensors.items()}, expected)
     text = config.text_config
@@ -230,16 +235,16 @@ def _shape_problems(config: DeltaLlavaConfig, tensors: dict[str, LazyTensor]) ->
 def _differences(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> list[str]:
     problems = []
     if missing := expected.keys() - found.keys():
-        problems.append(f"Tensors are missing: {listed(missing)}.")
+        problems.append(f"Tensors are missing: {format_names(missing)}.")
     if homeless := found.keys() - expected.keys():
-        problems.append(f"The model has no place for {listed(homeless)}.")
+        problems.append(f"The model has no place for {format_names(homeless)}.")
     wrong = [
         f"{n} is {found[n]} instead of {expected[n]}"
         for n in expected.keys() & found.keys()
         if found[n] != expected[n]
     ]
     if wrong:
-        problems.append(f"Tensors have other shapes than the config asks for: {listed(wrong)}.")
+        problems.append(f"Tensors have other shapes than the config asks for: {format_names(wrong)}.")
     return problems
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .errors import ConversionError
+from ..utils.errors import DeltaLlavaError
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ REFUSED = {
 
 
 def language_model(model_type: object) -> LanguageModel:
-    """The family of a checkpoint's `model_type`; ConversionError for one that is not known, or that is refused."""
+    """The family of a checkpoint's `model_type`; DeltaLlavaError for one that is not known, or that is refused."""
     if isinstance(model_type, str) and model_type in REFUSED:
-        raise ConversionError(f"config.json has model_type={model_type!r}: {REFUSED[model_type]}.")
+        raise DeltaLlavaError(f"config.json has model_type={model_type!r}: {REFUSED[model_type]}.")
     family = LANGUAGE_MODELS.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         known = ", ".join(LANGUAGE_MODELS)
-        raise ConversionError(
+        raise DeltaLlavaError(
             f"config.json has model_type={model_type!r}; a Delta-LLaVA checkpoint has one of {known}."
         )
     return family

@@ -7,11 +7,10 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from ..utils.files import read_json
-from ..utils.hub import cached_repo_id, local_folder, public_name
-from .checkpoint_reader import Checkpoint, has_weights, read_checkpoint
-from .errors import ConversionError
-from .settings import build_config
+from ..utils.errors import DeltaLlavaError
+from ..utils.files import cached_repo_id, local_folder, public_name, read_json
+from .checkpoint import Checkpoint, has_weights, read_checkpoint
+from .config_mapping import build_config
 
 
 _CLIP_LARGE = {
@@ -74,10 +73,10 @@ def find_vision_tower(named: str | None, checkpoint: Path, with_weights: bool = 
         A folder or a Hub id; `named` itself where nothing is found.
 
     Raises:
-        ConversionError: the checkpoint names none.
+        DeltaLlavaError: the checkpoint names none.
     """
     if not named:
-        raise ConversionError(f"config.json names no mm_vision_tower; pass its folder or Hub id with {_OPTION}.")
+        raise DeltaLlavaError(f"config.json names no mm_vision_tower; pass its folder or Hub id with {_OPTION}.")
     hub_id = cached_repo_id(named)
     path, name = Path(named), Path(hub_id or named).name
     beside = [folder / part for part in (path, name) for folder in (checkpoint, checkpoint.parent)]
@@ -96,7 +95,7 @@ def load_vision_tower(spec: str, with_weights: bool) -> VisionTower:
         with_weights: whether the weights are needed; without them a known id needs no download.
 
     Raises:
-        ConversionError: not found, of a kind that is not supported, or without the weights asked for.
+        DeltaLlavaError: not found, of a kind that is not supported, or without the weights asked for.
     """
     if spec in KNOWN_TOWERS and not with_weights and not Path(spec).is_dir():
         config, _ = build_config(**KNOWN_TOWERS[spec])
@@ -116,7 +115,7 @@ def load_vision_tower(spec: str, with_weights: bool) -> VisionTower:
 def _tower_config(folder: Path) -> PreTrainedConfig:
     path = folder / "config.json"
     if not path.is_file():
-        raise ConversionError(
+        raise DeltaLlavaError(
             f"The vision tower {folder.name} has no config.json; pass the folder or Hub id of another with {_OPTION}."
         )
     values = read_json(path)
@@ -124,10 +123,10 @@ def _tower_config(folder: Path) -> PreTrainedConfig:
     if isinstance(model_type, str) and model_type in _TOWER_OF:
         values, model_type = values.get("vision_config", {}), _TOWER_OF[model_type]
     if not isinstance(values, dict):
-        raise ConversionError(f"The vision tower {folder.name} has a vision_config that is not a JSON object.")
+        raise DeltaLlavaError(f"The vision tower {folder.name} has a vision_config that is not a JSON object.")
     if model_type not in _TOWER_OF.values():
         known = ", ".join([*_TOWER_OF, *_TOWER_OF.values()])
-        raise ConversionError(f"The vision tower {folder.name} has model_type={model_type!r}; use one of {known}.")
+        raise DeltaLlavaError(f"The vision tower {folder.name} has model_type={model_type!r}; use one of {known}.")
     return build_config(**{**values, "model_type": model_type})[0]
 
 
@@ -187,7 +186,7 @@ def _image_processor(folder: Path, config: PreTrainedConfig) -> dict:
     for name in settings.keys() & found.keys() & {"size", "crop_size"}:
         sides = found[name].values() if isinstance(found[name], dict) else [found[name]]
         if any(side != config.image_size for side in sides):
-            raise ConversionError(
+            raise DeltaLlavaError(
                 f"The vision tower {folder.name} disagrees with itself: config.json says image_size={config.image_size}, "
                 f"preprocessor_config.json says {name}={found[name]}."
             )

@@ -13,7 +13,7 @@ import torch
 
 from ..modeling import DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
-from ..utils.prompt_length import check_prompt, check_texts, max_prompt_tokens
+from ..utils.prompts import check_prompt, check_texts, max_prompt_tokens
 
 
 MAX_NEW_TOKENS = 8  # no answer needs more

@@ -18,7 +18,7 @@ from transformers import BatchFeature, __version__
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .auto_budget_delta_llava import budget_losses, pick_budget
-from .pictures_delta_llava import (
+from .image_utils_delta_llava import (
     MAX_PIXELS,
     RESCALED,
     content_box,

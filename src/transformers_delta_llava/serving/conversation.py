@@ -11,10 +11,10 @@ from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from ..analysis import Explanation, explain
-from ..analysis.asking import count_visual_tokens, encode_question
+from ..analysis.inference import count_visual_tokens, encode_question
 from ..modeling import DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
-from ..utils.prompt_length import max_prompt_tokens
+from ..utils.prompts import max_prompt_tokens
 
 
 @dataclass(frozen=True)

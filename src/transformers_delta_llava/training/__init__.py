@@ -1,6 +1,6 @@
 """Training on transformers' Trainer: recipes, data in LLaVA's format, and runs that can be resumed."""
 
-from .errors import DataError, RecipeError
+from ..utils.errors import DataError, RecipeError
 from .recipe import DataRecipe, ModelRecipe, Recipe, load_recipe, make_recipe
 from .run import train
 

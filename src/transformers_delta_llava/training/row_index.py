@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import DataError
+from ..utils.errors import DataError
 
 
 CHUNK_BYTES = 4 * 2**20

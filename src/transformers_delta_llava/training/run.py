@@ -8,18 +8,12 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments, set_seed
 
-from ..utils.errors import DeltaLlavaError, one_line
-from .arguments import make_arguments
-from .checkpoints import check_resumable, last_checkpoint
-from .collator import Collator
-from .data import Rows, open_rows
-from .dataset import TrainingDataset, record_skipped
-from .encoding import ConversationEncoder
-from .errors import DataError, RecipeError
-from .models import build_model
-from .recipe import Recipe, write_yaml
-from .trainable import select_trainable, trains_vision
-from .trainer import DeltaLlavaTrainer
+from ..utils.errors import DataError, DeltaLlavaError, RecipeError, one_line
+from .conversations import ConversationEncoder
+from .dataset import Collator, Rows, TrainingDataset, open_rows, record_skipped
+from .models import build_model, select_trainable, trains_vision
+from .recipe import Recipe, make_arguments, write_yaml
+from .trainer import DeltaLlavaTrainer, check_resumable, last_checkpoint
 
 
 logger = logging.getLogger(__name__)

@@ -100,3 +100,15 @@ def _short_repr(value: object) -> str:
         return shorten(repr(value), 60)
     except ValueError:  # Python refuses to write out integers of thousands of digits
         return f"a {type(value).__name__} too long to print"
+
+
+class RecipeError(DeltaLlavaError):
+    """A recipe, or a run of one, that cannot go on as it stands."""
+
+
+class DataError(DeltaLlavaError):
+    """Data that cannot be trained on. The text names the row."""
+
+
+class RowError(DataError):
+    """A row that cannot be trained on. The text is the reason, without the row's name."""

@@ -1,11 +1,20 @@
-"""JSON files, read with care for what strangers may have put there."""
+"""Files and folders: JSON read with care, outputs that appear whole or not at all, Hub ids as local folders."""
 
 import json
+import logging
 import os
+import re
+import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from .errors import DeltaLlavaError, one_line, shorten
 
@@ -135,3 +144,228 @@ def _is_deeper(value: Any, depth: int) -> bool:
         if not level:
             return False
     return True
+
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Where the Hub's client keeps downloads: the last folder's name is a commit.
+_CACHED = re.compile(r"(?:.*[/\\])?models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\][0-9a-f]{40}[/\\]?")
+_LONGEST_PATH = 4096
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# First parts of paths on the machine that trained a model, which look like owners on the Hub.
+_FOLDER = re.compile(
+    r"(?:.*[_-])?(?:artifact|cache|checkpoint|ckpt|data|dataset|download|exp|experiment|home|llm|local|log|mnt|model|opt|out"
+    r"|output|playground|pretrain|pretrained|release|result|root|run|save|saved|scratch|share|shared|storage|tmp|train"
+    r"|trained|training|user|weight|work|workdir|work_dir|workspace|zoo)s?",
+    re.IGNORECASE,
+)
+
+
+def is_repo_id(text: str) -> bool:
+    """Whether `text` has the form of a Hub id, `owner/name`."""
+    return _REPO_ID.fullmatch(text) is not None
+
+
+def cached_repo_id(path: str) -> str | None:
+    """The Hub id of a path into the Hub's cache, on whatever machine; None for any other path."""
+    match = _CACHED.fullmatch(path) if len(path) <= _LONGEST_PATH else None
+    return f"{match[1]}/{match[2]}" if match else None
+
+
+def public_name(spec: str) -> str:
+    """A name that may be published: a Hub id as it is, of a path only its last part that says something."""
+    if is_repo_id(spec) and not Path(spec).exists():
+        return spec
+    path = Path(spec).resolve()
+    if cached := cached_repo_id(str(path)):
+        return cached
+    named = (part.name for part in (path, *path.parents) if not _COMMIT.fullmatch(part.name))
+    return next(name for name in named if name != "snapshots")
+
+
+def hub_id_of(name: object, *folders: Path) -> str | None:
+    """The Hub id that a checkpoint says it was made of, in a form that may be published.
+
+    Args:
+        name: as it stands in a config: a Hub id, or a path of the machine that trained the checkpoint.
+        folders: where `name` would be a path, besides the working directory.
+
+    Returns:
+        None where it is a path, or may be one: a wrong Hub id would lead readers to somebody else's model.
+    """
+    if not isinstance(name, str):
+        return None
+    if cached := cached_repo_id(name):
+        return cached
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    if not is_repo_id(name) or any((folder / name).exists() for folder in (Path(), *folders)):
+        return None
+    owner, _, last = name.partition("/")
+    is_path = _FOLDER.fullmatch(owner) or _COMMIT.fullmatch(last) or last.startswith("checkpoint-")
+    return None if is_path else name
+
+
+def local_folder(spec: str, what: str, patterns: tuple[str, ...], option: str | None = None) -> Path:
+    """The folder at `spec`, or a download of those files of the Hub repo `spec` that match `patterns`.
+
+    Args:
+        spec: a folder or a Hub id.
+        what: what it is meant to be, for the error message.
+        patterns: shell patterns of the files to download.
+        option: of the command line that gives it, for the error message.
+
+    Raises:
+        DeltaLlavaError: `spec` is neither a folder nor a repo that can be reached, or a pipe or device lies in it.
+    """
+    if Path(spec).is_dir():
+        refuse_special_files(Path(spec))
+        return Path(spec)
+    if not is_repo_id(spec):
+        remedy = f"; pass its folder or Hub id with {option}" if option else ""
+        raise DeltaLlavaError(f"The {what} {spec} is not a folder, and not a Hub id (owner/name) either{remedy}.")
+    try:
+        return Path(snapshot_download(spec, allow_patterns=list(patterns)))
+    except Exception as error:  # an odd answer may raise anything
+        reason = one_line(str(error).strip().split("\n")[0])
+        raise DeltaLlavaError(
+            f"The {what} {spec} is not a folder here, and could not be had from the Hub ({reason}); "
+            f"pass the path of a local copy{f' with {option}' if option else ''}."
+        ) from error
+
+
+logger = logging.getLogger(__name__)
+
+# A folder that holds this file was written by a conversion, so a conversion may replace it.
+REPORT_FILE = "conversion.json"
+# In the report of a checkpoint that export wrote: what it was exported from.
+EXPORTED_FROM = "exported_from"
+_LOCK = "lock"
+
+
+def check_output(output: Path, inputs: Iterable[Path], overwrite: bool, marker: str = REPORT_FILE) -> None:
+    """Refuse an output that exists and is not empty, or that touches one of the `inputs` (local folders that will be read).
+
+    With `overwrite` one that exists may be replaced if it holds the file `marker`, as what is written here does.
+
+    Raises:
+        DeltaLlavaError: saying which, and what to do instead.
+    """
+    place = _real(output)
+    for folder in map(_real, inputs):
+        if place == folder or place.is_relative_to(folder) or folder.is_relative_to(place):
+            raise DeltaLlavaError(
+                f"The output {output} and the input {folder.name} are one folder or lie inside each other; "
+                "choose an output elsewhere."
+            )
+    _refuse_existing(output, overwrite, marker)
+
+
+def _refuse_existing(output: Path, overwrite: bool, marker: str) -> None:
+    if not os.path.lexists(output) or (output.is_dir() and not output.is_symlink() and not any(output.iterdir())):
+        return  # of an empty folder nothing is lost
+    if not overwrite:
+        raise DeltaLlavaError(f"The output {output} exists; pass --overwrite (overwrite=True) to replace it.")
+    if not (output / marker).is_file():
+        raise DeltaLlavaError(
+            f"The output {output} was not written by this command (no {marker} in it), so it is not replaced; "
+            "remove it yourself or choose another output."
+        )
+
+
+def _real(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:  # before Python 3.13 a loop of links is a RuntimeError
+        raise DeltaLlavaError(f"{path} cannot be followed to a folder: a loop of symbolic links?") from error
+
+
+@contextmanager
+def atomic_folder(output: Path, overwrite: bool = False, marker: str = REPORT_FILE) -> Iterator[Path]:
+    """A temporary folder that becomes `output` when the block ends, and vanishes when it fails.
+
+    It lies in `.NAME.delta-llava` beside the output, which holds a lock while its owner lives: a second run for the same
+    output is refused, and what a killed run left is cleared by the next one. An earlier output is moved in there just
+    before the new one takes its place, after everything has reached the disk; where a kill fell between the two, the
+    next run moves it back first.
+
+    Args:
+        output: folder to write.
+        overwrite: replace a folder there that holds the file `marker`; checked at the end, too, because one may have
+            appeared in the meantime.
+        marker: see `overwrite`.
+
+    Raises:
+        DeltaLlavaError: another run writes this output, or a folder is in the way.
+        OSError: a folder cannot be written.
+    """
+    output = _real(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _own(output.with_name(f".{output.name}.delta-llava"), output) as work:
+        new, previous = work / "new", work / "previous"
+        if previous.exists() and not output.exists():
+            previous.rename(output)
+        for rest in (new, previous):
+            if rest.exists():
+                shutil.rmtree(rest)
+        new.mkdir()
+        try:
+            yield new
+            _sync(new)
+            _refuse_existing(output, overwrite, marker)
+            if output.exists():
+                output.rename(previous)
+            new.rename(output)
+        except BaseException:
+            if previous.exists() and not output.exists():
+                previous.rename(output)
+            raise
+        # The output is there: nothing that fails from here on may say otherwise.
+        try:
+            _sync_entry(output.parent)
+            if previous.exists():
+                shutil.rmtree(previous)
+        except OSError as error:
+            logger.warning("%s is written, but of what it replaced something is left in %s: %s", output, work, error)
+
+
+@contextmanager
+def _own(work: Path, output: Path) -> Iterator[Path]:
+    """`work`, created or taken over from a run that ended without clearing it, locked, and removed in the end."""
+    lock = FileLock(work / _LOCK, timeout=0)
+    while not lock.is_locked:
+        work.mkdir(exist_ok=True)
+        if not (work / _LOCK).exists() and any(work.iterdir()):
+            raise DeltaLlavaError(f"{work} is in the way: this package did not write it; move it elsewhere.")
+        try:
+            lock.acquire()
+        except Timeout:
+            raise DeltaLlavaError(
+                f"Another process is writing the output {output}; wait for it, or choose another output."
+            ) from None
+        except FileNotFoundError:  # the last owner removed the folder just now
+            continue
+    try:
+        yield work
+    finally:
+        if not (work / "previous").exists() or output.exists():
+            shutil.rmtree(work, ignore_errors=True)
+        lock.release()
+
+
+def _sync(folder: Path) -> None:
+    """Wait until all files in `folder` are on the disk: a rename may outlive a power cut that the bytes do not."""
+    for path in folder.rglob("*"):
+        _sync_entry(path)
+    _sync_entry(folder)
+
+
+def _sync_entry(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # folders cannot be opened there
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ...modeling import DeltaLlavaForConditionalGeneration
 from ...processing import DeltaLlavaProcessor
-from ...utils.prompt_length import check_prompt, max_prompt_tokens
+from ...utils.prompts import check_prompt, max_prompt_tokens
 
 
 # What a task that says nothing about its answers gets.

@@ -1,0 +1,218 @@
+"""Load a repo and an image, ask a question, or raise one sentence on what is wrong."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
+from ..processing import DeltaLlavaProcessor
+from ..processing.image_utils_delta_llava import open_image
+from ..utils.errors import DeltaLlavaError, one_line, shorten
+from ..utils.files import is_repo_id, read_json, refuse_special_files
+from ..utils.prompts import check_prompt, check_texts, render_question
+from ..utils.validation import check_sizes
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load_repo(
+    model: str, device: str = "cpu", dtype: str = "float32"
+) -> tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:
+    """
+    Model, in evaluation mode, and processor of a Delta-LLaVA repo.
+
+    Args:
+        model: folder or Hub id.
+        device: a device of torch.
+        dtype: one of `DTYPES`.
+
+    Raises:
+        DeltaLlavaError: there is no such repo, it is of something else, parts of it are missing, or device or dtype are
+            not to be had here.
+    """
+    if dtype not in DTYPES:
+        raise DeltaLlavaError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}.")
+    _check_device(device)
+    _check_repo(model)
+    if Path(model).is_dir() and not (Path(model) / "processor_config.json").is_file():
+        raise DeltaLlavaError(f"{model} has no processor: its processor_config.json is missing.")
+    with _reading(model):
+        loaded, report = DeltaLlavaForConditionalGeneration.from_pretrained(
+            model, dtype=getattr(torch, dtype), output_loading_info=True
+        )
+        processor = DeltaLlavaProcessor.from_pretrained(model)
+        render_question(processor, f"The chat template of {model}")
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise DeltaLlavaError(f"{model} cannot be used: {len(missing)} weights are missing, among them {missing[0]}.")
+    return loaded.to(device).eval(), processor
+
+
+def load_config(model: str) -> DeltaLlavaConfig:
+    """
+    The configuration of a Delta-LLaVA repo, folder or Hub id.
+
+    Raises:
+        DeltaLlavaError: there is no such repo, it is of something else, or its config.json makes no sense.
+    """
+    _check_repo(model)
+    with _reading(model):
+        return DeltaLlavaConfig.from_pretrained(model)
+
+
+def load_picture(image: str) -> Image.Image:
+    """
+    The image of a file, an `http:`, `https:`, `file:` or `data:` URL, read whole.
+
+    Raises:
+        DeltaLlavaError: there is none, it is no image, or the URL does not answer in time.
+    """
+    if (
+        not image[:8].lower().startswith(("http:", "https:", "file:", "data:"))
+        and not Path(image).expanduser().exists()
+    ):
+        raise DeltaLlavaError(f"{shorten(image)}: there is no such image.")
+    try:
+        picture = open_image(image)
+        picture.load()
+    except Exception as error:  # whatever Pillow or the network raises
+        raise DeltaLlavaError(f"{shorten(image)} is not an image that can be read: {one_line(error, 300)}.") from error
+    return picture
+
+
+@contextmanager
+def _reading(model: str) -> Iterator[None]:
+    """One sentence of what transformers, safetensors, the tokenizer or the Hub raise on damaged files of `model`."""
+    try:
+        yield
+    except BaseException as error:
+        # A panic of the tokenizer's library is no Exception, but leaves the process as it was.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DeltaLlavaError(f"{model} cannot be loaded: {_first_sentence(error)}.") from error
+
+
+def _first_sentence(error: BaseException) -> str:
+    return one_line(str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__, 300)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise DeltaLlavaError(f"device={device!r} is not to be had here: {_first_sentence(error)}.") from error
+
+
+def _check_repo(model: str) -> None:
+    folder = Path(model)
+    if not folder.is_dir():
+        if folder.exists() or not is_repo_id(model):
+            raise DeltaLlavaError(f"{shorten(model)} is not a folder, and not a Hub id (owner/name) either.")
+        return
+    refuse_special_files(folder)
+    if not (folder / "config.json").is_file():
+        raise DeltaLlavaError(f"{model} is no model: it has no config.json.")
+    try:
+        settings = read_json(folder / "config.json")
+        check_sizes(settings, "config.json")
+    except ValueError as error:
+        raise DeltaLlavaError(f"{model} is no model: {one_line(error)}.") from error
+    model_type = settings.get("model_type")
+    if not isinstance(model_type, str):
+        raise DeltaLlavaError(f"{model} is no model: its config.json names no model_type.")
+    if model_type != "delta_llava":
+        raise DeltaLlavaError(
+            f"{model} is a {shorten(model_type)}, not a delta_llava; `delta-llava convert` makes a repo of a checkpoint in "
+            "the authors' layout."
+        )
+
+
+def encode_question(
+    processor: DeltaLlavaProcessor,
+    image: Image.Image,
+    prompt: str,
+    num_visual_tokens: int | str | None = None,
+    auto_max_loss: float | None = None,
+    max_tokens: int | None = None,
+) -> Any:
+    """
+    Inputs, a batch of one, of one turn in the processor's chat template: the picture, then the prompt.
+
+    Args:
+        processor: of any repo.
+        image: any picture.
+        prompt: what to ask.
+        num_visual_tokens: a budget or `"auto"`; the processor's default when `None`.
+        auto_max_loss: what `"auto"` may lose; the processor's default when `None`.
+        max_tokens: of the prompt with its visual tokens, from `max_prompt_tokens`; any number when `None`.
+
+    Raises:
+        ValueError: a budget that the processor does not have, an image that cannot be used, or a prompt that is longer.
+    """
+    check_texts([prompt], processor.tokenizer, max_tokens)
+    content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
+    options = {"num_visual_tokens": num_visual_tokens, "auto_max_loss": auto_max_loss, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        processor_kwargs=options,
+    )
+    check_prompt(inputs["input_ids"].shape[1], max_tokens)
+    return inputs
+
+
+def count_visual_tokens(processor: DeltaLlavaProcessor, inputs: Any) -> int:
+    """Visual tokens of the one picture in `inputs`."""
+    return int((inputs["input_ids"] == processor.image_token_id).sum())
+
+
+def find_token(processor: DeltaLlavaProcessor, ids: Sequence[int], token: int | str, budget: int) -> int:
+    """
+    Position among the `ids` of the answer at a `budget`: `token` itself, or where its text starts.
+
+    Raises:
+        ValueError: the answer is empty, or has no such token.
+    """
+    if not ids:
+        raise ValueError(f"The answer with {budget} visual tokens is empty: there is no token to explain.")
+    if isinstance(token, int) and 0 <= token < len(ids):
+        return token
+    if isinstance(token, str):
+        wanted = token.strip()
+        for start in range(len(ids)):
+            said = token_text(processor, ids[start : start + 1])
+            for stop in range(start + 2, len(ids) + 1):  # a word may be in several pieces
+                if not said or said == wanted or len(said.rstrip("\ufffd")) > len(wanted):
+                    break  # a character of which a piece holds a part reads as U+FFFD
+                said = token_text(processor, ids[start:stop])
+            if said and said == wanted:
+                return start
+    pieces = ", ".join(f"{place} {token_text(processor, [index])!r}" for place, index in enumerate(ids[:20]))
+    more = f" and {len(ids) - 20} more" if len(ids) > 20 else ""
+    raise ValueError(
+        f"token={token!r}: the answer with {budget} visual tokens does not have it; its tokens are {pieces}{more}."
+    )
+
+
+def token_text(processor: DeltaLlavaProcessor, ids: Sequence[int]) -> str:
+    """What ids read, special tokens among them, without blanks around it."""
+    return str(processor.decode(list(ids))).strip()
+
+
+@torch.no_grad()
+def answer_ids(model: DeltaLlavaForConditionalGeneration, inputs: Any, max_new_tokens: int) -> list[int]:
+    """Ids of the greedy answer to the inputs of one question, up to the token that ends it."""
+    output = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=False
+    )
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    return list(takewhile(lambda index: index not in ends, output[0, inputs["input_ids"].shape[1] :].tolist()))

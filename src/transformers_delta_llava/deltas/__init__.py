@@ -1,0 +1,16 @@
+"""Delta repos and the DeltaProjections of stored models: read, re-rank, apply and merge without running the model."""
+
+from .edit import DeltaReport, apply_deltas, extract_deltas, merge_deltas, truncate_deltas
+from .stats import DeltaRow, delta_stats, write_plot
+
+
+__all__ = [
+    "DeltaReport",
+    "DeltaRow",
+    "apply_deltas",
+    "delta_stats",
+    "extract_deltas",
+    "merge_deltas",
+    "truncate_deltas",
+    "write_plot",
+]

@@ -1,0 +1,211 @@
+"""The tokenizer of a checkpoint, with the tokens that a vision-language model needs."""
+
+import importlib.util
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+from tokenizers import AddedToken, Regex, normalizers
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from ..utils.errors import DeltaLlavaError, one_line
+from ..utils.files import local_folder, read_json, read_text, write_json
+
+
+IMAGE_TOKEN = "<image>"
+PAD_TOKEN = "<pad>"
+TEMPLATE_FILE = "chat_template.jinja"
+# Read from a source folder; everything else there, its code above all, stays unread.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    TEMPLATE_FILE,
+)
+# What transformers needs to read a `tokenizer.model`: modules and the packages they come in.
+_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# How the rule begins that gives text after an image its word mark.
+WORD_MARK_RULE = rf"(?:(?<={IMAGE_TOKEN})|"
+# Settings that would run a source's code, or that describe the loading of it, paths among them.
+_DROPPED_SETTINGS = (
+    *("auto_map", "chat_template", "is_local", "local_files_only", "name_or_path", "processor_class"),
+    *("tokenizer_file", "vocab_file", "merges_file"),
+)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `folder` holds a tokenizer's vocabulary."""
+    return any((folder / name).is_file() for name in _VOCABULARY_FILES)
+
+
+def load_tokenizer(
+    spec: str, text_config: PreTrainedConfig, sentencepiece_class: str | None
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder or the Hub without running code from there.
+
+    Args:
+        spec: a folder or a Hub id.
+        text_config: config of the language model it belongs to.
+        sentencepiece_class: tokenizer class for a folder that holds a `tokenizer.model` and does not say its class.
+
+    Raises:
+        DeltaLlavaError: no tokenizer there, one that cannot be read, or a package for it is missing.
+    """
+    folder = local_folder(spec, "tokenizer", TOKENIZER_FILES)
+    if not has_tokenizer(folder):
+        raise DeltaLlavaError(
+            f"{folder.name} has no tokenizer ({', '.join(_VOCABULARY_FILES)}); pass the folder or Hub id of the language "
+            "model's tokenizer with --tokenizer."
+        )
+    bare_sentencepiece = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+    if bare_sentencepiece:
+        _check_sentencepiece(folder)
+    with tempfile.TemporaryDirectory() as copy:
+        for name in TOKENIZER_FILES:
+            if name != TEMPLATE_FILE and (folder / name).is_file():
+                shutil.copyfile(folder / name, Path(copy) / name)
+        _write_settings(Path(copy), sentencepiece_class if bare_sentencepiece else None)
+        try:
+            if bare_sentencepiece and sentencepiece_class:
+                # AutoTokenizer would go by the language model's type, and lose the word mark for some of them.
+                tokenizer = getattr(transformers, sentencepiece_class).from_pretrained(copy)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(copy, config=text_config)
+        except Exception as error:  # tokenizers raise bare exceptions of many kinds
+            reason = one_line(error).replace(copy, folder.name)
+            raise DeltaLlavaError(f"The tokenizer in {folder.name} cannot be read: {reason}.") from error
+    if not tokenizer.is_fast:
+        raise DeltaLlavaError(f"The tokenizer in {folder.name} has no fast form (tokenizer.json), which engines need.")
+    return tokenizer
+
+
+def read_own_template(spec: str) -> str | None:
+    """The chat template that a tokenizer in a folder or on the Hub brings, or None."""
+    folder = local_folder(spec, "tokenizer", TOKENIZER_FILES)
+    if (folder / TEMPLATE_FILE).is_file():
+        return read_text(folder / TEMPLATE_FILE)
+    settings = folder / "tokenizer_config.json"
+    template = read_json(settings).get("chat_template") if settings.is_file() else None
+    if isinstance(template, list):  # several, by name
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    return template if isinstance(template, str) and template.strip() else None
+
+
+def _check_sentencepiece(folder: Path) -> None:
+    """Name the packages that a SentencePiece model needs: without them transformers asks for others, in vain."""
+    missing = [package for module, package in _SENTENCEPIECE.items() if not _is_installed(module)]
+    if missing:
+        raise DeltaLlavaError(
+            f"The tokenizer in {folder.name} is a SentencePiece model (tokenizer.model), which needs a package that is not "
+            f"installed: pip install {' '.join(missing)}."
+        )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a parent package is missing
+        return False
+
+
+def _write_settings(folder: Path, sentencepiece_class: str | None) -> None:
+    """Say outright what transformers took for granted when the authors' checkpoints were made, and no longer does."""
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    for name in _DROPPED_SETTINGS:
+        settings.pop(name, None)
+    length = settings.get("model_max_length")
+    if length is not None and type(length) not in (int, float):
+        raise DeltaLlavaError(f"tokenizer_config.json has model_max_length={length!r}; it must be a number.")
+    if sentencepiece_class:
+        settings = {"tokenizer_class": sentencepiece_class, "add_bos_token": True, **settings}
+    written_by_v5 = "backend" in settings  # its tokenizers do not mention `legacy`, and are what they are
+    if str(settings.get("tokenizer_class")).startswith("LlamaTokenizer") and not written_by_v5:
+        settings = {"legacy": True, **settings}
+    write_json(settings, path)
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Ids of the image and the padding token, how many ids there are (the largest plus one), and the tokens added."""
+
+    image: int
+    pad: int
+    count: int
+    added: list[str]
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase) -> TokenIds:
+    """Add the image token, and a padding token where there is none, each once; pad on the left from now on."""
+    wanted = [IMAGE_TOKEN]
+    if tokenizer.pad_token is None:
+        wanted.append(PAD_TOKEN)
+        tokenizer.pad_token = PAD_TOKEN
+    known = tokenizer.get_vocab()
+    added = [token for token in wanted if token not in known]
+    if added or not _separates_at_images(tokenizer):
+        tokens = [AddedToken(token, special=True, normalized=False) for token in wanted]
+        tokenizer.add_tokens(tokens, special_tokens=True)
+    if not _separates_at_images(tokenizer):
+        _mark_first_words(tokenizer)
+    tokenizer.padding_side = "left"
+    tokenizer.init_kwargs["padding_side"] = "left"  # only what it was made with is saved
+    image, pad = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, tokenizer.pad_token])
+    return TokenIds(image, pad, max(tokenizer.get_vocab().values()) + 1, added)
+
+
+def _separates_at_images(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the text after an image encodes as a text of its own, as in the authors' code; and that after BOS, too."""
+    return all(
+        tokenizer.encode(token + text, add_special_tokens=False)
+        == [tokenizer.convert_tokens_to_ids(token), *tokenizer.encode(text, add_special_tokens=False)]
+        for token in (IMAGE_TOKEN, tokenizer.bos_token)
+        for text in ("What", "\nWhat")
+        if token is not None
+    )
+
+
+def _mark_first_words(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Open the text after an image, and after BOS at the start, with SentencePiece's word mark.
+
+    The authors' code cuts prompts at their images and encodes the pieces one by one, so each opens with the mark. A Llama
+    tokenizer with `legacy=False` gives it only to text that stands at the very start, where templates write BOS. A rule in
+    front of it gives the mark back in these places and in no other: text after other special tokens stays as it is.
+    """
+    bos, eos = tokenizer.bos_token or IMAGE_TOKEN, tokenizer.eos_token or IMAGE_TOKEN
+    start, end = re.escape(bos), re.escape(eos)
+    places = WORD_MARK_RULE + rf"(?<=\A{start}))(?![ \u2581]|{IMAGE_TOKEN}|{start}|{end}|\z)"
+    backend = tokenizer.backend_tokenizer
+    rules = [normalizers.Replace(Regex(places), "\u2581")]
+    backend.normalizer = normalizers.Sequence([*rules, *([backend.normalizer] if backend.normalizer else [])])
+    # Normalisation sees no token that is not itself normalised.
+    seen = [AddedToken(token, special=True, normalized=True) for token in dict.fromkeys((IMAGE_TOKEN, bos, eos))]
+    tokenizer.add_tokens(seen, special_tokens=True)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, max_length: int | None) -> None:
+    """Write the tokenizer in the form that every transformers version and engine reads.
+
+    Args:
+        tokenizer: with its tokens added.
+        folder: where `tokenizer.json` and `tokenizer_config.json` go.
+        max_length: longest prompt, where the checkpoint knows it.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path)
+    for name in _DROPPED_SETTINGS:
+        settings.pop(name, None)
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
+    if type(max_length) is int:
+        settings["model_max_length"] = max_length
+    write_json(settings, path)

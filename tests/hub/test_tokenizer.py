@@ -1,0 +1,194 @@
+"""Tokenizers of every kind, with the tokens a vision-language model needs."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+from transformers import AutoConfig, AutoTokenizer
+
+from examples.make_tokenizer import write_tokenizer
+from transformers_delta_llava.hub.tokenizer import add_tokens, has_tokenizer, load_tokenizer, save_tokenizer
+from transformers_delta_llava.utils.errors import DeltaLlavaError
+
+
+TEXT = AutoConfig.for_model("llama", vocab_size=320)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_tokenizer(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_file(tmp_path_factory):
+    """A `tokenizer.model` as Llama's: byte fallback, spaces kept."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    prefix = tmp_path_factory.mktemp("sentencepiece") / "tokenizer"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["USER: what is in the picture? ASSISTANT: a cat"] * 20),
+        model_prefix=str(prefix),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return prefix.with_suffix(".model")
+
+
+def test_tokens_are_added_once(folder, tmp_path):
+    tokenizer = load_tokenizer(str(folder), TEXT, None)
+    count = len(tokenizer)
+    ids = add_tokens(tokenizer)
+    assert (ids.image, ids.pad, ids.count, ids.added) == (count, count + 1, count + 2, ["<image>", "<pad>"])
+    save_tokenizer(tokenizer, tmp_path / "saved", 2048)
+    again = load_tokenizer(str(tmp_path / "saved"), TEXT, None)
+    ids_again = add_tokens(again)
+    assert (ids_again.image, ids_again.pad, ids_again.count, ids_again.added) == (count, count + 1, count + 2, [])
+
+
+def test_a_padding_token_that_is_there_stays(folder):
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": "<unk>"}))
+    ids = add_tokens(load_tokenizer(str(folder), TEXT, None))
+    assert (ids.pad, ids.added) == (0, ["<image>"])
+
+
+def test_what_is_saved_is_readable_everywhere(folder, tmp_path):
+    tokenizer = load_tokenizer(str(folder), TEXT, None)
+    add_tokens(tokenizer)
+    save_tokenizer(tokenizer, tmp_path / "saved", 2048)
+    settings = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["padding_side"] == "left"
+    assert not settings.keys() & {"auto_map", "is_local", "local_files_only", "chat_template", "name_or_path"}
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    text = "USER: <image>\nwhat is this?</s>"
+    assert again(text).input_ids == tokenizer(text).input_ids
+    assert again(text).input_ids[0] == again.bos_token_id == 1
+    assert (again.padding_side, again.pad_token, again.model_max_length) == ("left", "<pad>", 2048)
+    batch = again(["a", "a cat"])
+    assert again.pad(batch, padding=True)["input_ids"][0][0] == again.pad_token_id
+
+
+def test_a_prompt_has_no_known_limit(folder, tmp_path):
+    tokenizer = load_tokenizer(str(folder), TEXT, None)
+    save_tokenizer(tokenizer, tmp_path / "saved", None)
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").model_max_length > 10**9
+
+
+@pytest.mark.parametrize("length", [[1], {"a": 1}, "2048", True])
+def test_a_limit_that_is_no_number(folder, length):
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": length}))
+    with pytest.raises(DeltaLlavaError, match="model_max_length=.*; it must be a number"):
+        load_tokenizer(str(folder), TEXT, None)
+
+
+def test_code_in_the_folder_is_not_run(folder):
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": [None, "evil.Tokenizer"]}, "chat_template": "{{ evil }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "evil.py").write_text("raise SystemExit('was run')")
+    (folder / "config.json").write_text('{"model_type": "llava_llama"}')
+    tokenizer = load_tokenizer(str(folder), TEXT, None)
+    assert tokenizer.chat_template is None
+    assert "evil" not in sys.modules
+
+
+def _released_encoding(tokenizer, prompt):
+    """What the released code makes of a prompt: the pieces between images encoded alone, None for each image."""
+    ids = [tokenizer.bos_token_id]
+    for index, piece in enumerate(prompt.split("<image>")):
+        ids += [None] * (index > 0) + tokenizer.encode(piece, add_special_tokens=False)
+    return ids
+
+
+# Text of every kind before, between and behind images.
+WITH_IMAGES = [
+    "USER: <image>\nwhat is in  the picture? ASSISTANT: a cat</s>USER: <image>\n<image>\nwhat?",
+    "<image>a cat\n",
+    "<image><image>1 cat</s><image>",
+    "USER: <image> what?</s>USER: <image>  a",
+    "</s><s>a <s>USER: <image></s><s>a",
+    "<image></s>a<image>\u2581cat<image>\n\n\u00e9<image>\u00a0a",
+]
+
+
+# The settings that such folders come with; without any, the authors' version of transformers meant the last one.
+@pytest.mark.parametrize(
+    ("settings", "mark_after_end"),
+    [
+        ({"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True}, False),
+        ({"tokenizer_class": "LlamaTokenizer", "legacy": True}, True),
+        ({"tokenizer_class": "LlamaTokenizer"}, True),
+        (None, True),
+    ],
+)
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_a_folder_with_only_a_sentencepiece_model(sentencepiece_file, tmp_path, model_type, settings, mark_after_end):
+    import sentencepiece
+
+    text_config = AutoConfig.for_model(model_type, vocab_size=320)
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file.read_bytes())
+    if settings is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert has_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path), text_config, "LlamaTokenizer")
+    expected = [_released_encoding(tokenizer, prompt) for prompt in WITH_IMAGES]
+    ids = add_tokens(tokenizer)
+    save_tokenizer(tokenizer, tmp_path / "saved", None)
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    for prompt, pieces in zip(WITH_IMAGES, expected):
+        expected_ids = [ids.image if i is None else i for i in pieces]
+        assert saved(prompt).input_ids == expected_ids, prompt
+        # A template may write BOS, and an engine then encodes without special tokens.
+        assert saved(f"<s>{prompt}", add_special_tokens=False).input_ids == expected_ids, prompt
+    # A repo's tokenizer is not changed again.
+    assert add_tokens(again := load_tokenizer(str(tmp_path / "saved"), text_config, None)).added == []
+    assert again.backend_tokenizer.to_str() == saved.backend_tokenizer.to_str()
+
+    plain = "USER: what is in  the picture?\n\nASSISTANT: \u00e9"
+    original = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert saved(plain).input_ids == [1, *original.encode(plain)]
+    after_end = saved.convert_ids_to_tokens(saved("a</s>USER").input_ids)
+    assert (after_end[after_end.index("</s>") + 1].startswith("\u2581")) is mark_after_end
+
+
+def test_what_is_no_tokenizer(tmp_path):
+    assert not has_tokenizer(tmp_path)
+    with pytest.raises(DeltaLlavaError, match=r"has no tokenizer .*--tokenizer"):
+        load_tokenizer(str(tmp_path), TEXT, None)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DeltaLlavaError, match="cannot be read") as error:
+        load_tokenizer(str(tmp_path), TEXT, None)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("absent", "message"),
+    [("sentencepiece", "pip install sentencepiece."), ("google.protobuf", "pip install protobuf.")],
+)
+def test_a_missing_package_is_named(tmp_path, monkeypatch, absent, message):
+    find_spec = importlib.util.find_spec
+
+    def without(name, *args):
+        if name == absent:
+            raise ModuleNotFoundError(name)
+        return find_spec(name, *args)
+
+    pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    (tmp_path / "tokenizer.model").touch()
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    with pytest.raises(DeltaLlavaError) as error:
+        load_tokenizer(str(tmp_path), TEXT, "LlamaTokenizer")
+    assert str(error.value).endswith(message)
