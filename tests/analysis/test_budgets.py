@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
@@ -30,6 +31,7 @@ from transformers_delta_llava.analysis import (
 )
 from transformers_delta_llava.cli.main import main
 from transformers_delta_llava.processing import image_utils_delta_llava
+from transformers_delta_llava.utils.errors import DeltaLlavaError
 
 
 @pytest.fixture(scope="module")
@@ -377,6 +379,28 @@ def test_a_url_that_keeps_silent_or_answers_404(monkeypatch: Any) -> None:
     monkeypatch.setattr(image_utils_delta_llava, "URL_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ValueError, match="timed out"):
         load_picture(f"http://127.0.0.1:{silent.getsockname()[1]}/a.png")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "delta_llava", "text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers=1000000000: "),
+        ({"model_type": "llava"}, "a llava, not a delta_llava"),
+    ],
+)
+def test_a_config_on_the_hub_is_checked_like_one_in_a_folder(
+    monkeypatch: Any, tmp_path: Path, config: dict, message: str
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    snapshot = tmp_path / "models--someone--model" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps(config))
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    for load in (load_config, load_repo):
+        with pytest.raises(DeltaLlavaError, match=f"^someone/model is .*{message}"):
+            load("someone/model")
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,19 @@ def test_a_budget_that_the_grid_cannot_give_is_named(folder: Path, tmp_path: Pat
         run(folder, tmp_path, visual_tokens=[4, 64])
 
 
+def test_a_strangers_model_is_looked_at_before_it_is_built(folder: Path, tmp_path: Path) -> None:
+    stranger = write_model(tmp_path / "stranger")
+    (stranger / "chat_template.jinja").write_text("{{ 'x' * 9999999999 }}")
+    with pytest.raises(RecipeError, match="^model: The chat template of .*stranger makes more than"):
+        run(folder, tmp_path, model={"path": str(stranger)})
+    config = json.loads((stranger / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 10**9
+    (stranger / "config.json").write_text(json.dumps(config))
+    for model in ({"path": str(stranger)}, {"path": None, "vision": str(stranger), "language": str(stranger)}):
+        with pytest.raises(RecipeError, match="^model: .*num_hidden_layers=1000000000: [^.]*[.]$"):
+            run(folder, tmp_path, model=model)
+
+
 def test_lora_is_trained_resumed_and_merged(folder: Path, tmp_path: Path) -> None:
     """The projector is trained beside it; the finished folder is a plain model, the adapter lies beside it."""
     from peft import PeftModel

@@ -1,6 +1,6 @@
 """Load a repo and an image, ask a question, or raise one sentence on what is wrong."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
@@ -109,17 +109,26 @@ def _check_device(device: str) -> None:
         raise DeltaLlavaError(f"device={device!r} is not to be had here: {_first_sentence(error)}.") from error
 
 
-def _check_repo(model: str) -> None:
+def _read_settings(model: str) -> Mapping[str, Any]:
+    """What stands in the config.json of a folder or Hub id."""
     folder = Path(model)
     if not folder.is_dir():
         if folder.exists() or not is_repo_id(model):
             raise DeltaLlavaError(f"{shorten(model)} is not a folder, and not a Hub id (owner/name) either.")
-        return
+        with _reading(model):
+            return DeltaLlavaConfig.get_config_dict(model)[0]
     refuse_special_files(folder)
     if not (folder / "config.json").is_file():
         raise DeltaLlavaError(f"{model} is no model: it has no config.json.")
     try:
-        settings = read_json(folder / "config.json")
+        return read_json(folder / "config.json")
+    except ValueError as error:
+        raise DeltaLlavaError(f"{model} is no model: {one_line(error)}.") from error
+
+
+def _check_repo(model: str) -> None:
+    settings = _read_settings(model)
+    try:
         check_sizes(settings, "config.json")
     except ValueError as error:
         raise DeltaLlavaError(f"{model} is no model: {one_line(error)}.") from error

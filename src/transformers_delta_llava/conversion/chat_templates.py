@@ -216,6 +216,6 @@ def _render(
     name: str,
     **options: object,
 ) -> str:
-    check_template(template, name)
+    check_template(template, name, messages, {**tokenizer.special_tokens_map, **options})
     with explain_errors(f"{name} does not render a conversation"), time_limit(name):
         return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)

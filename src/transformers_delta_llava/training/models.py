@@ -29,6 +29,8 @@ from ..hub.tokenizer import TokenIds, add_tokens, load_tokenizer, read_own_templ
 from ..modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
 from ..utils.errors import RecipeError, one_line, shorten
+from ..utils.prompts import render_question
+from ..utils.validation import check_config
 from .recipe import ModelRecipe, Recipe
 
 
@@ -82,6 +84,7 @@ def _options(model: ModelRecipe, dtype: torch.dtype) -> dict[str, Any]:
 def _load(recipe: Recipe, dtype: torch.dtype) -> tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:
     """A Delta-LLaVA."""
     path = str(recipe.model.path)
+    check_config(path)
     config = DeltaLlavaConfig.from_pretrained(path, **recipe.model.config)
     model = DeltaLlavaForConditionalGeneration.from_pretrained(path, config=config, **_options(recipe.model, dtype))
     saved = DeltaLlavaProcessor.from_pretrained(path)
@@ -91,6 +94,7 @@ def _load(recipe: Recipe, dtype: torch.dtype) -> tuple[DeltaLlavaForConditionalG
     if recipe.data.chat_template is not None:
         template = read_chat_template(recipe.data.chat_template, tokenizer)
     processor = _processor(saved.image_processor, tokenizer, template, recipe, pad_images)
+    render_question(processor, f"The chat template of {path}")
     count = max(tokenizer.get_vocab().values()) + 1
     _fit_generation(model, processor, TokenIds(config.image_token_id, tokenizer.pad_token_id, count, []))
     return model, processor
@@ -99,6 +103,8 @@ def _load(recipe: Recipe, dtype: torch.dtype) -> tuple[DeltaLlavaForConditionalG
 def _join(recipe: Recipe, dtype: torch.dtype) -> tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:
     """Two pretrained parts, and a new projector between them."""
     vision, language = str(recipe.model.vision), str(recipe.model.language)
+    for part in (vision, language):
+        check_config(part)
     text_config = AutoConfig.from_pretrained(language)
     processor, ids = _new_processor(recipe, language, text_config, recipe.model.image_processor or vision)
     model = DeltaLlavaForConditionalGeneration.from_vision_text_pretrained(

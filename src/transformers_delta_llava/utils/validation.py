@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from transformers import PreTrainedConfig
 
 from .errors import DeltaLlavaError, one_line
 from .files import read_json
@@ -73,3 +74,13 @@ def check_sizes(settings: Mapping[str, object], where: str) -> None:
         DeltaLlavaError: one sentence that begins with `where`.
     """
     validate(_Sizes, dict(settings), where)
+
+
+def check_config(model: str) -> None:
+    """`check_sizes` of the config.json of `model`, a folder or a Hub id, before transformers builds anything of it.
+
+    Raises:
+        DeltaLlavaError: as `check_sizes`.
+        OSError: there is no such file.
+    """
+    check_sizes(PreTrainedConfig.get_config_dict(model)[0], f"config.json of {model}")

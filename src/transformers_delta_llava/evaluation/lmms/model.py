@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from ...modeling import DeltaLlavaForConditionalGeneration
 from ...processing import DeltaLlavaProcessor
-from ...utils.prompts import check_prompt, max_prompt_tokens
+from ...utils.prompts import check_prompt, max_prompt_tokens, render_question
+from ...utils.validation import check_config
 
 
 # What a task that says nothing about its answers gets.
@@ -58,11 +59,13 @@ class DeltaLlavaLmms(lmms):
         else:
             self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        check_config(pretrained)
         model = DeltaLlavaForConditionalGeneration.from_pretrained(pretrained, dtype=dtype, **options)
         if num_visual_tokens is not None:
             model.config.scale_factor_for(num_visual_tokens)
         self.model = model.to(self.device).eval()
         self.processor = DeltaLlavaProcessor.from_pretrained(pretrained)
+        render_question(self.processor, f"The chat template of {pretrained}")
         self.tokenizer = self.processor.tokenizer
         self.num_visual_tokens = num_visual_tokens
         self.batch_size = int(batch_size)
