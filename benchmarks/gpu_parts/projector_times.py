@@ -13,7 +13,7 @@ from torch import nn
 
 from harness import peak_bytes
 from projector import build, inputs
-from transformers_delta_llava.analysis.profile import projector_flops
+from transformers_delta_llava.analysis.profile import projector_costs
 
 from .report import Report, captured, measured_rates, milliseconds
 
@@ -112,7 +112,7 @@ def _row(
         numbers += batch * config.num_visual_tokens_for(scale_factor) * config.text_config.hidden_size
     else:
         numbers = batch * patches * (width * len(config.vision_feature_levels) + config.text_config.hidden_size)
-    flops = batch * projector_flops(ours, scale_factor)
+    flops = batch * projector_costs(ours, scale_factor)[0]
     floor = 1000 * max(flops / rates["flops_per_second"], 2 * numbers / rates["bytes_per_second"])
     return {
         "way": way,

@@ -1,6 +1,5 @@
 """What a model costs: operations, memory of activations and cache, and the least time a GPU needs."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from ..modeling import CACHE_NAME, DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaProjector
@@ -20,20 +20,28 @@ from ..modeling.delta_repo_delta_llava import dtype_name
 
 
 class FusedAttention(TorchFunctionMode):
-    """Scaled dot-product attention makes its result and nothing else, as on devices; without data PyTorch spells it out."""
+    """Scaled dot-product attention allocates its result and nothing else, as fused kernels do; on the meta device PyTorch
+    would decompose it. Its operations are added up in `flops`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the function, or make the result of attention."""
+        """Run the function, or allocate the result of attention."""
         if function is not F.scaled_dot_product_attention:
             return function(*args, **(kwargs or {}))
-        query, _, value = args[:3]
-        return query.new_empty(*query.shape[:-1], value.shape[-1])
+        query, key, value = args[:3]
+        result = query.new_empty(*query.shape[:-1], value.shape[-1])
+        self.flops += 2 * key.shape[-2] * (query.numel() + result.numel())  # scores, then the weighted sum
+        return result
 
 
 class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make, for as long as anything holds them; `peak` is the most.
+    """Counts the bytes of tensors that operations allocate, for as long as anything holds them; `peak` is the most.
 
-    What a kernel needs for itself, and what an allocator rounds up, is not in it.
+    Workspaces of kernels, and what an allocator rounds up, are not included.
     """
 
     def __init__(self) -> None:
@@ -42,62 +50,108 @@ class LiveMemory(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, then look what is new and what is gone."""
-        kwargs = kwargs or {}
-        given = {
-            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
-        }
-        result = operation(*args, **kwargs)
-        held = {reference.cdata for reference in self._held()}
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata not in held and storage._cdata not in given:
-                    self.live[StorageWeakRef(storage)] = storage.nbytes()
-        self.peak = max(self.peak, sum(self.live.values()))
+        """Run the operation, then add the storages that are new."""
+        result = operation(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        storages = [tensor.untyped_storage() for tensor in _tensors(result)]
+        if storages := [storage for storage in storages if storage._cdata not in given]:  # no view, not in place
+            held = {reference.cdata for reference in self._drop_expired()}
+            self.live |= {StorageWeakRef(s): s.nbytes() for s in storages if s._cdata not in held}
+            self.peak = max(self.peak, sum(self.live.values()))
         return result
 
-    def peak_of(self, function: Callable[[], Any]) -> int:
-        """Most bytes that a call holds at a time, beyond what is held when it starts; what it returns is let go."""
-        before = self.peak = sum(self._held().values())
-        with torch.no_grad(), FusedAttention(), self:
-            function()
-        return self.peak - before
+    def held_bytes(self) -> int:
+        """Bytes of the counted tensors that something still holds."""
+        return sum(self._drop_expired().values())
 
-    def _held(self) -> dict[StorageWeakRef, int]:
+    def _drop_expired(self) -> dict[StorageWeakRef, int]:
         self.live = {reference: size for reference, size in self.live.items() if not reference.expired()}
         return self.live
 
 
-def tower_peak_bytes(model: DeltaLlavaForConditionalGeneration) -> int:
-    """Of the vision tower for one image, the levels that it keeps among them; the model is on the meta device."""
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _count_in_place_product(self_shape: Any, left: torch.Size, right: torch.Size, **_: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
+class Meter:
+    """Operations and peak memory of calls without data, as fused kernels would have them.
+
+    Several calls of one meter share its memory: what an earlier one left behind, such as a cache, is not counted again.
+    """
+
+    def __init__(self) -> None:
+        self.memory = LiveMemory()
+
+    def measure(self, function: Callable[[], Any]) -> tuple[int, int]:
+        """Operations of a call, and the most bytes that it holds at a time beyond those held when it starts.
+
+        A product and its sum are two operations; only products of matrices, convolutions and attention count. What the
+        call returns is released.
+        """
+        before = self.memory.peak = self.memory.held_bytes()
+        # PyTorch's own table has no `addmm_`.
+        counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _count_in_place_product})
+        with torch.no_grad(), FusedAttention() as attention, counter, self.memory:
+            function()
+        return counter.get_total_flops() + attention.flops, self.memory.peak - before
+
+
+def tower_costs(model: DeltaLlavaForConditionalGeneration) -> tuple[int, int]:
+    """Operations and peak bytes of the vision tower for one image, up to the deepest layer that the model reads; the
+    hidden states that it keeps are among the bytes. The model is on the meta device.
+    """
     side = model.config.vision_config.image_size
     pixels = torch.empty(1, 3, side, side, dtype=model.dtype, device="meta")
-    return LiveMemory().peak_of(lambda: model.model._run_vision_tower(pixels))
+    return Meter().measure(lambda: model.model._run_vision_tower(pixels))
 
 
-def projector_peak_bytes(projector: DeltaLlavaProjector, scale_factor: int) -> int:
-    """Of the projector for one image, without the features that go in; it is on the meta device."""
+def projector_costs(projector: DeltaLlavaProjector, scale_factor: int) -> tuple[int, int]:
+    """Operations and peak bytes of the projector for one image, without the features that go in. It may be on any
+    device: its features are made there.
+    """
     config = projector.config
     shape = (1, config.grid_size**2, config.vision_config.hidden_size)
-    features = torch.empty(shape, dtype=projector.dtype, device="meta")
+    parameter = next(projector.parameters())
+    features = torch.empty(shape, dtype=projector.dtype, device=parameter.device)
     levels = [features] * len(config.vision_feature_levels)
-    return LiveMemory().peak_of(lambda: projector(features, levels, scale_factor))
+    return Meter().measure(lambda: projector(features, levels, scale_factor))
 
 
-def language_peak_bytes(model: DeltaLlavaForConditionalGeneration, prompt: int) -> tuple[int, int]:
-    """Of the prefill of `prompt` tokens and of one step of decoding, without the cache; the model is on the meta device."""
-    width, language_model = model.config.text_config.hidden_size, model.model.language_model
-    embeddings = torch.empty(1, prompt, width, dtype=model.dtype, device="meta")
-    cache, memory = DynamicCache(), LiveMemory()
+@dataclass(frozen=True)
+class LanguageCosts:
+    """Operations and peak bytes, without the cache, of the prefill and of decoding; `cache_bytes` after the prefill."""
+
+    prefill_flops: int
+    prefill_bytes: int
+    decode_flops: int
+    decode_bytes: int
+    cache_bytes: int
+
+
+def language_costs(model: DeltaLlavaForConditionalGeneration, prompt: int, new_tokens: int) -> LanguageCosts:
+    """Of a prompt of `prompt` tokens and an answer, whose first token the prefill gives; on the meta device.
+
+    Every further token of the answer reads one more position than the one before, so two steps of decoding tell the
+    operations of all of them.
+    """
+    embeddings = torch.empty(1, prompt, model.config.text_config.hidden_size, dtype=model.dtype, device="meta")
+    cache, meter = DynamicCache(), Meter()
 
     def run(tokens: torch.Tensor) -> Any:
-        outputs = language_model(inputs_embeds=tokens, use_cache=True, **{CACHE_NAME: cache})
+        outputs = model.model.language_model(inputs_embeds=tokens, use_cache=True, **{CACHE_NAME: cache})
         return model.lm_head(outputs.last_hidden_state[:, -1:])
 
-    prefill = memory.peak_of(lambda: run(embeddings))
-    cached = sum(memory._held().values())  # the last layer runs when nearly all of it is there
-    return prefill - cached, memory.peak_of(lambda: run(embeddings[:, :1]))
+    prefill_flops, prefill_bytes = meter.measure(lambda: run(embeddings))
+    cache_bytes = meter.memory.held_bytes()  # the last layer runs when nearly all of it is there
+    first, decode_bytes = meter.measure(lambda: run(embeddings[:, :1]))
+    second, _ = meter.measure(lambda: run(embeddings[:, :1]))
+    steps = new_tokens - 1
+    decode_flops = steps * first + steps * (steps - 1) // 2 * (second - first)
+    return LanguageCosts(prefill_flops, prefill_bytes - cache_bytes, decode_flops, decode_bytes, cache_bytes)
 
 
 PARTS = ("tower", "projector", "prefill", "decode")
@@ -196,53 +250,33 @@ def profile_model(
             raise ValueError(f"{name}={number}: use a number from {least} to {MAX_TOKENS:,}.")
     with torch.device("meta"):
         model = DeltaLlavaForConditionalGeneration(config).to("meta", dtype).eval()  # the position table is not there
-    parts = {"tower": model.model.vision_tower, "projector": model.model.multi_modal_projector}
-    parameters = {name: _parameters(module) for name, module in parts.items()}
-    parameters["language_model"] = _parameters(model) - sum(parameters.values())
-    profiles, tower = [], tower_peak_bytes(model)
-    read_of_tower, read_of_language_model = _parameters_read(model)
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    parameters = {"tower": _count(tower), "projector": _count(projector)}
+    parameters["language_model"] = _count(model) - sum(parameters.values())
+    tower_read = _count(tower.embeddings) + _count(_layers_read(model))
+    # Of the embedding only the rows of the prompt are read.
+    embedding = model.model.language_model.get_input_embeddings().weight
+    language_model_read = _count(model.model.language_model) - embedding.numel() + _count(model.lm_head)
+    tower_flops, tower_bytes = tower_costs(model)
+    profiles = []
     for budget in config.visual_token_budgets if budgets is None else budgets:
         scale_factor, prompt = config.scale_factor_for(budget), text_tokens + budget
-        projector = projector_peak_bytes(parts["projector"], scale_factor)
-        prefill, decode = language_peak_bytes(model, prompt)
+        projector_flops, projector_bytes = projector_costs(projector, scale_factor)
+        language = language_costs(model, prompt, new_tokens)
+        flops = (tower_flops, projector_flops, language.prefill_flops, language.decode_flops)
+        read = (tower_read, _projector_read(projector, scale_factor), language_model_read, language_model_read)
+        activations = (tower_bytes, projector_bytes, language.prefill_bytes, language.decode_bytes)
         profiles.append(
             BudgetProfile(
                 num_visual_tokens=budget,
-                exact_flops={
-                    "tower": tower_flops(model),
-                    "projector": projector_flops(parts["projector"], scale_factor),
-                    "prefill": prefill_flops(model, prompt),
-                    "decode": decode_flops(model, prompt, new_tokens),
-                },
+                exact_flops=dict(zip(PARTS, flops)),
                 paper_flops=paper_flops(config, budget, text_tokens, new_tokens),
-                weight_bytes={
-                    "tower": read_of_tower * dtype.itemsize,
-                    "projector": _projector_parameters_read(parts["projector"], scale_factor) * dtype.itemsize,
-                    "prefill": read_of_language_model * dtype.itemsize,
-                    "decode": read_of_language_model * dtype.itemsize,
-                },
-                activation_bytes=dict(zip(PARTS, (tower, projector, prefill, decode))),
-                kv_cache_bytes=kv_cache_bytes(config, prompt + new_tokens - 1, dtype),
+                weight_bytes={part: count * dtype.itemsize for part, count in zip(PARTS, read)},
+                activation_bytes=dict(zip(PARTS, activations)),
+                kv_cache_bytes=language.cache_bytes // prompt * (prompt + new_tokens - 1),
             )
         )
     return ModelProfile(text_tokens, new_tokens, dtype_name(dtype), parameters, profiles)
-
-
-# ---------------------------------------------------------------------------- exact
-
-
-def tower_flops(model: DeltaLlavaForConditionalGeneration) -> int:
-    """Of one image, up to the deepest layer that the model reads.
-
-    Raises:
-        ValueError: if the tower is neither a CLIP nor a SigLIP.
-    """
-    config, tower = model.config, model.model.vision_tower
-    patches = config.grid_size**2
-    tokens = patches + (config.vision_feature_select_strategy == "default")
-    layers = _layers_read(model)
-    attention = 4 * tokens**2 * tower.config.hidden_size * len(layers)
-    return patches * _products(tower.embeddings) + tokens * _products(layers) + attention
 
 
 def _layers_read(model: DeltaLlavaForConditionalGeneration) -> nn.ModuleList:
@@ -250,109 +284,24 @@ def _layers_read(model: DeltaLlavaForConditionalGeneration) -> nn.ModuleList:
     config, tower = model.config, model.model.vision_tower
     if not hasattr(tower, "encoder"):
         raise ValueError(
-            f"vision_config.model_type={tower.config.model_type!r}: operations are counted for CLIP and SigLIP towers."
+            f"vision_config.model_type={tower.config.model_type!r}: only CLIP and SigLIP can be profiled."
         )
     states = tower.config.num_hidden_layers + 1
     deepest = max(level % states for level in (config.vision_feature_layer, *config.vision_feature_levels))
     return tower.encoder.layers[:deepest]
 
 
-def projector_flops(projector: DeltaLlavaProjector, scale_factor: int) -> int:
-    """Of one image at inference."""
-    config = projector.config
-    patches, tokens = config.grid_size**2, config.num_visual_tokens_for(scale_factor)
-    width, levels = config.vision_config.hidden_size, len(config.vision_feature_levels)
-    rank = config.delta_rank if config.use_delta_projection else 0
-    output = tokens * _products(projector.feed_forward)
-    if config.projector_layout == "released":
-        memory = 2 * patches * (levels * width * width + rank * (levels * width + width))
-        if scale_factor == 1:  # one key per window: values alone matter
-            return memory + 2 * 2 * patches * width**2 + output
-        query = _block_flops(projector.block, config, tokens) + 2 * tokens * (width**2 + 2 * rank * width)
-        # In, out, and the key and value maps on the queries' side; then each head over keys as wide as the tower.
-        window = 4 * 2 * tokens * width**2 + 4 * patches * config.num_window_attention_heads * width
-        return 2 * memory + query + window + output
-    memory = 2 * 2 * patches * levels * (width**2 + 2 * rank * width)
-    query = 2 * tokens * (width**2 + 2 * rank * levels * width) + _block_flops(projector.block, config, tokens)
-    query += _block_flops(projector.refine, config, tokens)
-    window = 4 * patches * config.projector_window_size**2 * levels * width
-    return memory + query + window + output + tokens * _products(projector.out_proj)
-
-
-def prefill_flops(model: DeltaLlavaForConditionalGeneration, prompt: int) -> int:
-    """Of `prompt` tokens, text and visual, and the head on the last one."""
-    layers = model.model.language_model.layers
-    return prompt * _products(layers) + _products(model.lm_head) + prompt * _attention(model, prompt)
-
-
-def decode_flops(model: DeltaLlavaForConditionalGeneration, prompt: int, new_tokens: int) -> int:
-    """Of all tokens of the answer but the first, which the prefill gives; each reads the cache and itself."""
-    per_token = _products(model.model.language_model.layers) + _products(model.lm_head)
-    return sum(per_token + _attention(model, prompt + index) for index in range(1, new_tokens))
-
-
-def _attention(model: DeltaLlavaForConditionalGeneration, context: int) -> int:
-    """Scores and weighted sum of one token over `context` tokens, in all layers."""
-    heads, head_dim, _ = _heads(model.config.text_config)
-    return 4 * context * heads * head_dim * model.config.text_config.num_hidden_layers
-
-
-def _block_flops(block: nn.Module | None, config: DeltaLlavaConfig, tokens: int) -> int:
-    """Of a refinement block of the projector over `tokens`, row and column alike."""
-    if block is None:
-        return 0
-    count = tokens * _products(block)
-    attention: Any = block.attention
-    if attention is not None:
-        side = math.ceil(math.isqrt(tokens) / config.projector_sr_ratio)
-        keys, width = side * side, attention.q_proj.weight.shape[0]
-        count += 4 * tokens * keys * width
-        count -= (tokens - keys) * (_products(attention.k_proj) + _products(attention.v_proj))
-    return count
-
-
-def _products(module: nn.Module) -> int:
-    """Operations per token of all linear maps and convolutions in a module."""
-    return sum(2 * part.weight.numel() for part in module.modules() if isinstance(part, (nn.Linear, nn.Conv2d)))
-
-
-def _parameters(module: nn.Module) -> int:
+def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _parameters_read(model: DeltaLlavaForConditionalGeneration) -> tuple[int, int]:
-    """Of the tower, and of the language model with its head for any number of tokens: few rows of the embedding count."""
-    tower, language_model = model.model.vision_tower, model.model.language_model
-    of_language_model = _parameters(language_model) - language_model.get_input_embeddings().weight.numel()
-    return _parameters(tower.embeddings) + _parameters(_layers_read(model)), of_language_model + _parameters(
-        model.lm_head
-    )
-
-
-def _projector_parameters_read(projector: DeltaLlavaProjector, scale_factor: int) -> int:
-    """Of the projector at inference: with one key per window only what becomes of the values."""
+def _projector_read(projector: DeltaLlavaProjector, scale_factor: int) -> int:
+    """Parameters of the projector that inference reads: at one key per window only those behind the values."""
     if projector.config.projector_layout == "released" and scale_factor == 1:
         attention = projector.window_attention
         packed = attention.in_proj_weight.numel() + attention.in_proj_bias.numel()
-        modules = (projector.v_proj, attention.out_proj, projector.feed_forward)
-        return sum(_parameters(module) for module in modules) + packed // 3
-    return _parameters(projector)
-
-
-def _heads(text_config: Any) -> tuple[int, int, int]:
-    """Attention heads, channels per head, and heads of keys and values."""
-    heads = text_config.num_attention_heads
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
-    return heads, head_dim, getattr(text_config, "num_key_value_heads", None) or heads
-
-
-def kv_cache_bytes(config: DeltaLlavaConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Of the keys and values of `tokens` tokens in all layers."""
-    _, head_dim, heads = _heads(config.text_config)
-    return 2 * config.text_config.num_hidden_layers * tokens * heads * head_dim * dtype.itemsize
-
-
-# ---------------------------------------------------------------------------- the paper's
+        return sum(map(_count, (projector.v_proj, attention.out_proj, projector.feed_forward))) + packed // 3
+    return _count(projector)
 
 
 def paper_flops(config: DeltaLlavaConfig, budget: int, text_tokens: int, new_tokens: int) -> dict[str, int]:
