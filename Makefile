@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest test-newest test-engines lint format bench gpu-rehearsal gpu-report cards clean
+.PHONY: help demo test test-oldest test-newest test-engines lint format bench gpu-rehearsal gpu-report cards release clean
 
 export PYTHON
 BIN := .venv/bin
@@ -63,6 +63,11 @@ gpu-report: .venv/.ready  ## Put what benchmarks/on_gpu.py wrote into FOLDER int
 
 cards: .venv/.ready  ## Render model_cards/ from the facts beside them
 	@$(BIN)/python tools/render_cards.py
+
+release: .venv/.ready  ## Build sdist and wheel in dist/, install the wheel in an empty environment, run the quickstart with it
+	@rm -rf dist
+	@$(BIN)/python -m build --outdir dist
+	@tools/check-release dist/*.whl
 
 clean:  ## Delete environments, caches and outputs
 	rm -rf .venv .venv-oldest .venv-newest .engines .cache .coverage .mypy_cache .pytest_cache .ruff_cache build dist demo-output

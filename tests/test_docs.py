@@ -1,249 +1,204 @@
 """The code of every page of the documentation runs as it stands, on small models under the names that the page uses."""
 
-import ast
+import contextlib
+import io
 import json
 import re
+import runpy
+import shlex
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from functools import cache
+from importlib.metadata import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from transformers import AutoModel, AutoModelForCausalLM
 from typer.main import get_command
 
 from examples.make_checkpoint import DEMO, write_checkpoint
 from tests.evaluation.test_lmms_results import REPORT
-from tests.page_commands import check_script, run_delta_llava
-from tests.pages import DOCS, ROOT, indented_code, path_of, read_blocks, run_page
+from tests.pages import ENGINE_SECTIONS, PAGES, ROOT, commands_of, read_blocks
 from tests.tiny import tiny_config
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
-from transformers_delta_llava.cli.main import app
+from transformers_delta_llava.cli.main import app, main
 from transformers_delta_llava.conversion import convert_checkpoint
 from transformers_delta_llava.training import load_recipe
 from transformers_delta_llava.training.conversations import to_messages
 
 
-PAGES = ["README.md", *sorted(path.name for path in DOCS.glob("*.md"))]
-PHOTO = ROOT / "examples" / "images" / "chelsea.jpg"
+# Commands of ours that a page shows in full and a test runs with less: what is added.
+ADDED = {"convert": ["--overwrite"], "push": ["--dry-run"]}
 
 
 @pytest.fixture(scope="module")
-def easy_vqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped checkpoint, converted."""
-    checkpoint, folder = ROOT / "examples" / "easy-vqa", tmp_path_factory.mktemp("repo") / "easy-vqa"
-    convert_checkpoint(checkpoint, folder)
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every model, checkpoint and file that a page names. Only to be copied."""
+    folder = tmp_path_factory.mktemp("documented")
+    convert_checkpoint(ROOT / "examples" / "easy-vqa", folder / "REPO")
+    for name in ("pretrain-7b", "finetune-7b"):
+        shutil.copytree(folder / "REPO", folder / "runs" / name)
+    write_checkpoint(folder / "llava-v1.5-7b-144", DEMO)
+    linked = {"mm_projector_type": "mlp2x_gelu", "_name_or_path": "NousResearch/Hermes-4.3-36B"}
+    write_checkpoint(folder / "DeltaLLaVA-36B-144", replace(DEMO, model_type="llava_seed_oss", config=linked))
+    convert_checkpoint(folder / "llava-v1.5-7b-144", folder / "delta-llava-7b-144")
+
+    torch.manual_seed(0)
+    model = DeltaLlavaForConditionalGeneration(tiny_config(vision={"num_hidden_layers": 24})).eval()
+    AutoModel.from_config(model.config.vision_config).save_pretrained(folder / "clip")
+    AutoModelForCausalLM.from_config(model.config.text_config).save_pretrained(folder / "vicuna")
+    model.save_pretrained(folder / "delta-llava-7b")
+    for name in ("charts", "maps"):
+        model.load_delta_state_dict({n: torch.randn_like(t) / 8 for n, t in model.delta_state_dict().items()})
+        model.save_deltas(folder / f"deltas-{name}")
+    model.save_pretrained(folder / "delta-llava-7b-tuned")
+
+    for file in ("LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", "LLaVA-Instruct/llava_v1_5_mix665k.json"):
+        (folder / "data" / file).parent.joinpath("images").mkdir(parents=True)
+        (folder / "data" / file).write_text("[]")
+    (folder / "rows.json").write_text("[]")
+    (folder / "FOLDER").mkdir()
+    (folder / "results" / "144" / "model").mkdir(parents=True)
+    (folder / "results" / "144" / "model" / "now_results.json").write_text(json.dumps(REPORT))
+    shutil.copy(ROOT / "examples" / "images" / "chelsea.jpg", folder / "photo.jpg")
+    shutil.copy(ROOT / "examples" / "recipes" / "finetune-7b.yaml", folder / "RECIPE.yaml")
     return folder
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the pages run: an empty folder with examples/ and a photo."""
-    monkeypatch.chdir(tmp_path)
+def folder(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a page runs."""
+    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    shutil.copy(PHOTO, tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_budgets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder / "runs").mkdir()
-    run_page("budgets.md", monkeypatch)
-    assert (folder / "runs" / "chelsea.png").is_file()
-
-
-def test_conversion(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_checkpoint(folder / "llava-v1.5-7b-144")
-    linked = {"mm_projector_type": "mlp2x_gelu", "_name_or_path": "NousResearch/Hermes-4.3-36B"}
-    write_checkpoint(folder / "DeltaLLaVA-36B-144", model_type="llava_seed_oss", config=linked)
-    run_page("conversion.md", monkeypatch)
-    assert (folder / "llava-v1.5-7b-144-again" / "config.json").is_file()
-    assert (folder / "projector-alone" / "mm_projector.bin").is_file()
-
-
-def test_deltas(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.manual_seed(0)
+def names_of_performance() -> dict[str, Any]:
+    """What the code in performance.md takes for granted."""
     model = DeltaLlavaForConditionalGeneration(tiny_config()).eval()
-    model.save_pretrained("delta-llava-7b")
-    for name in ("charts", "maps"):
-        model.load_delta_state_dict({n: torch.randn_like(t) / 8 for n, t in model.delta_state_dict().items()})
-        model.save_deltas(f"deltas-{name}")
-    model.save_pretrained("delta-llava-7b-tuned")
-    capsys.readouterr()
-    names = run_page("deltas.md", monkeypatch)
-    printed = capsys.readouterr().out
-    assert printed.splitlines()[0] == "['deltas-charts', 'default', 'maps']"
-    assert all(f"{folder}\n" in printed for folder in ("deltas-own", "deltas-small", "delta-llava-7b-merged"))
-    assert (folder / "deltas.svg").is_file()
-    trained = [name for name, p in names["model"].named_parameters() if p.requires_grad]
-    assert trained and all(".delta_" in name for name in trained)
-
-
-def test_explain(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "runs").mkdir()
-    run_page("explain.md", monkeypatch)
-    printed = capsys.readouterr().out
-    assert printed.count("│ blue") == 2 * 3 and '"answer": "yes"' in printed
-    shown, made = Image.open(ROOT / "docs" / "explain.png"), Image.open("runs/explain.png")
-    assert made.size == shown.size  # pixels depend on the fonts of the machine
-    assert Image.open("runs/heat.png").size == (336, 336) and (folder / "runs" / "tokens.png").is_file()
-
-
-def test_app(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def parse_or_run(command: list[str], patch: pytest.MonkeyPatch) -> None:
-        """The page is served until somebody stops it: tests/integration/test_app.py does that, here its options are read."""
-        if command[1] != "app":
-            return run_delta_llava(command, patch)
-        known = get_command(app).commands["app"].make_context("app", command[2:]).params  # type: ignore[attr-defined]
-        assert (known["model"], known["num_visual_tokens"], known["port"]) == ("./easy-vqa", 16, 7860)
-
-    run_page("app.md", monkeypatch, handlers={"delta-llava": parse_or_run})
-    assert (folder / "space" / "app.py").is_file()
-
-
-def test_readme(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_checkpoint(folder / "llava-v1.5-7b-144", DEMO)
-    convert_checkpoint(folder / "llava-v1.5-7b-144", folder / "delta-llava-7b-144")
-
-    def convert_again(command: list[str], patch: pytest.MonkeyPatch) -> None:
-        """The page shows what a repo is for before it shows where it comes from."""
-        run_delta_llava([*command, "--overwrite"], patch)
-
-    run_page("README.md", monkeypatch, handlers={"delta-llava": convert_again})
-
-
-def test_quickstart(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    run_page("quickstart.md", monkeypatch)
-    printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    shown = re.findall(r"print\(.*\)  # (.*)", path_of("quickstart.md").read_text(encoding="utf-8"))
-    assert len(shown) == 5
-    assert [line for line in printed if line in shown] == shown
-    assert "circle" in printed  # the streamed answer
-
-
-def test_remote_code(easy_vqa: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(easy_vqa, folder / "REPO")
-    names = run_page("remote-code.md", monkeypatch)
-    assert names["pipe"].model.config.model_type == "delta_llava"
-
-
-def test_coming_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_config(vision={"num_hidden_layers": 24})
-    AutoModel.from_config(config.vision_config).save_pretrained("clip")
-    AutoModelForCausalLM.from_config(config.text_config).save_pretrained("vicuna")
-    names = run_page("coming-from.md", monkeypatch)
-    assert names["model"].config.image_token_id == 7
-
-
-def test_engines(
-    easy_vqa: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_page(
-        "engines.md",
-        monkeypatch,
-        replace={"REPO": str(easy_vqa)},
-        elsewhere={
-            "accelerate": ("test_adaptations.py", 2),
-            "torch.compile": ("test_adaptations.py", 1),
-            "Quantised": ("test_adaptations.py", 2),
-            "vLLM": ("test_vllm.py", 3),
-            "transformers serve": ("test_transformers_serve.py", 2),
-            "TRL and PEFT": ("test_trl.py", 1),
-        },
-    )
-
-
-def test_evaluation(easy_vqa: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(easy_vqa, folder / "REPO")
-    (folder / "results" / "144" / "model").mkdir(parents=True)
-    (folder / "results" / "144" / "model" / "now_results.json").write_text(json.dumps(REPORT))
-
-    def shortened(command: list[str], patch: pytest.MonkeyPatch) -> None:
-        run_delta_llava([*command, "--limit", "20"] if command[2] == "easy-vqa" else command, patch)
-
-    run_page(
-        "evaluation.md",
-        monkeypatch,
-        handlers={"delta-llava": shortened},
-        elsewhere={"lmms-eval": ("test_lmms_eval.py", 2), "The paper's tables": ("test_lmms_eval.py", 3)},
-    )
-    assert "model-index" in (folder / "REPO" / "README.md").read_text()
-
-
-def test_performance(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = DeltaLlavaForConditionalGeneration(tiny_config()).eval()
-    text = torch.arange(5, 12)
-    ids = torch.cat([torch.full((model.config.num_visual_tokens,), model.config.image_token_id), text])[None]
-    names = {
+    ids = torch.tensor([model.config.num_visual_tokens * [model.config.image_token_id] + list(range(5, 12))] * 2)
+    return {
         "model": model,
         "prompts": ["one", "two"],
         "pixel_values_of_one_image": torch.zeros(1, 3, *[model.config.vision_config.image_size] * 2),
-        "tokens": {"input_ids": ids.repeat(2, 1), "attention_mask": torch.ones(2, ids.shape[1]), "max_new_tokens": 2},
+        "tokens": {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 2},
     }
-    run_page("performance.md", monkeypatch, names=names)
 
 
-def test_training(easy_vqa: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = ("LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", "LLaVA-Instruct/llava_v1_5_mix665k.json")
-    for file in files:  # what the downloads would bring
-        (folder / "data" / file).parent.joinpath("images").mkdir(parents=True)
-        (folder / "data" / file).write_text("[]")
-    (folder / "FOLDER").mkdir()
-    (folder / "rows.json").write_text("[]")
-    (folder / "runs").mkdir()
-    shutil.copytree(easy_vqa, folder / "runs" / "pretrain-7b")
-    shutil.copytree(easy_vqa, folder / "runs" / "finetune-7b")
-    read: list[str] = []
-
-    def recipe(text: str) -> None:
-        Path("RECIPE.yaml").write_text(text)
-        read.append(load_recipe("RECIPE.yaml").arguments["output_dir"])
-
-    def row(text: str) -> None:
-        turns = to_messages(json.loads(text))
-        assert [turn["role"] for turn in turns] == ["user", "assistant"]
-        read.append("row")
-
-    Path("RECIPE.yaml").write_text((ROOT / "examples" / "recipes" / "finetune-7b.yaml").read_text())
-    run_page(
-        "training.md",
-        monkeypatch,
-        replace={"http://images.cocodataset.org/val2017/000000039769.jpg": "photo.jpg"},
-        handlers={"delta-llava": train_or_push},
-        readers={"yaml": recipe, "json": row},
-    )
-    assert read == ["runs/mine", "row"]
+@pytest.mark.parametrize("page", [name for name, path in PAGES.items() if "```" in path.read_text(encoding="utf-8")])
+def test_code_of_page(
+    page: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = names_of_performance() if page == "performance.md" else {}
+    expected = []
+    for section, language, text, line in read_blocks(page):
+        if section in ENGINE_SECTIONS.get(page, ()):
+            continue
+        text = re.sub(r'"http://images.cocodataset.org\S*"', '"photo.jpg"', text)
+        if language == "python":
+            exec(compile("\n" * line + text, page, "exec"), names)
+            expected += re.findall(r"^print\(.*\)  # (.*)", text, re.MULTILINE)
+        elif language == "bash":
+            for command in commands_of(text):
+                run(command, monkeypatch)
+        elif language == "yaml":
+            (folder / "RECIPE.yaml").write_text(text)
+            load_recipe("RECIPE.yaml")
+        elif language == "json":
+            assert [turn["role"] for turn in to_messages(json.loads(text))] == ["user", "assistant"]
+        else:
+            assert language == "text", f"{page}:{line}: nothing runs a block of {language or 'no language'}"
+    printed = iter([text.strip() for text in capsys.readouterr().out.splitlines() if text.strip()])
+    for comment in expected:  # `print(x)  # what it prints`, in this order
+        assert any(comment.startswith(text) for text in printed), f"{page}: nothing printed {comment}"
 
 
-def train_or_push(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check the recipe of `delta-llava train`, with its changes, and rehearse `delta-llava push`."""
-    if command[1] == "push":
-        return run_delta_llava([*command, "--dry-run"], monkeypatch)
-    assert command[1] == "train", command
-    changes, rest = [], command[3:]
-    while rest:
-        option = rest.pop(0)
-        assert option in ("--set", "--resume"), command
-        changes += [rest.pop(0)] if option == "--set" else []
-    load_recipe(command[2], changes)
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+def test_commands_in_the_text_of_page(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in re.findall(
+        r"`((?:python (?:benchmarks|examples|tools)/|make )[^`]+)`", (PAGES.get(page) or ROOT / page).read_text()
+    ):
+        run(shlex.split(command), monkeypatch)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_page_is_run_by_a_test(page: str) -> None:
-    assert not indented_code(page), f"{page}: put code between fences, with its language"
-    if "```" not in path_of(page).read_text(encoding="utf-8"):
+def run(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a command of ours in this process; hold one that takes hours, or another program's, against what it is about."""
+    program, *words = command
+    files = [word for word in words if re.match(r"(benchmarks|docs|examples|tests|tools)/\S+$", word)]
+    assert not [file for file in files if not (ROOT / file).exists()], command
+    flags = {word.split("=")[0] for word in words if word.startswith("--")}
+    if program == "delta-llava":
+        run_delta_llava(words, monkeypatch)
+    elif program == "make":
+        subprocess.run(["make", "--dry-run", *words], cwd=ROOT, check=True, capture_output=True)
+    elif program == "pip":
+        extras = {extra for word in words for extra in re.findall(r"[\w-]+", word.partition("[")[2])}
+        assert extras <= set(metadata("transformers-delta-llava").get_all("Provides-Extra") or ()), command
+    elif program == "python" and files:
+        assert flags <= set(re.findall(r"--[\w-]+", help_of(ROOT / files[0]))), command
+    elif program in ("accelerate", "torchrun"):
+        from accelerate.commands.launch import launch_command_parser
+        from torch.distributed.run import get_args_parser
+
+        parser = launch_command_parser() if program == "accelerate" else get_args_parser()
+        arguments = parser.parse_args(words[program == "accelerate" :])
+        assert arguments.module and arguments.training_script == "transformers_delta_llava"
+        run_delta_llava(arguments.training_script_args, monkeypatch)
+
+
+def run_delta_llava(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`delta-llava ...` must succeed. Servers never end and 7B models train for days, so their options are read only."""
+    name = words[0]
+    if name in ("app", "serve", "train"):
+        given = get_command(app).commands[name].make_context(name, words[1:]).params  # type: ignore[attr-defined]
+        if name == "train":
+            load_recipe(given["recipe"], given["changes"])
         return
-    languages = {block.language for block in read_blocks(page)}
-    assert languages <= {"python", "bash", "json", "yaml", "text"}, f"{page} has blocks of {languages}"
-    run = set()
-    for test in Path(__file__).parent.rglob("test_*.py"):
-        for node in ast.walk(ast.parse(test.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "run_page":
-                run |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
-    assert page in run, f"no test runs {page}: add one with run_page"
+    limit = ["--limit", "20"] if words[:2] == ["evaluate", "easy-vqa"] else []
+    monkeypatch.setattr(sys, "argv", ["delta-llava", *words, *ADDED.get(name, []), *limit])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code, words
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *PAGES])
-def test_scripts_that_a_page_speaks_of_exist(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = re.sub(r"^```.*?^```$", "", path_of(page).read_text(encoding="utf-8"), flags=re.M | re.S)
-    for script in re.findall(r"`(python (?:benchmarks|examples|tools)/[^`]+)`", text):
-        check_script(script.split(), monkeypatch)
+@cache
+def help_of(script: Path) -> str:
+    """What `python SCRIPT --help` prints."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.syspath_prepend(str(script.parent))
+        patch.setattr(sys, "argv", [str(script), "--help"])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(script), run_name="__main__")
+    assert not stopped.value.code, script
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "pip install .[nothing]",
+        "make nothing",
+        "make test-engines ENGINES=nothing",
+        "python benchmarks/nothing.py",
+        "python benchmarks/projector.py --nothing",
+        "torchrun --nproc_per_node 2 -m transformers_delta_llava train examples/recipes/nothing.yaml",
+        "delta-llava app REPO --nothing",
+    ],
+)
+def test_commands_that_would_fail_are_found(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Exception):  # noqa: B017
+        run(shlex.split(command), monkeypatch)
+
+
+def test_bash_reads_the_commands() -> None:
+    text = 'X=$(python -c "print(1 + 1)")\nfor k in 4 1; do\n    make test \\\n        TESTS="a $X" K=$k\ndone  # a comment\npython script.py'
+    expected = [["make", "test", "TESTS=a 2", f"K={k}"] for k in (4, 1)]
+    assert commands_of(text) == [*expected, ["python", "script.py"]]
+    with pytest.raises(AssertionError, match="frobnicate"):
+        commands_of("frobnicate --fast")
