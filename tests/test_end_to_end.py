@@ -10,17 +10,17 @@ from tests.tiny import tiny_config, tiny_processor
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 
 
-def picture(width: int, height: int, seed: int) -> Image.Image:
+def noise(width: int, height: int, seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-PROMPTS = ["what<image>isit", "no_picture_here", "<image>and<image>differ?", "<image>!"]
-PICTURES = [
+PROMPTS = ["what<image>isit", "no_image_here", "<image>and<image>differ?", "<image>!"]
+SINGLE_IMAGES = [
     Image.new("RGB", (24, 24), "red"),
-    picture(24, 24, 0),
+    noise(24, 24, 0),
     Image.fromarray(np.kron(np.eye(3, dtype=np.uint8)[::-1] * 200, np.ones((8, 8), np.uint8))),
 ]
-IMAGES = [[picture(30, 20, 0)], [], [picture(20, 30, 1), picture(24, 24, 2)], [picture(100, 1, 3)]]
+IMAGES = [[noise(30, 20, 0)], [], [noise(20, 30, 1), noise(24, 24, 2)], [noise(100, 1, 3)]]
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +56,16 @@ def test_placeholders_are_what_the_model_fills(model):
     """The processor's count is data that came from the config; here it meets what the projector makes."""
     processor = tiny_processor(model.config)
     for budget in model.config.visual_token_budgets:
-        inputs = processor(text="<image>", images=picture(9, 9, 0), num_visual_tokens=budget, return_tensors="pt")
+        inputs = processor(text="<image>", images=noise(9, 9, 0), num_visual_tokens=budget, return_tensors="pt")
         assert (inputs["input_ids"] == model.config.image_token_id).sum() == budget
         assert model(**inputs).image_hidden_states.shape[0] == budget
 
 
-def test_auto_gives_pictures_of_one_batch_what_each_needs(model):
+def test_auto_gives_images_of_one_batch_what_each_needs(model):
     processor = tiny_processor(model.config)
-    pictures = [Image.new("RGB", (24, 24), "red"), picture(24, 24, 0)]
+    images = [Image.new("RGB", (24, 24), "red"), noise(24, 24, 0)]
     batch = processor(
-        images=pictures, text=["<image>", "<image>"], num_visual_tokens="auto", padding=True, return_tensors="pt"
+        images=images, text=["<image>", "<image>"], num_visual_tokens="auto", padding=True, return_tensors="pt"
     )
     assert batch["num_visual_tokens"].tolist() == [1, 144]
     assert model(**batch).image_hidden_states.shape[0] == 145
@@ -75,7 +75,7 @@ def test_auto_gives_pictures_of_one_batch_what_each_needs(model):
 @torch.no_grad()
 def test_beams_of_a_mixed_batch_equal_single_runs(model, options):
     processor = tiny_processor(model.config)
-    rows = [PICTURES[:1], [], PICTURES[1:], PICTURES[:1]]
+    rows = [SINGLE_IMAGES[:1], [], SINGLE_IMAGES[1:], SINGLE_IMAGES[:1]]
     batch = processor(text=PROMPTS, images=rows, num_visual_tokens="auto", padding=True, return_tensors="pt")
     assert batch["num_visual_tokens"].tolist() == [1, 144, 9, 1]
     copies = options.get("num_return_sequences", 1)
@@ -89,7 +89,7 @@ def test_beams_of_a_mixed_batch_equal_single_runs(model, options):
 @pytest.mark.parametrize("budget", ["auto", "36", True, 4.0, [4.0], [True], torch.tensor([4.0])])
 def test_the_model_takes_whole_numbers_only(model, budget):
     inputs = tiny_processor(model.config)(
-        text="<image>", images=picture(9, 9, 0), num_visual_tokens=1, return_tensors="pt"
+        text="<image>", images=noise(9, 9, 0), num_visual_tokens=1, return_tensors="pt"
     )
     for run in (model, model.generate):
         with pytest.raises(ValueError, match="num_visual_tokens="):
@@ -103,7 +103,7 @@ def test_a_pipeline_takes_budgets(model, budget):
     seen = []
     hook = model.model.multi_modal_projector.register_forward_hook(lambda _, __, out: seen.append(out.shape[1]))
     chat = [
-        {"role": "user", "content": [{"type": "image", "image": picture(24, 24, 0)}, {"type": "text", "text": "?"}]}
+        {"role": "user", "content": [{"type": "image", "image": noise(24, 24, 0)}, {"type": "text", "text": "?"}]}
     ]
     expected = 4 if budget == 4 else 144
     answers = []
@@ -113,9 +113,9 @@ def test_a_pipeline_takes_budgets(model, budget):
     assert seen == [expected, expected]
     assert answers[0] == answers[1]
 
-    # Pictures that get different numbers, one of them the default, in one batch; each answers as it does alone.
-    chats = [[{"role": "user", "content": [{"type": "image", "image": image}]}] for image in PICTURES]
-    budgets = [processor(images=image, num_visual_tokens=budget).get("num_visual_tokens") for image in PICTURES]
+    # Images that get different numbers, one of them the default, in one batch; each answers as it does alone.
+    chats = [[{"role": "user", "content": [{"type": "image", "image": image}]}] for image in SINGLE_IMAGES]
+    budgets = [processor(images=image, num_visual_tokens=budget).get("num_visual_tokens") for image in SINGLE_IMAGES]
     assert budgets == [[4]] * 3 if budget == 4 else budgets == [[1], [144], [9]]
     options = {"processor_kwargs": {"num_visual_tokens": budget}, "return_full_text": False}
     batched = pipe(text=chats, batch_size=3, **options, generate_kwargs={"max_new_tokens": 3, "do_sample": False})

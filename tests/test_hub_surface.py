@@ -8,7 +8,7 @@ import transformers
 
 from tests.conftest import OLDEST
 from tests.hub_surface import surface
-from tests.test_house import HUB_FILES, ROOT
+from tests.test_layout import HUB_FILES, ROOT
 
 
 HEADING = "what the Hub files touch of transformers and torch"

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import HfApi
 
 from tests.hub_server import TOKEN, HubServer
-from tests.test_house import HUB_FILES
+from tests.test_layout import HUB_FILES
 from tests.tiny import tiny_config, tiny_processor
 from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, __version__
 from transformers_delta_llava.conversion import inspect_model

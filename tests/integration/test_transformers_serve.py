@@ -194,7 +194,7 @@ def test_a_budget_that_the_model_does_not_have_is_refused_at_once(engine, repo):
 
 
 def test_client_code_of_the_page(engine, server, repo, questions):
-    text = {"type": "text", "text": "What is in this picture?"}
+    text = {"type": "text", "text": "What is in this image?"}
     content = [{"type": "image_url", "image_url": {"url": data_url(questions[0].image)}}, text]
     before = f"from openai import OpenAI\nmessages = {[{'role': 'user', 'content': content}]!r}\n"
     before += f'client = OpenAI(base_url="{server.url}/v1", api_key="none")'

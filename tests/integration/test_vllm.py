@@ -147,7 +147,7 @@ def page_answers(repo, questions) -> dict[int, str]:
     """What transformers says to the question of the page about one of the pictures, by budget."""
     model = DeltaLlavaForConditionalGeneration.from_pretrained(repo).eval()
     processor = DeltaLlavaProcessor.from_pretrained(repo)
-    content = [{"type": "image", "url": questions[0].image}, {"type": "text", "text": "What is in this picture?"}]
+    content = [{"type": "image", "url": questions[0].image}, {"type": "text", "text": "What is in this image?"}]
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
     case = {"content": content}
     return {budget: ask_pipeline(pipe, {**case, "num_visual_tokens": budget}, 64) for budget in (ENGINE_BUDGET, 16)}
@@ -165,7 +165,7 @@ def test_offline_code_of_the_page(vllm, repo, questions, page_answers):
 
 def test_client_code_of_the_page(vllm, server, questions, page_answers):
     content = [{"type": "image_url", "image_url": {"url": data_url(questions[0].image)}}]
-    content.append({"type": "text", "text": "What is in this picture?"})
+    content.append({"type": "text", "text": "What is in this image?"})
     before = f"messages = {[{'role': 'user', 'content': content}]!r}"
     code = filled(CLIENT.text, {"http://localhost:8000": server.url})
     report = vllm.run("run_code.py", stdin={"code": [before, code], "show": ["answer.choices[0].message.content"]})

@@ -1,4 +1,4 @@
-"""The rules of the house that a reader of one file cannot see: who imports whom, and what must not be in the repo."""
+"""The layout: who imports whom, which files go into Hub repos, and what must not be in the repo."""
 
 import ast
 import importlib
