@@ -108,7 +108,7 @@ def measure(variant: str, trained_at: list[int], seed: int, arguments: argparse.
     """Train one model and measure it."""
     make_projector, config, _ = VARIANTS[variant]
     changes = {
-        "visual_tokens": trained_at,
+        "num_visual_tokens": trained_at,
         "arguments.output_dir": arguments.output / f"{variant.replace(' ', '-')}-{trained_at}-{seed}".replace(",", ""),
         "arguments.seed": seed,
         "arguments.use_cpu": arguments.device == "cpu",

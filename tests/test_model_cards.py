@@ -72,7 +72,7 @@ def test_what_was_measured_on_easy_vqa_gets_into_its_card(tmp_path, monkeypatch)
             "text_config": {"model_type": "llama", "hidden_size": 128},
             "config": {"vision_feature_levels": [1, 2]},
         },
-        "visual_tokens": [16, 4],
+        "num_visual_tokens": [16, 4],
         "arguments": {"num_train_epochs": 2},
     }
     facts = json.loads((render_cards.CARDS / "configurations.json").read_text())["easy_vqa"]

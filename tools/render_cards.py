@@ -55,13 +55,13 @@ def _paper_training(entry: dict) -> tuple[str, ...]:
         "The paper: one epoch each of the projector on 558K captions and of projector and language model on LLaVA's 665K "
         "mixture, on 8 H100 GPUs.",
         f"Here: `examples/recipes/pretrain-{size}.yaml`, then `examples/recipes/finetune-{size}.yaml`, with "
-        f"`visual_tokens={entry['visual_tokens']}` and this vision tower. Nobody has run them at full size with this package.",
+        f"`num_visual_tokens={entry['visual_tokens']}` and this vision tower. Nobody has run them at full size with this package.",
     )
 
 
 def _easy_vqa_card(entry: dict) -> ModelCard:
     stages = [yaml.safe_load((ROOT / recipe).read_text(encoding="utf-8")) for recipe in entry["recipes"]]
-    model, budgets = stages[0]["model"], stages[-1]["visual_tokens"]
+    model, budgets = stages[0]["model"], stages[-1]["num_visual_tokens"]
     config = _config(model["vision_config"], model["text_config"], budgets[0], **model["config"])
     results = ROOT / entry["results"]
     steps = [f"`{r}`: {s['arguments']['num_train_epochs']} epochs" for r, s in zip(entry["recipes"], stages)]

@@ -37,8 +37,8 @@ def test_the_folder_is_printed(monkeypatch: Any, capsys: Any, recipe: Path) -> N
     ("change", "message"),
     [
         (
-            "visual_token=1",
-            "delta-llava: recipe.yaml: visual_token is not a key of a recipe; did you mean visual_tokens.",
+            "num_visual_token=1",
+            "delta-llava: recipe.yaml: num_visual_token is not a key of a recipe; did you mean num_visual_tokens.",
         ),
         ("data.path=none.json", "delta-llava: recipe.yaml: data.path: there is no file 'none.json'."),
         ("arguments.lr=1", "delta-llava: recipe.yaml: arguments: lr is not an argument of TrainingArguments."),

@@ -132,7 +132,7 @@ def test_the_card_says_what_the_files_say(runs: dict[str, Path], shipped: Path, 
     log = json.loads((folder / "training_log.json").read_text())
     for stage in runs:
         assert [entry["step"] for entry in log[stage]["history"]] == [1, 2]
-        assert yaml.safe_load((folder / f"recipe-{stage}.yaml").read_text())["visual_tokens"] == [16, 4, 1]
+        assert yaml.safe_load((folder / f"recipe-{stage}.yaml").read_text())["num_visual_tokens"] == [16, 4, 1]
     score = {"correct": 9600, "total": 9673, "accuracy": 99.25, "interval_95": [99.05, 99.4]}
     scores = {"overall": score, "yes/no": score, "open": score}
     results = {"questions": 9673, "dtype": "float32", "results": [{"num_visual_tokens": 16, "scores": scores}]}

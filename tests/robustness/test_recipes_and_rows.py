@@ -182,7 +182,7 @@ def test_a_row_is_encoded_or_named_with_its_reason(folder: Path, tmp_path: Path,
     recipe = DataRecipe(path=str(file), images=str(folder / "data"), cache=str(tmp_path / "cache"), on_error="skip")
     with limited():
         rows = open_rows(recipe)
-        numbers = rows.index.numbers.tolist()
+        numbers = rows.index.entries["number"].tolist()
         assert numbers[0] == 0 and numbers[-1] == len(lines) - 1
         assert len(numbers) + len(rows.index.bad) == len(lines)
         for name, reason in rows.index.bad:

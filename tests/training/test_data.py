@@ -51,7 +51,10 @@ def test_an_answer_to_nothing_is_dropped() -> None:
         ({"conversations": [turn("human", "Hi")]}, "no answer"),
         ({"conversations": [turn("gpt", "Hi")]}, "no answer"),
         ({"conversations": [turn("human", "Hi"), turn("gpt", " ")]}, "empty answer"),
-        ({"conversations": [turn("human", "Hi"), turn("human", "Ho"), turn("gpt", "x")]}, "turn 2 is from the user"),
+        (
+            {"conversations": [turn("human", "Hi"), turn("human", "Ho"), turn("gpt", "x")]},
+            "turn 2 is from the user instead of the assistant",
+        ),
         (
             {"conversations": [turn("human", "Hi"), turn("bing", "x")]},
             r"conversations\.1\.from='bing': input should be 'human'",
@@ -133,7 +136,7 @@ def test_a_row_that_is_not_json_spoils_no_other(tmp_path: Path, monkeypatch: Any
     text = "\n".join(lines) if suffix == ".jsonl" else f"[{', '.join(lines)}]"
     (tmp_path / f"rows{suffix}").write_text(text)
     rows = JsonRows(tmp_path / f"rows{suffix}")
-    assert rows.index.numbers.tolist() == [0, len(lines) - 1]
+    assert rows.index.entries["number"].tolist() == [0, len(lines) - 1]
     assert len(rows.messages(1)) == 2
     for (_, reason), (name, given) in zip(bad, rows.index.bad):
         assert reason in given and name.isprintable(), (name, given)
@@ -174,7 +177,7 @@ def test_the_index_is_kept_until_the_file_changes(tmp_path: Path, monkeypatch: A
     with monkeypatch.context() as patch:
         patch.setattr(JsonRows, "_build", lambda self: pytest.fail("built again"))
         again = JsonRows(file, tmp_path / "data", tmp_path / "cache")
-    assert again.index.starts.tolist() == first.index.starts.tolist()
+    assert again.index.entries.tolist() == first.index.entries.tolist()
     write_rows(file, make_rows(6))
     assert len(JsonRows(file, tmp_path / "data", tmp_path / "cache")) == 6
 

@@ -37,7 +37,7 @@ def folder(tmp_path_factory: Any) -> Path:
 def recipe(folder: Path, name: str, changes: dict[str, Any] | None = None, **arguments: Any) -> Path:
     """Writes a recipe, for a run into the folder `name`."""
     arguments = {**ARGUMENTS, "output_dir": str(folder / name), **arguments}
-    content = recipe_content(folder, visual_tokens=[9, 4], arguments=arguments, **(changes or {}))
+    content = recipe_content(folder, num_visual_tokens=[9, 4], arguments=arguments, **(changes or {}))
     write_yaml(make_recipe(content).to_dict(), folder / f"{name}.yaml")
     return folder / f"{name}.yaml"
 

@@ -12,7 +12,7 @@ RECIPE = """
 model: {path: org/model}
 data: {path: DATA, chat_template: plain}
 train: [projector]
-visual_tokens: 144
+num_visual_tokens: 144
 arguments: {output_dir: out, learning_rate: 1e-3}
 """
 
@@ -33,7 +33,12 @@ def test_a_recipe_is_read(recipe_file: Path) -> None:
 
 
 def test_overrides_change_a_recipe(recipe_file: Path) -> None:
-    overrides = ["visual_tokens=[36, 4]", "arguments.max_steps=3", "model.config.delta_rank=8", "data.on_error=skip"]
+    overrides = [
+        "num_visual_tokens=[36, 4]",
+        "arguments.max_steps=3",
+        "model.config.delta_rank=8",
+        "data.on_error=skip",
+    ]
     recipe = load_recipe(recipe_file, overrides)
     assert recipe.budgets == (36, 4)
     assert recipe.arguments["max_steps"] == 3
@@ -44,7 +49,7 @@ def test_overrides_change_a_recipe(recipe_file: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("visual_token=36", r"visual_token is not a key of a recipe; did you mean visual_tokens"),
+        ("num_visual_token=36", r"num_visual_token is not a key of a recipe; did you mean num_visual_tokens"),
         ("data.img=x", r"data: img is not a key of a recipe; did you mean images"),
         ("model.pth=x", r"model: pth is not a key of a recipe; did you mean path"),
         (
@@ -61,9 +66,9 @@ def test_overrides_change_a_recipe(recipe_file: Path) -> None:
         ("arguments.max_steps=[1]", r"max_steps=\[1\]: input should be a valid integer"),
         ("arguments.max_steps=99999999999999999999", r"a number in it is out of range"),
         ("arguments.per_device_train_batch_size=0", r"input should be greater than or equal to 1"),
-        ("arguments.eval_strategy=steps", r"eval_strategy=steps: a recipe names no evaluation data"),
-        ("arguments.eval_on_start=true", r"eval_on_start=True: a recipe names no evaluation data"),
-        ("arguments.load_best_model_at_end=true", r"load_best_model_at_end=True: a recipe names no evaluation data"),
+        ("arguments.eval_strategy=steps", r"eval_strategy=steps: a recipe has no evaluation data"),
+        ("arguments.eval_on_start=true", r"eval_on_start=True: a recipe has no evaluation data"),
+        ("arguments.load_best_model_at_end=true", r"load_best_model_at_end=True: a recipe has no evaluation data"),
         ("arguments.save_strategy=best", r"save_strategy=best: use one of these \(no, steps, epoch\)"),
         ("arguments.push_to_hub=true", r"push_to_hub=True: publish the finished folder with `delta-llava push`"),
         ("data.path=none.json", r"data\.path: there is no file 'none\.json'"),
@@ -87,16 +92,16 @@ def test_overrides_change_a_recipe(recipe_file: Path) -> None:
         ("lora.r=many", r"lora: r='many': input should be a valid integer"),
         ("lora.rank=8", r"lora: rank is not an argument of LoraConfig"),
         ("lora.bias=yes", r"lora: bias=True: input should be 'none', 'all' or 'lora_only'"),
-        ("lora.init_lora_weights=pissa", r"init_lora_weights=pissa: it changes the weights beneath the adapter"),
+        ("lora.init_lora_weights=pissa", r"init_lora_weights=pissa: it changes the base weights"),
         ("lora.inference_mode=true", r"inference_mode=True trains nothing"),
         ("projector_lr=0", r"projector_lr=0: input should be greater than 0"),
-        ("visual_tokens=many", r"visual_tokens: many is not a number of tokens per image"),
-        ("visual_tokens=[]", r"visual_tokens: \[\] is not a number of tokens"),
-        ("visual_tokens=[36, true]", r"visual_tokens: \[36, True\] is not a number of tokens"),
-        ("visual_tokens=2020-01-01", r"2020-01-01 is a date; put it in quotes"),
-        ("visual_tokens", r"--set visual_tokens: write it as key=value"),
+        ("num_visual_tokens=many", r"num_visual_tokens: many is not a number of tokens per image"),
+        ("num_visual_tokens=[]", r"num_visual_tokens: \[\] is not a number of tokens"),
+        ("num_visual_tokens=[36, true]", r"num_visual_tokens: \[36, True\] is not a number of tokens"),
+        ("num_visual_tokens=2020-01-01", r"2020-01-01 is a date; put it in quotes"),
+        ("num_visual_tokens", r"--set num_visual_tokens: write it as key=value"),
         ("train.x=1", r"--set train\.x=1: train holds a value"),
-        ("visual_tokens=[36", r"visual_tokens is not YAML"),
+        ("num_visual_tokens=[36", r"num_visual_tokens is not YAML"),
         ("model.config={1: 2}", r"the key 1 is a int, not text; put it in quotes"),
         ("model.config=&a {b: *a}", r"model\.config is nested too deep"),
         (f"model.config={'[' * 2000}", r"model\.config is nested too deep"),
@@ -112,11 +117,11 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"There is no recipe .*none\.yaml"):
         load_recipe(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
-    with pytest.raises(RecipeError, match=r"list\.yaml holds no key: value pairs"):
+    with pytest.raises(RecipeError, match=r"list\.yaml should hold key: value pairs"):
         load_recipe(tmp_path / "list.yaml")
 
 
-@pytest.mark.parametrize("key", ["model", "data", "train", "visual_tokens"])
+@pytest.mark.parametrize("key", ["model", "data", "train", "num_visual_tokens"])
 def test_a_missing_section_is_named(recipe_file: Path, key: str) -> None:
     lines = [line for line in recipe_file.read_text().splitlines() if not line.startswith(key)]
     recipe_file.write_text("\n".join(lines))

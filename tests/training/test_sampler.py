@@ -6,9 +6,9 @@ import pytest
 from transformers_delta_llava.training.sampler import Request, StepSampler
 
 
-CHANCE = np.random.default_rng(0)
-LENGTHS = CHANCE.integers(1, 1000, 1003)
-IMAGES = (CHANCE.random(1003) < 0.7).astype(int)
+RNG = np.random.default_rng(0)
+LENGTHS = RNG.integers(1, 1000, 1003)
+IMAGES = (RNG.random(1003) < 0.7).astype(int)
 
 
 def sampler(**changes: object) -> StepSampler:
@@ -18,9 +18,9 @@ def sampler(**changes: object) -> StepSampler:
 
 @pytest.mark.parametrize("strategy", ["group_by_length", "random", "sequential"])
 def test_every_row_comes_once(strategy: str) -> None:
-    places = [request.place for request in sampler(strategy=strategy)]
-    assert sorted(places) == list(range(1003))
-    assert (places == list(range(1003))) == (strategy == "sequential")
+    rows = [request.row for request in sampler(strategy=strategy)]
+    assert sorted(rows) == list(range(1003))
+    assert (rows == list(range(1003))) == (strategy == "sequential")
 
 
 def test_steps_have_one_modality_and_similar_lengths() -> None:
@@ -29,7 +29,7 @@ def test_steps_have_one_modality_and_similar_lengths() -> None:
     mixed = [index for index, step in enumerate(steps) if len(set(IMAGES[step])) > 1]
     assert mixed in ([], [len(steps) - 2], [len(steps) - 1], [len(steps) - 2, len(steps) - 1])
     spread = np.mean([np.ptp(LENGTHS[step]) for step in steps[:-2]])
-    assert spread < 0.1 * np.mean([np.ptp(step) for step in np.split(CHANCE.permutation(LENGTHS)[:992], 62)])
+    assert spread < 0.1 * np.mean([np.ptp(step) for step in np.split(RNG.permutation(LENGTHS)[:992], 62)])
     kinds = [IMAGES[step[0]] for step in steps[:-2]]
     assert np.sum(np.diff(kinds) != 0) > 0, "all images first, then all text"
 

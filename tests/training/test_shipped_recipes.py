@@ -76,7 +76,7 @@ def test_a_shipped_recipe_trains_and_says_what_the_paper_says(folder: Path, tmp_
     recipe = load_recipe(file, changes(folder, tmp_path / "out", file))
     pretrain = file.name.startswith("pretrain")
     arguments = recipe.arguments
-    assert recipe.visual_tokens == 144
+    assert recipe.num_visual_tokens == 144
     assert recipe.train == (["projector"] if pretrain else ["projector", "language_model"])
     assert arguments["learning_rate"] == (1e-3 if pretrain else 2e-5)
     assert (arguments["lr_scheduler_type"], arguments["warmup_steps"], arguments["weight_decay"]) == (
@@ -111,7 +111,7 @@ def test_the_shipped_qlora_recipe_trains(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("budget", [144, 64, 36, 16, 4, 1])
 def test_every_budget_of_the_paper_can_be_chosen(folder: Path, tmp_path: Path, budget: int) -> None:
     file = ROOT / "examples" / "recipes" / "pretrain-7b.yaml"
-    overrides = [*changes(folder, tmp_path, file), f"visual_tokens={budget}", "arguments.dataloader_num_workers=0"]
+    overrides = [*changes(folder, tmp_path, file), f"num_visual_tokens={budget}", "arguments.dataloader_num_workers=0"]
     trainer = make_trainer(load_recipe(file, overrides))
     batch = next(iter(trainer.get_train_dataloader()))
     assert (batch["input_ids"] == trainer.processing_class.image_token_id).sum() == budget * batch["num_images"] > 0

@@ -117,7 +117,7 @@ def recipe_content(folder: Path, **changes: Any) -> dict[str, Any]:
             "cache": str(folder / "cache"),
         },
         "train": ["projector", "language_model"],
-        "visual_tokens": 4,
+        "num_visual_tokens": 4,
         "arguments": {
             "output_dir": str(folder / "out"),
             "use_cpu": True,

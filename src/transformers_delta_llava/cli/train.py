@@ -13,7 +13,7 @@ def train(
     changes: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change the recipe: visual_tokens=36, arguments.max_steps=10."
+            "--set", metavar="KEY=VALUE", help="Change the recipe: num_visual_tokens=36, arguments.max_steps=10."
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")] = False,

@@ -1,4 +1,4 @@
-"""Training on transformers' Trainer: recipes, data in LLaVA's format, and runs that can be resumed."""
+"""Training with transformers' Trainer: recipes, data in LLaVA's format, runs that can be resumed."""
 
 from ..utils.errors import DataError, RecipeError
 from .recipe import DataRecipe, ModelRecipe, Recipe, load_recipe, make_recipe

@@ -1,9 +1,8 @@
-"""Rows of training data as conversations, and as tokens with labels.
+"""Rows of training data as messages of a chat template, and messages as tokens with labels.
 
 A row in LLaVA's format is `{"id", "image": name or list of names, "conversations": [{"from", "value"}, ...]}`, with
 `<image>` in the human's values. A row of a Hugging Face dataset is `{"messages": [{"role", "content"}], "images"}`.
-Either may have a `system` text. Both become messages of a chat template: each turn's images first, then its text, as
-LLaVA's own training moves them.
+Either may have a `system` text. In the messages the images of a turn come before its text, as in LLaVA's training.
 """
 
 from collections.abc import Sequence
@@ -20,8 +19,8 @@ from ..utils.errors import RowError, one_line
 
 IMAGE_TOKEN = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-# What rows of other formats say, and these cannot: a row that has one would be trained on in part.
-FOREIGN = ("tools", "video", "videos", "audio", "audios")
+# Keys of other formats: a row that has one would be trained on only in part.
+UNSUPPORTED = ("tools", "video", "videos", "audio", "audios")
 
 
 def _encodable(text: str) -> str:
@@ -41,7 +40,7 @@ class _Text(BaseModel):
 
 
 class _Image(BaseModel):
-    """A placeholder: which image it is follows from the row's own list."""
+    """A placeholder; the row's list of images says which image it is."""
 
     type: Literal["image"]
     image: None = None
@@ -57,8 +56,12 @@ class _Turn(BaseModel):
         validation_alias=AliasChoices("value", "content")
     )
 
-    def read(self) -> tuple[str, str, int]:
-        """Role, text without placeholders, and number of images."""
+    def parse(self) -> tuple[str, str, int]:
+        """Role, text without placeholders, and number of images.
+
+        Raises:
+            RowError: an image in a turn that is not the user's.
+        """
         role, text, count = ROLES[self.speaker], self.content, 0
         if isinstance(text, list):
             count = sum(item.type == "image" for item in text)
@@ -88,21 +91,21 @@ def image_names(row: dict[str, Any]) -> list[Any]:
 
 def to_messages(row: Any, images: Sequence[Any] | None = None) -> list[dict[str, Any]]:
     """
-    The conversation of a row, its images as content items `{"type": "image", "image": ...}`.
+    The messages of a row, with images as `{"type": "image", "image": ...}`.
 
-    A first turn of the assistant's that answers nothing is dropped, as LLaVA does.
+    As in LLaVA, a first turn of the assistant is dropped.
 
     Args:
         row: in one of the two formats.
-        images: what to put in place of the row's images, in order.
+        images: replacements for the row's images, in order.
 
     Raises:
-        RowError: no conversation, no answer, an unknown role, images that do not fit the placeholders, or something
-            that is not what it should be.
+        RowError: no conversation, no answer, an unknown role, a number of images that differs from that of the
+            placeholders, or a value of a wrong type.
     """
     if not isinstance(row, dict):
         raise RowError(f"it is of type {type(row).__name__}, not an object")
-    for key in FOREIGN:
+    for key in UNSUPPORTED:
         if row.get(key):
             raise RowError(f"it has {key}, which cannot be trained on")
     try:
@@ -111,7 +114,7 @@ def to_messages(row: Any, images: Sequence[Any] | None = None) -> list[dict[str,
         raise RowError(one_line(error)) from error
     if parsed.conversations and parsed.messages:
         raise RowError("it has both conversations and messages")
-    turns = [turn.read() for turn in parsed.conversations or parsed.messages or []]
+    turns = [turn.parse() for turn in parsed.conversations or parsed.messages or []]
     if not turns:
         raise RowError("it has no conversation")
     if parsed.system:
@@ -141,21 +144,21 @@ def to_messages(row: Any, images: Sequence[Any] | None = None) -> list[dict[str,
 
 def check_caption(messages: list[dict[str, Any]]) -> None:
     """
-    Refuse what the `plain` format has no place for.
+    Refuse a conversation that the `plain` template cannot render.
 
     Raises:
-        RowError: a conversation that is not one question with an image, and its answer.
+        RowError: it is not one question with an image and its answer.
     """
     turns = [message for message in messages if message["role"] != "system"]
     if len(turns) > 2 or all(item["type"] == "text" for item in turns[0]["content"]):
-        raise RowError("it is no caption of an image, which the plain format is for")
+        raise RowError("it is not a caption of an image, as the plain template requires")
 
 
 def _check_turns(turns: list[tuple[str, str, int]]) -> None:
     for index, (role, text, _) in enumerate(turns):
         expected = "assistant" if index % 2 else "user"
         if role != expected:
-            raise RowError(f"turn {index + 1} is from the {role}, where the {expected} must speak")
+            raise RowError(f"turn {index + 1} is from the {role} instead of the {expected}")
         if role == "assistant" and not text.strip():
             raise RowError("it has an empty answer")
     if len(turns) < 2:
@@ -163,19 +166,19 @@ def _check_turns(turns: list[tuple[str, str, int]]) -> None:
 
 
 WORD_MARK = "\u2581"
-IGNORED = -100  # label of a token without a loss, as everywhere in transformers
+IGNORED = -100  # label of a token without loss, as everywhere in transformers
 
 
 class ConversationEncoder:
     """
     Turns messages into `input_ids`, `labels` and `pixel_values`.
 
-    Labels are where the chat template's generation mask is: the assistant's words and what ends them.
+    Labels follow the chat template's generation mask: the assistant's answers and the tokens that end them.
 
     Args:
-        processor: its chat template is used; it must mark what the assistant says with `{% generation %}`.
-        max_length: tokens that a conversation is cut to, never within an image.
-        pad_images: pad images to squares; as the processor does by default.
+        processor: its chat template must mark answers with `{% generation %}`.
+        max_length: tokens to which a conversation is truncated, never within an image.
+        pad_images: pad images to squares; by default as the processor does.
     """
 
     def __init__(self, processor: DeltaLlavaProcessor, max_length: int, pad_images: bool | None = None):
@@ -191,8 +194,7 @@ class ConversationEncoder:
             `input_ids` and `labels` (tokens,), int64; `pixel_values` (images, 3, height, width), float32, or None.
 
         Raises:
-            RowError: an image that cannot be used, a conversation that the template refuses, or no answer within
-                `max_length`.
+            RowError: an unusable image, a conversation that the template refuses, or no answer within `max_length`.
         """
         try:
             inputs = self.processor.apply_chat_template(
@@ -200,7 +202,7 @@ class ConversationEncoder:
                 tokenize=True,
                 return_dict=True,
                 return_assistant_tokens_mask=True,
-                # No tensors yet: making the assistant mask from one takes longer than all the rest.
+                # No tensors yet: computing the assistant mask from one takes longer than everything else.
                 processor_kwargs={"num_visual_tokens": budget, **self.options},
             )
         except (jinja2.TemplateError, ValueError, OSError) as error:
@@ -208,24 +210,24 @@ class ConversationEncoder:
         input_ids = torch.tensor(inputs["input_ids"][0])
         mask = torch.as_tensor(inputs["assistant_masks"]).reshape(-1).bool()
         labels = input_ids.masked_fill(~(mask | self._word_marks(input_ids, mask)), IGNORED)
-        length, images = self._cut(input_ids, budget)
+        length, images = self._truncate(input_ids, budget)
         if not (labels[1:length] != IGNORED).any():
             raise RowError(f"no answer is within its first {self.max_length} tokens")
         return {
             "input_ids": input_ids[:length],
             "labels": labels[:length],
-            "pixel_values": torch.stack([torch.as_tensor(p) for p in inputs["pixel_values"][:images]])
+            "pixel_values": torch.stack(list(map(torch.as_tensor, inputs["pixel_values"][:images])))
             if images
             else None,
         }
 
     def _word_marks(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Where SentencePiece's word mark stands alone between an image and the answer that it opens, as in a caption."""
+        """Where SentencePiece's word mark is a token of its own between an image and an answer, as in captions."""
         alone = input_ids == self.processor.tokenizer.convert_tokens_to_ids(WORD_MARK)
         behind_image = (input_ids == self.processor.image_token_id).roll(1)
         return alone & behind_image & mask.roll(-1)
 
-    def _cut(self, input_ids: torch.Tensor, budget: int) -> tuple[int, int]:
+    def _truncate(self, input_ids: torch.Tensor, budget: int) -> tuple[int, int]:
         """How many tokens, and how many images, to keep."""
         starts = (input_ids == self.processor.image_token_id).nonzero().flatten()[::budget].tolist()
         length = min(len(input_ids), self.max_length)
@@ -235,6 +237,5 @@ class ConversationEncoder:
         return length, len(kept)
 
     def blank_image(self) -> torch.Tensor:
-        """(1, 3, height, width): a black picture as the image processor makes it."""
-        picture = Image.new("RGB", (64, 64))
-        return self.processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+        """(1, 3, height, width): a black image, preprocessed."""
+        return self.processor.image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"]

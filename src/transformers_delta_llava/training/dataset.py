@@ -1,12 +1,12 @@
-"""Training data in LLaVA's JSON format: rows, the dataset, and its collator."""
+"""Training data: rows of a file or a Hugging Face dataset, the dataset of encoded rows, and the collator."""
 
 import json
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -17,30 +17,34 @@ from .row_index import RowIndex, build_index, cached_index, iterate_json_rows
 from .sampler import Request
 
 
+logger = logging.getLogger(__name__)
+MAX_SKIPPED = 100  # in succession
+
+
 class Rows(Protocol):
     """Rows of training data: an index of the usable ones, and their conversations."""
 
     index: RowIndex
 
     def __len__(self) -> int: ...
-    def name(self, place: int) -> str:
-        """What to call usable row number `place` in a message."""
+    def name(self, row: int) -> str:
+        """The name of usable row number `row` in messages: its number in the source, and its id."""
 
-    def messages(self, place: int) -> list[dict[str, Any]]:
-        """Its conversation, with images (paths or pictures) in it. Raises ValueError and OSError."""
+    def messages(self, row: int) -> list[dict[str, Any]]:
+        """Its conversation, with its images (paths or PIL images). Raises ValueError and OSError."""
 
 
 class JsonRows:
     """
     The rows of a JSON or JSONL file in LLaVA's format.
 
-    Only the index is held (32 bytes a row); a row is read when it is asked for.
+    Only the index is in memory (32 bytes per row); a row is read when it is used.
 
     Args:
         path: the file.
-        images: folder that image names start from.
+        images: folder that image names are relative to.
         cache: folder of the index.
-        captions: leave out what is no caption of images, as the `plain` format must.
+        captions: leave out rows that are not captions of images, as the `plain` template requires.
     """
 
     def __init__(self, path: Path, images: Path | None = None, cache: Path | None = None, captions: bool = False):
@@ -52,20 +56,20 @@ class JsonRows:
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        with self.path.open("rb") as file:  # opened anew: a handle does not survive the fork of a worker
-            start, stop = int(self.index.starts[place]), int(self.index.stops[place])
-            file.seek(start)
-            return json.loads(file.read(stop - start))
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        entry = self.index.entries[row]
+        with self.path.open("rb") as file:  # opened each time: a handle does not survive the fork of a worker
+            file.seek(int(entry["start"]))
+            return json.loads(file.read(int(entry["stop"] - entry["start"])))
 
-    def name(self, place: int) -> str:
-        """The row's number in the file, and its id."""
-        return _row_name(int(self.index.numbers[place]), self[place])
+    def name(self, row: int) -> str:
+        """As in `Rows`."""
+        return _row_name(int(self.index.entries["number"][row]), self[row])
 
-    def messages(self, place: int) -> list[dict[str, Any]]:
-        """The conversation, with paths of images."""
-        row = self[place]
-        return to_messages(row, [self._image_path(name) for name in image_names(row)])
+    def messages(self, row: int) -> list[dict[str, Any]]:
+        """As in `Rows`, with paths of images."""
+        content = self[row]
+        return to_messages(content, [self._image_path(name) for name in image_names(content)])
 
     def _image_path(self, name: Any) -> str:
         if not isinstance(name, str):
@@ -82,14 +86,12 @@ class JsonRows:
             raise RowError("it is nested too deep") from None
         except ValueError as error:
             raise RowError(f"it is not JSON ({one_line(error)})") from error
-        messages = to_messages(row)
-        if self.captions:
-            check_caption(messages)
-        for name in image_names(row):
-            path = self._image_path(name)
+        length = _check_row(to_messages(row), self.captions)
+        paths = [self._image_path(name) for name in image_names(row)]
+        for path in paths:
             if not os.path.isfile(path):
                 raise RowError(f"its image {shorten(path)} does not exist")
-        return sum(_text_length(message) for message in messages), len(image_names(row))
+        return length, len(paths)
 
 
 class DatasetRows:
@@ -98,55 +100,43 @@ class DatasetRows:
 
     Args:
         dataset: a `datasets.Dataset`.
-        captions: leave out what is no caption of images, as the `plain` format must.
+        captions: leave out rows that are not captions of images, as the `plain` template requires.
     """
 
     def __init__(self, dataset: Any, captions: bool = False):
-        missing = {"messages"} - set(dataset.column_names)
-        if missing:
+        if "messages" not in dataset.column_names:
             raise DataError(f"The dataset has no column messages; it has {', '.join(dataset.column_names)}.")
-        self.dataset, self.captions = dataset, captions
-        self.index = build_index(self._light_rows(), self._measure, _row_name)
+        columns = [name for name in ("id", "system", "messages", "images") if name in dataset.column_names]
+        self.dataset, self.captions = dataset.select_columns(columns), captions
+        undecoded = self.dataset
+        if "images" in columns:
+            undecoded = undecoded.cast_column("images", _undecoded(dataset.features["images"]))
+        self.index = build_index(((0, 0, row) for row in undecoded), self._measure, _row_name)
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def name(self, place: int) -> str:
-        """The row's number in the dataset, and its id."""
-        number = int(self.index.numbers[place])
-        columns = [name for name in ("id",) if name in self.dataset.column_names]
-        return _row_name(number, self.dataset.select_columns(columns)[number] if columns else None)
+    def name(self, row: int) -> str:
+        """As in `Rows`."""
+        number = int(self.index.entries["number"][row])
+        has_ids = "id" in self.dataset.column_names
+        return _row_name(number, self.dataset.select_columns(["id"])[number] if has_ids else None)
 
-    def messages(self, place: int) -> list[dict[str, Any]]:
-        """The conversation, with its pictures."""
-        row = self.dataset[int(self.index.numbers[place])]
-        return self._read(row)
-
-    def _light_rows(self) -> Iterator[tuple[int, int, Any]]:
-        """Every row with its images undecoded."""
-        columns = ("id", "system", "messages", "images")
-        dataset = self.dataset.select_columns([name for name in columns if name in self.dataset.column_names])
-        if "images" in dataset.column_names:
-            dataset = dataset.cast_column("images", _undecoded(dataset.features["images"]))
-        return ((0, 0, row) for row in dataset)
+    def messages(self, row: int) -> list[dict[str, Any]]:
+        """As in `Rows`, with PIL images."""
+        return _dataset_messages(self.dataset[int(self.index.entries["number"][row])])
 
     def _measure(self, row: dict[str, Any]) -> tuple[int, int]:
-        messages = self._read(row)
-        if self.captions:
-            check_caption(messages)
-        return sum(_text_length(message) for message in messages), len(image_names({"images": row.get("images")}))
-
-    def _read(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        known = {"system": row.get("system"), "messages": row["messages"]}
-        return to_messages(known, image_names({"images": row.get("images")}))
+        length = _check_row(_dataset_messages(row), self.captions)
+        return length, len(image_names({"images": row.get("images")}))
 
 
 def open_rows(recipe: DataRecipe) -> Rows:
     """
-    The data that a recipe names.
+    Open the data of a recipe.
 
     Raises:
-        DataError: data that cannot be read, or (with `on_error: fail`) has a row that cannot be used.
+        DataError: data that cannot be read, or (with `on_error: fail`) has an unusable row.
     """
     rows: Rows
     captions = recipe.chat_template == "plain"
@@ -164,18 +154,18 @@ def open_rows(recipe: DataRecipe) -> Rows:
     return rows
 
 
-def _load_dataset(source: str, split: str) -> Any:
+def _load_dataset(model_id: str, split: str) -> Any:
     try:
         import datasets
     except ImportError as error:
         raise DataError("data.dataset needs `datasets`: pip install 'transformers-delta-llava[train]'.") from error
-    folder = Path(source).expanduser()
+    folder = Path(model_id).expanduser()
     try:
         if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            return datasets.load_dataset(source, split=split)
+            return datasets.load_dataset(model_id, split=split)
         dataset = datasets.load_from_disk(str(folder))
-    except Exception as error:  # of every kind: the library does not check what it reads
-        raise DataError(f"data.dataset={source} cannot be loaded: {one_line(error)}.") from error
+    except Exception as error:  # of any type: the library does not check what it reads
+        raise DataError(f"data.dataset={model_id} cannot be loaded: {one_line(error)}.") from error
     if isinstance(dataset, dict):
         if split not in dataset:
             raise DataError(f"data.split={split}: the dataset has {', '.join(dataset)}.")
@@ -184,7 +174,7 @@ def _load_dataset(source: str, split: str) -> Any:
 
 
 def _undecoded(feature: Any) -> Any:
-    """A dataset's feature with images left as bytes or paths."""
+    """A feature of a dataset with images as bytes or paths."""
     import datasets
 
     if isinstance(feature, datasets.Image):
@@ -193,13 +183,21 @@ def _undecoded(feature: Any) -> Any:
     return type(feature)(_undecoded(inner)) if inner is not None else feature
 
 
-def _text_length(message: dict[str, Any]) -> int:
-    return sum(len(item["text"]) for item in message["content"] if item["type"] == "text")
+def _dataset_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
+    content = {"system": row.get("system"), "messages": row["messages"]}
+    return to_messages(content, image_names({"images": row.get("images")}))
+
+
+def _check_row(messages: list[dict[str, Any]], captions: bool) -> int:
+    """The number of characters of a conversation. With `captions` raises RowError if it is not a caption."""
+    if captions:
+        check_caption(messages)
+    return sum(len(item["text"]) for message in messages for item in message["content"] if item["type"] == "text")
 
 
 def _row_name(number: int, row: Any) -> str:
-    given = f" (id {shorten(row['id'], 100)})" if isinstance(row, dict) and row.get("id") is not None else ""
-    return f"row {number}{given}"
+    has_id = isinstance(row, dict) and row.get("id") is not None
+    return f"row {number} (id {shorten(row['id'], 100)})" if has_id else f"row {number}"
 
 
 def _json_row_name(number: int, data: bytes) -> str:
@@ -209,72 +207,64 @@ def _json_row_name(number: int, data: bytes) -> str:
         return _row_name(number, None)
 
 
-logger = logging.getLogger(__name__)
-MOST_SKIPPED = 100  # rows one after the other
-
-
 class TrainingDataset(Dataset):
     """
-    Encoded rows, read when they are asked for.
+    Encoded rows, each read when it is used.
 
-    A row that turns out to be unusable only now (a corrupt image, say) is fatal, or, with `on_error="skip"`, named in a
-    warning, recorded, and replaced by the next usable row of its kind (with images or without): a batch keeps its size
-    and its modality, and a resumed run skips the same rows.
+    A row that turns out to be unusable only then (a corrupt image, for example) is fatal, or, with `on_error="skip"`,
+    logged, recorded, and replaced by the next usable row of its kind (with images or without): a batch keeps its size
+    and modality, and a resumed run skips the same rows.
 
     Args:
         rows: the data.
-        encoder: makes model inputs of a conversation.
+        encoder: turns conversations into model inputs.
         on_error: `fail` or `skip`.
-        record: file that gets a line of JSON for every row skipped.
+        record: file that gets one line of JSON for every skipped row.
     """
 
     def __init__(self, rows: Rows, encoder: ConversationEncoder, on_error: str = "fail", record: Path | None = None):
         self.rows, self.encoder, self.on_error, self.record = rows, encoder, on_error, record
-        self._named: set[int] = set()
+        self._skipped: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, request: Request) -> dict[str, Any]:
         """
-        `input_ids`, `labels`, `pixel_values` of the row, with its `budget` and the number of rows skipped for it.
+        `input_ids`, `labels` and `pixel_values` of the row, its `budget`, and `num_skipped`, the rows that it replaces.
 
         Raises:
-            DataError: a row that cannot be used, with `on_error="fail"`, or too many of them.
+            DataError: an unusable row with `on_error="fail"`, or too many of them.
         """
-        place, budget = request
-        skipped = 0
+        row, budget = request
+        num_skipped = 0
         while True:
             try:
-                sample = self.encoder(self.rows.messages(place), budget)
-                return {**sample, "budget": budget, "num_skipped": skipped}
-            except Exception as error:  # of every kind: images and texts are strangers'
-                self._skip(place, one_line(error), error)
-            skipped += 1
-            place = self._next(place)
-            if skipped == MOST_SKIPPED or place == request[0]:
+                sample = self.encoder(self.rows.messages(row), budget)
+                return {**sample, "budget": budget, "num_skipped": num_skipped}
+            except Exception as error:  # of any type: images and texts are untrusted
+                self._skip(row, error)
+            num_skipped += 1
+            row = self._next(row)
+            if num_skipped == MAX_SKIPPED or row == request[0]:
                 raise DataError(
-                    f"{skipped} rows from {self.rows.name(request[0])} on cannot be used; see the warnings."
+                    f"{num_skipped} rows from {self.rows.name(request[0])} on cannot be used; see the warnings."
                 )
 
-    def _skip(self, place: int, reason: str, error: Exception) -> None:
-        name = self.rows.name(place)
+    def _skip(self, row: int, error: Exception) -> None:
+        name, reason = self.rows.name(row), one_line(error)
         if self.on_error == "fail":
             raise DataError(f"{name} cannot be used: {reason} (data.on_error: skip leaves such rows out).") from error
-        if place in self._named:
-            return
-        self._named.add(place)
-        logger.warning("Skipped %s: %s", name, reason)
-        record_skipped(self.record, [(name, reason)])
+        if row not in self._skipped:
+            self._skipped.add(row)
+            logger.warning("Skipped %s: %s", name, reason)
+            record_skipped(self.record, [(name, reason)])
 
-    def _next(self, place: int) -> int:
-        images = self.rows.index.images
-        kind = bool(images[place])
-        for step in range(1, len(images)):
-            other = (place + step) % len(images)
-            if bool(images[other]) == kind:
-                return other
-        return place
+    def _next(self, row: int) -> int:
+        """The next row with images or without, as `row`; after the last comes the first."""
+        with_images = self.rows.index.images > 0
+        same = np.flatnonzero(with_images == with_images[row])
+        return int(same[np.searchsorted(same, row, side="right") % len(same)])
 
 
 def record_skipped(record: Path | None, skipped: list[tuple[str, str]]) -> None:
@@ -287,19 +277,19 @@ def record_skipped(record: Path | None, skipped: list[tuple[str, str]]) -> None:
 
 class Collator:
     """
-    Pads rows on the right, and puts their images one after the other.
+    Pads rows on the right and concatenates their images.
 
-    A batch holds, besides the model's inputs, three whole numbers that the trainer counts and takes out: `num_tokens`
-    (without padding), `num_images` and `num_skipped` (rows that could not be used, and were replaced).
+    Besides the model's inputs a batch has three numbers that the trainer counts and removes: `num_tokens` (without
+    padding), `num_images` and `num_skipped` (unusable rows that were replaced).
 
-    Where something is trained that only images reach, a batch without any gets a blank one: behind the text, masked,
-    without labels. It changes no number, but every parameter has a gradient (of zero) on every process in every step,
+    If parameters are trained that only images reach, a batch without images gets a blank one: after the text, masked,
+    without labels. It changes no result, but gives every parameter a gradient (of zero) in every step on every process,
     which distributed training needs.
 
     Args:
         pad_token_id, image_token_id: of the tokenizer.
-        blank_image: (1, 3, height, width), if a batch must never be without an image.
-        blank_budget: visual tokens of that image.
+        blank_image: (1, 3, height, width), added to batches without images.
+        blank_budget: number of visual tokens of that image.
     """
 
     def __init__(
@@ -310,28 +300,23 @@ class Collator:
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """
-        A batch of what `TrainingDataset` gives.
+        Collate samples of `TrainingDataset`.
 
         Returns:
-            `input_ids`, `labels`, `attention_mask` (rows, tokens), int64; with images `pixel_values` (images, 3,
-            height, width), float32, and `num_visual_tokens`, one number for all of them or (images,), int64.
+            `input_ids`, `labels`, `attention_mask` (rows, tokens), int64; with images also `pixel_values` (images, 3,
+            height, width), float32, and `num_visual_tokens`, one number for all images or (images,), int64.
         """
         rows = [(sample["input_ids"], sample["labels"]) for sample in samples]
-        images = [sample["pixel_values"] for sample in samples if sample["pixel_values"] is not None]
-        budgets = [
-            sample["budget"]
-            for sample in samples
-            if sample["pixel_values"] is not None
-            for _ in sample["pixel_values"]
-        ]
+        with_images = [sample for sample in samples if sample["pixel_values"] is not None]
+        images = [sample["pixel_values"] for sample in with_images]
+        budgets = [sample["budget"] for sample in with_images for _ in sample["pixel_values"]]
         counts = {
             "num_tokens": sum(len(ids) for ids, _ in rows),
             "num_images": len(budgets),
             "num_skipped": sum(sample["num_skipped"] for sample in samples),
         }
         blank = self.blank_budget if self.blank_image is not None and not images else 0
-        longest = max(len(ids) for ids, _ in rows)
-        shape = (len(rows), max(longest, len(rows[0][0]) + blank))
+        shape = (len(rows), max(len(rows[0][0]) + blank, *(len(ids) for ids, _ in rows)))
         batch = {
             "input_ids": torch.full(shape, self.pad_token_id),
             "labels": torch.full(shape, IGNORED),
@@ -346,7 +331,7 @@ class Collator:
             images, budgets = [self.blank_image], [blank]
         if images:
             batch["pixel_values"] = torch.cat(images)
-            # One number where it can be: the model need not read a tensor back from the device.
+            # One number where possible: the model need not copy a tensor from the device.
             same = len(set(budgets)) == 1
             batch["num_visual_tokens"] = budgets[0] if same else torch.tensor(budgets)
         return {**batch, **counts}

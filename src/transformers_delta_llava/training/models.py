@@ -1,11 +1,11 @@
-"""The model and the processor that a recipe names, and which parameters it trains."""
+"""The model and processor of a recipe, and the parameters that it trains."""
 
 import inspect
 import json
 import re
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +38,20 @@ def build_model(
     recipe: Recipe, arguments: TrainingArguments
 ) -> tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:
     """
-    Load or make what is to be trained, on the CPU.
+    Load or create the model of a recipe, on the CPU.
 
     The first of the recipe's budgets becomes the default of model and processor.
 
     Raises:
-        RecipeError: a budget that the model's grid cannot give, or parts that cannot be put together.
+        RecipeError: a budget that the model's grid cannot give, or parts that do not fit together.
     """
     dtype = _dtype(recipe.model, arguments)
     try:
-        make = _load if recipe.model.path is not None else _join if recipe.model.language is not None else _create
-        model, processor = make(recipe, dtype)
+        build = _load if recipe.model.path is not None else _join if recipe.model.language is not None else _create
+        model, processor = build(recipe, dtype)
         for budget in recipe.budgets:
             model.config.scale_factor_for(budget)
-    except Exception as error:  # of every kind: configs and weights are strangers'
+    except Exception as error:  # of any type: configs and weights are untrusted
         raise RecipeError(f"model: {one_line(error)}.") from error
     budget = recipe.budgets[0]
     model.config.scale_factor = model.config.scale_factor_for(budget)
@@ -117,7 +117,7 @@ def _join(recipe: Recipe, dtype: torch.dtype) -> tuple[DeltaLlavaForConditionalG
 
 
 def _create(recipe: Recipe, dtype: torch.dtype) -> tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:
-    """Nothing pretrained."""
+    """An untrained model."""
     vision_config, text_config = recipe.model.vision_config or {}, dict(recipe.model.text_config or {})
     text_config.setdefault("model_type", "llama")
     image_processor = recipe.model.image_processor or vision_config
@@ -138,7 +138,7 @@ def _create(recipe: Recipe, dtype: torch.dtype) -> tuple[DeltaLlavaForConditiona
 def _new_processor(
     recipe: Recipe, language: str | None, text_config: PreTrainedConfig, image_processor: str | dict[str, Any]
 ) -> tuple[DeltaLlavaProcessor, TokenIds]:
-    """A processor for a tokenizer that has seen no images yet."""
+    """A processor for a language model's tokenizer, with the tokens of images added."""
     families = (family for family in LANGUAGE_MODELS.values() if family.text_model_type == text_config.model_type)
     sentencepiece_class = next((family.sentencepiece_class for family in families), None)
     tokenizer = load_tokenizer(str(recipe.model.tokenizer or language), text_config, sentencepiece_class)
@@ -159,7 +159,7 @@ def _processor(
         tokenizer,
         chat_template=template,
         num_visual_tokens=recipe.budgets[0],
-        visual_token_budgets=recipe.budgets,  # until the model is there to say which it has
+        visual_token_budgets=recipe.budgets,  # replaced by the model's own in `build_model`
         do_pad=pad_images,
     )
 
@@ -181,7 +181,7 @@ def _load_image_processor(source: str) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(source)
     except ImportError:
-        # Before 5.19 transformers wants torchvision here; its image processors on Pillow do without.
+        # Before 5.19 this needs torchvision, which the image processors on Pillow do not.
         settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
         name = str(settings.get("image_processor_type", "CLIPImageProcessor")).removesuffix("Fast").removesuffix("Pil")
         if not hasattr(transformers, f"{name}Pil"):
@@ -190,7 +190,7 @@ def _load_image_processor(source: str) -> Any:
 
 
 def _fit_generation(model: DeltaLlavaForConditionalGeneration, processor: DeltaLlavaProcessor, ids: TokenIds) -> None:
-    """Generation settings that end answers as the format does, and that can be saved (Vicuna's own cannot)."""
+    """Set generation settings that stop where answers end, and that can be saved (Vicuna's own cannot)."""
     config, dropped = keep_valid_flags(model.generation_config.to_dict())
     if dropped:
         warnings.warn(
@@ -200,18 +200,14 @@ def _fit_generation(model: DeltaLlavaForConditionalGeneration, processor: DeltaL
     model.generation_config = config
 
 
-# Parameters by name. A PEFT wrapper puts its own names in front of and between these.
+# Parameters by name. PEFT adds its own names before and between these.
 PATTERNS = {
     "vision_tower": re.compile(r"(^|\.)vision_tower\."),
     "projector": re.compile(r"(^|\.)multi_modal_projector\."),
     "deltas": re.compile(r"(^|\.)multi_modal_projector\..*delta_[uv]$"),
     "language_model": re.compile(r"(^|\.)(language_model|lm_head)\."),
 }
-VISION_PARTS = {
-    "vision_tower": "vision_tower",
-    "projector": "multi_modal_projector",
-    "deltas": "multi_modal_projector",
-}
+VISION_MODULES = {"vision_tower": "vision_tower"} | dict.fromkeys(("projector", "deltas"), "multi_modal_projector")
 # LLaVA's own LoRA recipe.
 LORA_DEFAULTS = {"r": 128, "lora_alpha": 256, "lora_dropout": 0.05}
 
@@ -220,45 +216,44 @@ def select_trainable(
     model: DeltaLlavaForConditionalGeneration, train: Sequence[str], lora: dict[str, Any]
 ) -> nn.Module:
     """
-    Leave gradients on for what is trained, in float32, and off for everything else.
+    Enable gradients for trained parameters, in float32, and disable them for all others.
 
-    Layers of the vision tower above the deepest one that the projector reads are never trained: they are not run. With
-    LoRA, PEFT decides what `lora` trains (adapters, `modules_to_save`, biases, tokens), and what else `train` names is
-    saved beside the adapters.
+    Layers of the vision tower above the deepest one that the projector reads are never trained, because they do not
+    run. With LoRA, PEFT decides what `lora` trains (adapters, `modules_to_save`, biases, tokens), and the other parts
+    in `train` are saved beside the adapters.
 
     Args:
-        model: the whole model, on the CPU or a device.
-        train: a recipe's list.
+        model: the model, on the CPU or a device.
+        train: `Recipe.train`.
         lora: arguments of PEFT's `LoraConfig`; by default LLaVA's rank and alpha on every linear layer of the language
-            model. Adapters never lie on the projector, nor on layers that are not run.
+            model. The projector and layers that do not run never get adapters.
 
     Returns:
         The model, or with `lora` a `PeftModel` around it.
 
     Raises:
-        RecipeError: nothing is left to train, something would be trained and not saved, or a bad argument of LoRA.
+        RecipeError: the model has no such parameters, PEFT would not save a trained one, or a bad argument of LoRA.
     """
     patterns = [PATTERNS[name] for name in train if name != "lora"]
     unused = _unused_layers(model)
     trained: nn.Module = model
-    asked = frozenset[str]()
+    to_save = frozenset(lora.get("modules_to_save") or ())
     if "lora" in train:
-        asked = frozenset(lora.get("modules_to_save") or ())
         trained = _add_lora(model, train, lora, unused)
     for name, parameter in trained.named_parameters():
         plain = name.replace("modules_to_save.default.", "")
         wanted = any(pattern.search(plain) for pattern in patterns)
         if "lora" in train and not wanted:
-            # What `train` puts among the modules to save is trained as far as `train` says, the rest as PEFT says.
-            ours = ".modules_to_save." in name and not any(f".{module}." in f".{name}" for module in asked)
-            wanted = parameter.requires_grad and not ours
+            # PEFT decides, except for modules that only `train` adds to `modules_to_save`.
+            added = ".modules_to_save." in name and not any(f".{module}." in f".{name}" for module in to_save)
+            wanted = parameter.requires_grad and not added
         parameter.requires_grad_(wanted and ".original_module." not in name and not unused.search(plain))
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
     names = [name.replace("modules_to_save.default.", "") for name in trained_names(trained)]
     for entry in train:
         if entry != "lora" and not any(PATTERNS[entry].search(name) for name in names):
-            raise RecipeError(f"train names {entry}, but this model has no such parameters: leave it out.")
+            raise RecipeError(f"train has {entry}, but this model has no such parameters: leave it out.")
     if "lora" in train:
         _check_saved(trained)
     return trained
@@ -270,13 +265,13 @@ def trained_names(model: nn.Module) -> list[str]:
 
 
 def trains_vision(model: nn.Module) -> bool:
-    """Whether something is trained that only images reach."""
+    """Whether parameters are trained that only images reach."""
     names = trained_names(model)
     return any(PATTERNS[part].search(name) for part in ("vision_tower", "projector") for name in names)
 
 
 def _unused_layers(model: DeltaLlavaForConditionalGeneration) -> re.Pattern[str]:
-    """Names of the tower's parameters that no visual token depends on."""
+    """Matches the vision tower's parameters that no visual token depends on."""
     config = model.config
     layers = config.vision_config.num_hidden_layers
     levels = (config.vision_feature_layer, *config.vision_feature_levels)
@@ -292,11 +287,8 @@ def _add_lora(
 
     settings = {**LORA_DEFAULTS, **lora}
     if settings.get("target_modules") is None and settings.get("target_parameters") is None:
-        linear = {
-            name.rpartition(".")[2]
-            for name, module in model.model.language_model.named_modules()
-            if isinstance(module, nn.Linear)
-        }
+        modules = model.model.language_model.named_modules()
+        linear = {name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)}
         settings["target_modules"] = rf".*\.language_model\..*\.({'|'.join(sorted(linear))})"
     else:
         excluded = [rf".*multi_modal_projector.*|.*({unused.pattern}).*"]
@@ -306,25 +298,25 @@ def _add_lora(
         elif given:
             excluded.append(rf"(.*\.)?({'|'.join(map(re.escape, given))})")
         settings["exclude_modules"] = "|".join(f"({pattern})" for pattern in excluded)
-    asked = list(settings.get("modules_to_save") or ())
-    modules = [name for name, _ in model.named_modules()]
-    for module in asked:
-        if not any(name.endswith(module) for name in modules):
+    to_save = list(settings.get("modules_to_save") or ())
+    for module in to_save:
+        if not any(name.endswith(module) for name, _ in model.named_modules()):
             raise RecipeError(f"lora.modules_to_save: this model has no module {shorten(module)}.")
-    whole = sorted({VISION_PARTS[name] for name in train if name in VISION_PARTS} - set(asked))
-    settings["modules_to_save"] = asked + whole or None
+    added = sorted({VISION_MODULES[name] for name in train if name in VISION_MODULES} - set(to_save))
+    settings["modules_to_save"] = to_save + added or None
     try:
         return get_peft_model(model, LoraConfig(**settings))
-    except Exception as error:  # of every kind: PEFT checks little of what it is given
+    except Exception as error:  # of any type: PEFT checks few of its arguments
         raise RecipeError(f"lora: {one_line(error)}.") from error
 
 
 def _check_saved(model: nn.Module) -> None:
-    """Refuse to train what PEFT would not write into the adapter."""
+    """Refuse to train parameters that PEFT does not save in the adapter."""
     from peft import get_peft_model_state_dict
 
     saved = {tensor.data_ptr() for tensor in get_peft_model_state_dict(model, save_embedding_layers=False).values()}
-    trained = {name: model.get_parameter(name) for name in trained_names(model)}
-    lost: Iterable[str] = (name for name, parameter in trained.items() if parameter.data_ptr() not in saved)
-    if name := next(iter(lost), None):
-        raise RecipeError(f"lora: {name} would be trained, but PEFT does not save it with the adapter: leave it out.")
+    for name in trained_names(model):
+        if model.get_parameter(name).data_ptr() not in saved:
+            raise RecipeError(
+                f"lora: PEFT does not save {name} with the adapter, so it cannot be trained: leave it out."
+            )

@@ -27,28 +27,28 @@ from ..processing.chat_templates import find_conversation
 from ..utils.errors import RecipeError, one_line, shorten, suggestion
 from ..utils.files import read_text
 from ..utils.validation import validate
+from .sampler import STRATEGIES
 
 
-# What a recipe need not say.
 DEFAULTS = {
     "report_to": "none",
     "logging_steps": 10,
-    "logging_nan_inf_filter": False,  # a loss that is no number is an error here, not a gap in the log
-    "ddp_find_unused_parameters": False,  # what is trained gets a gradient in every step, see the collator
+    "logging_nan_inf_filter": False,  # a loss of nan or inf is an error here, not a gap in the log
+    "ddp_find_unused_parameters": False,  # every trained parameter has a gradient in every step, see `Collator`
     "remove_unused_columns": False,
 }
-# Renamed in transformers; recipes run on all versions supported.
+# Old and new names in transformers: a recipe may use either on every supported version.
 RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
-# Arguments that cannot be used, the values that do no harm, and what to do instead.
+# Arguments of which only some values work here, those values, and what to do instead of the others.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "remove_unused_columns": ((False,), "it would drop the images; leave it out"),
-    "train_sampling_strategy": (("group_by_length", "random", "sequential"), "use one of these"),
-    "eval_strategy": (("no", None), "a recipe names no evaluation data; evaluate the finished folder"),
-    "eval_on_start": ((False,), "a recipe names no evaluation data; evaluate the finished folder"),
-    "load_best_model_at_end": ((False,), "a recipe names no evaluation data to tell the best by; leave it out"),
+    "train_sampling_strategy": (STRATEGIES, "use one of these"),
+    "eval_strategy": (("no", None), "a recipe has no evaluation data; evaluate the finished folder"),
+    "eval_on_start": ((False,), "a recipe has no evaluation data; evaluate the finished folder"),
+    "load_best_model_at_end": ((False,), "a recipe has no evaluation data to compare checkpoints by; leave it out"),
     "save_strategy": (("no", "steps", "epoch"), "use one of these"),
     "auto_find_batch_size": ((False,), "rows, budgets and resumed runs depend on the batch size; choose one"),
     "push_to_hub": ((False,), "publish the finished folder with `delta-llava push`, which checks it first"),
@@ -67,8 +67,8 @@ AT_LEAST = {
     "seed": 0,
     "data_seed": 0,
 }
-# Other starts change the weights beneath the adapter, so that it fits no other copy of the model.
-LORA_STARTS = (True, False, "gaussian", "orthogonal")
+# Other initialisations change the base weights, so that the adapter does not fit the original model.
+LORA_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 
 
 def check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -78,14 +78,9 @@ def check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: an unknown argument, a bad value, or one that cannot be used here.
     """
-    renamed = {old: new for pair in RENAMED.items() for old, new in (pair, pair[::-1])}
-    known = _model(TrainingArguments).model_fields
-    current = {name if name in known else renamed.get(name, name): name for name in arguments}
-    values = {new: arguments[name] for new, name in current.items()}
-    # YAML 1.1 takes `no` for false.
-    values = {name: "no" if v is False and name.endswith("_strategy") else v for name, v in values.items()}
-    checked = _check(TrainingArguments, values)
-    checked = {current[new]: value for new, value in checked.items()}
+    # YAML 1.1 reads `no` as false.
+    values = {n: "no" if v is False and n.endswith("_strategy") else v for n, v in arguments.items()}
+    checked = _check_types(TrainingArguments, {_installed_name(name): value for name, value in values.items()})
     if not checked.get("output_dir"):
         raise ValueError("output_dir is missing: name the folder to write to")
     for name, (allowed, instead) in REFUSED.items():
@@ -97,7 +92,7 @@ def check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def check_lora(lora: dict[str, Any]) -> dict[str, Any]:
     """
-    Arguments of LoRA in the types that PEFT declares.
+    LoRA arguments in the types that PEFT declares.
 
     Raises:
         ValueError: PEFT is missing, an unknown argument, a bad value, or one that cannot be used here.
@@ -108,10 +103,10 @@ def check_lora(lora: dict[str, Any]) -> dict[str, Any]:
         from peft import LoraConfig
     except ImportError as error:
         raise ValueError("it needs PEFT: pip install 'transformers-delta-llava[train]'") from error
-    checked = _check(LoraConfig, lora)
-    start = checked.get("init_lora_weights", True)
-    if start not in LORA_STARTS:
-        raise ValueError(f"init_lora_weights={start}: it changes the weights beneath the adapter; leave it out")
+    checked = _check_types(LoraConfig, lora)
+    initialisation = checked.get("init_lora_weights", True)
+    if initialisation not in LORA_INITIALISATIONS:
+        raise ValueError(f"init_lora_weights={initialisation}: it changes the base weights; leave it out")
     if checked.get("inference_mode"):
         raise ValueError("inference_mode=True trains nothing; leave it out")
     return checked
@@ -119,35 +114,37 @@ def check_lora(lora: dict[str, Any]) -> dict[str, Any]:
 
 def make_arguments(arguments: dict[str, Any]) -> TrainingArguments:
     """
-    The arguments of the trainer.
+    `TrainingArguments` from the checked arguments of a recipe.
 
     Raises:
         RecipeError: a value that transformers refuses, or a logger that is not installed.
     """
-    known = _model(TrainingArguments).model_fields
     values = {**DEFAULTS, **arguments}
-    for old, new in RENAMED.items():
-        if new in known and old in values:
-            values.setdefault(new, values.pop(old))
-        elif new not in known and new in values:
-            values.setdefault(old, values.pop(new))
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    checkpointing = _installed_name("gradient_checkpointing")
     if values.get(checkpointing):
         # The reentrant form needs inputs with gradients, which a frozen embedding does not give.
         values[f"{checkpointing}_kwargs"] = {"use_reentrant": False, **(values.get(f"{checkpointing}_kwargs") or {})}
     try:
-        made = TrainingArguments(**values)
-    except Exception as error:  # of every kind: transformers takes some of these values apart without a check
+        training_arguments = TrainingArguments(**values)
+    except Exception as error:  # of any type: transformers uses some values unchecked
         raise RecipeError(f"arguments: {one_line(error)}.") from error
-    for logger in made.report_to:
+    for logger in training_arguments.report_to:
         if logger not in get_available_reporting_integrations():
             raise RecipeError(
                 f"arguments.report_to={shorten(logger)}: pip install {shorten(logger)}, or leave it out."
             )
-    return made
+    return training_arguments
 
 
-def _check(target: type, values: dict[str, Any]) -> dict[str, Any]:
+def _installed_name(name: str) -> str:
+    """What the installed transformers calls a training argument that was renamed."""
+    for old, new in RENAMED.items():
+        if name in (old, new):
+            return new if new in _model(TrainingArguments).model_fields else old
+    return name
+
+
+def _check_types(target: type, values: dict[str, Any]) -> dict[str, Any]:
     """`values` as arguments of a dataclass, each in its declared type.
 
     Raises:
@@ -166,56 +163,52 @@ def _check(target: type, values: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def _model(target: type) -> type[BaseModel]:
-    """A dataclass of another library as a model of pydantic; unlike it, it checks types."""
+    """A pydantic model with the fields of a dataclass, which itself does not check types."""
     hints = get_type_hints(target)
-    fields: dict[str, Any] = {
-        item.name: (
-            Annotated[hints[item.name], Field(ge=AT_LEAST[item.name])] if item.name in AT_LEAST else hints[item.name],
-            None,
-        )
-        for item in dataclasses.fields(target)
-        if item.init
-    }
+    for name, least in AT_LEAST.items():
+        if name in hints:
+            hints[name] = Annotated[hints[name], Field(ge=least)]
+    fields: dict[str, Any] = {item.name: (hints[item.name], None) for item in dataclasses.fields(target) if item.init}
     settings = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False, protected_namespaces=())
     return create_model(target.__name__, __config__=settings, **fields)
 
 
-MAX_VALUES = 10_000  # of a recipe, aliases counted each time: a few lines of YAML can stand for billions
+MAX_VALUES = 10_000  # in a recipe, each use of an alias counted: a few lines of YAML can expand to billions
 MAX_RECIPE_BYTES = 2**20
-# Never written to a file: what is named like a secret, and what looks like one.
+# Never written to a file: keys named like a secret, and values that look like one.
 SECRET_NAME = re.compile(r"(^|_)(api_?key|secret|password|(hub|auth|access|hf)_token)$|^token$")
 SECRET_VALUE = re.compile(r"\bhf_\w{16,}|://[^/\s:@]*:[^/\s@]+@")
 
 
-def _existing_source(source: str) -> str:
-    """A folder must be there; anything else may be on the Hub."""
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
-    if not source or looks_local and not Path(source).expanduser().exists():
-        raise ValueError(f"there is no folder {source!r}")
-    return source
+def _check_model_id(model_id: str) -> str:
+    """A local path must exist; any other id may be on the Hub."""
+    looks_local = model_id.startswith((".", "/", "~")) or model_id.count("/") > 1
+    if not model_id or looks_local and not Path(model_id).expanduser().exists():
+        raise ValueError(f"there is no folder {model_id!r}")
+    return model_id
 
 
-def _existing_file(path: str) -> str:
+def _check_file(path: str) -> str:
     if not Path(path).expanduser().is_file():
         raise ValueError(f"there is no file {path!r}")
     return path
 
 
-def _existing_folder(path: str) -> str:
+def _check_folder(path: str) -> str:
     if not Path(path).expanduser().is_dir():
         raise ValueError(f"there is no folder {path!r}")
     return path
 
 
-def _budgets(value: Any) -> Any:
-    """A number of visual tokens, or several."""
+def _check_budgets(value: Any) -> Any:
+    """One number of visual tokens, or a list of them."""
     budgets = value if isinstance(value, list) and value else [value]
     if any(type(budget) is not int or budget < 1 for budget in budgets):
         raise ValueError(f"{shorten(value)} is not a number of tokens per image, such as 144, nor a list of them")
     return value
 
 
-Source = Annotated[str, AfterValidator(_existing_source)]
+ModelId = Annotated[str, AfterValidator(_check_model_id)]
 Options = dict[str, Any]
 Count = Annotated[int, Field(ge=1)]
 
@@ -227,7 +220,7 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _know_all_keys(cls, values: Any) -> Any:
+    def _refuse_unknown_keys(cls, values: Any) -> Any:
         for key in values if isinstance(values, dict) else ():
             if key not in cls.model_fields:
                 raise ValueError(f"{shorten(key)} is not a key of a recipe{suggestion(key, list(cls.model_fields))}")
@@ -235,36 +228,36 @@ class Section(BaseModel):
 
 
 class ModelRecipe(Section):
-    """Where the model comes from: a Delta-LLaVA (`path`), two pretrained parts, or two configs (untrained).
+    """The model: a Delta-LLaVA (`path`), two pretrained parts and a new projector, or two configs (untrained).
 
     Args:
         path: Delta-LLaVA folder or Hub id.
         vision, language: CLIP or SigLIP tower, and causal language model: folders or Hub ids.
-        vision_config, text_config: configs of parts that start untrained; `model_type` is in each.
+        vision_config, text_config: configs of untrained parts, with `model_type`.
         tokenizer: folder or Hub id; that of `language` by default, needed with `text_config`.
         image_processor: folder or Hub id; that of `vision` by default, else CLIP's at the tower's size.
         config: further arguments of `DeltaLlavaConfig`; with `path`, changes to its config.
-        dtype: of the weights that are not trained; `auto` is bfloat16 or float16 where the arguments say so, else
-            float32. Trained weights are float32 always, and compute in the precision that the arguments name.
+        dtype: dtype of frozen weights; `auto` follows `bf16` and `fp16` of the arguments, else float32. Trained weights
+            are always float32 and compute in the precision that the arguments set.
         attn_implementation: as in `from_pretrained`.
         quantization_config: arguments of `BitsAndBytesConfig`, for QLoRA: the language model's linear layers are
-            quantized; tower, projector and head are not.
+            quantized; vision tower, projector and head are not.
     """
 
-    path: Source | None = None
-    vision: Source | None = None
-    language: Source | None = None
+    path: ModelId | None = None
+    vision: ModelId | None = None
+    language: ModelId | None = None
     vision_config: Options | None = None
     text_config: Options | None = None
-    tokenizer: Source | None = None
-    image_processor: Source | None = None
+    tokenizer: ModelId | None = None
+    image_processor: ModelId | None = None
     config: Options = {}
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attn_implementation: str | None = None
     quantization_config: Options | None = None
 
     @model_validator(mode="after")
-    def _name_one_model(self) -> "ModelRecipe":
+    def _check_parts(self) -> "ModelRecipe":
         pairs = (("vision", "language"), ("vision_config", "text_config"))
         given = [pair for pair in (("path",), *pairs) if any(getattr(self, name) is not None for name in pair)]
         if len(given) != 1:
@@ -280,26 +273,26 @@ class ModelRecipe(Section):
 
 
 class DataRecipe(Section):
-    """What is trained on.
+    """The training data.
 
     Args:
-        path: a file in LLaVA's format, `.json` (an array) or `.jsonl` (a row a line).
+        path: a file in LLaVA's format, `.json` (an array) or `.jsonl` (one row per line).
         dataset: instead of `path`, a dataset of the `datasets` library (a folder or a Hub id) with the columns
             `messages` and `images`.
         split: the split of `dataset`.
-        images: folder that the image names of the rows start from.
-        chat_template: name of a conversation format, `tokenizer` for the language model's own, or a Jinja file. By default a
+        images: folder that the rows' image names are relative to.
+        chat_template: name of a chat template, `tokenizer` for the language model's own, or a Jinja file. By default a
             Delta-LLaVA keeps its own, and a new one has `vicuna_v1`.
-        max_length: tokens, visual ones included, that a row is cut to.
-        pad_images: pad images to squares; as the processor does by default.
-        on_error: `fail` at the first row that cannot be used, or `skip` such rows, counted and named.
+        max_length: tokens, visual ones included, to which a row is truncated.
+        pad_images: pad images to squares; by default as the processor does.
+        on_error: `fail` at the first unusable row, or `skip` such rows, counted and named.
         cache: folder of the row index.
     """
 
-    path: Annotated[str, AfterValidator(_existing_file)] | None = None
-    dataset: Source | None = None
+    path: Annotated[str, AfterValidator(_check_file)] | None = None
+    dataset: ModelId | None = None
     split: str = "train"
-    images: Annotated[str, AfterValidator(_existing_folder)] | None = None
+    images: Annotated[str, AfterValidator(_check_folder)] | None = None
     chat_template: str | None = None
     max_length: Count = 2048
     pad_images: bool | None = None
@@ -307,7 +300,7 @@ class DataRecipe(Section):
     cache: str = "~/.cache/transformers-delta-llava"
 
     @model_validator(mode="after")
-    def _name_one_source(self) -> "DataRecipe":
+    def _check_source(self) -> "DataRecipe":
         if (self.path is None) == (self.dataset is None):
             raise ValueError("give one of: path (a LLaVA JSON or JSONL file); dataset (of `datasets`)")
         if self.path is not None and Path(self.path).suffix not in (".json", ".jsonl"):
@@ -323,12 +316,12 @@ class Recipe(Section):
     """A training run.
 
     Args:
-        model: where the model comes from.
-        data: what is trained on.
-        train: what is trained.
-        visual_tokens: visual tokens per image, or several budgets, of which every step takes one by chance.
-        projector_lr: learning rate of the projector, where it is not `arguments.learning_rate`.
-        lora: arguments of PEFT's `LoraConfig`, if `train` names `lora`.
+        model: the model.
+        data: the training data.
+        train: the parts that are trained.
+        num_visual_tokens: visual tokens per image, or a list of budgets from which every step draws one.
+        projector_lr: learning rate of the projector; by default `arguments.learning_rate`.
+        lora: arguments of PEFT's `LoraConfig`, if `train` has `lora`.
         arguments: arguments of transformers' `TrainingArguments`.
     """
 
@@ -337,13 +330,13 @@ class Recipe(Section):
     train: Annotated[
         list[Literal["vision_tower", "projector", "deltas", "language_model", "lora"]], Field(min_length=1)
     ]
-    visual_tokens: Annotated[int | list[int], BeforeValidator(_budgets)]
+    num_visual_tokens: Annotated[int | list[int], BeforeValidator(_check_budgets)]
     projector_lr: Annotated[float, Field(gt=0)] | None = None
     lora: Annotated[Options, AfterValidator(check_lora)] = {}
     arguments: Annotated[Options, AfterValidator(check_arguments)]
 
     @model_validator(mode="after")
-    def _train_what_is_there(self) -> "Recipe":
+    def _check_train(self) -> "Recipe":
         if "lora" not in self.train:
             if self.lora:
                 raise ValueError("lora is given but train does not name it: add lora to train, or leave it out")
@@ -360,10 +353,11 @@ class Recipe(Section):
     @property
     def budgets(self) -> tuple[int, ...]:
         """The budgets that steps draw from."""
-        return (self.visual_tokens,) if isinstance(self.visual_tokens, int) else tuple(self.visual_tokens)
+        number = self.num_visual_tokens
+        return (number,) if isinstance(number, int) else tuple(number)
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as `load_recipe` reads it, without what is unset, and without secrets."""
+        """The recipe as `load_recipe` reads it, without unset values and without secrets."""
         return _without_secrets(self.model_dump(exclude_none=True))
 
 
@@ -383,45 +377,49 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"There is no recipe {path}.")
     content = _parse(read_text(path, MAX_RECIPE_BYTES), str(path))
     if not isinstance(content, dict):
-        raise RecipeError(f"{path} holds no key: value pairs.")
+        raise RecipeError(f"{path} should hold key: value pairs.")
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
-            raise RecipeError(f"--set {shorten(override)}: write it as key=value, for example visual_tokens=36.")
+            raise RecipeError(f"--set {shorten(override)}: write it as key=value, for example num_visual_tokens=36.")
         _set(content, key.strip().split("."), _parse(text, key), override)
     return make_recipe(content, path.name)
 
 
 def make_recipe(content: dict[str, Any], name: str = "recipe") -> Recipe:
     """
-    The recipe of a dictionary such as a YAML file holds.
+    Check a recipe given as a dictionary.
 
     Args:
-        content: the dictionary.
-        name: what to call the recipe in messages.
+        content: the keys and values of a recipe.
+        name: name of the recipe in error messages.
 
     Raises:
-        RecipeError: an unknown key, a bad value, or a file that is not there.
+        RecipeError: an unknown key, a bad value, or a missing file.
     """
     return validate(Recipe, content, name, RecipeError)
 
 
 def write_yaml(content: dict[str, Any], path: Path) -> None:
-    """Write key: value pairs in their order."""
+    """Write `content` as YAML, keys in their order."""
     import yaml
 
     path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _parse(text: str, name: str) -> Any:
-    """A YAML value of plain types."""
+    """A YAML value of strings, numbers, booleans, lists and dictionaries.
+
+    Raises:
+        RecipeError: PyYAML is missing, or the text is anything else.
+    """
     try:
         import yaml
     except ImportError as error:
         raise RecipeError("Recipes need PyYAML: pip install 'transformers-delta-llava[train]'.") from error
 
     class Loader(yaml.SafeLoader):
-        """YAML 1.1, but for `1e-3`, which is a number to everyone else."""
+        """YAML 1.1, except that `1e-3` is a number, as in YAML 1.2."""
 
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
@@ -435,7 +433,7 @@ def _parse(text: str, name: str) -> Any:
 
 
 def _plain(value: Any, count: list[int]) -> Any:
-    """A copy of `value`, in which nothing is shared; `count` holds how many values there were before it."""
+    """A copy of `value` with aliases expanded; `count[0]` is the number of values copied so far."""
     count[0] += 1
     if count[0] > MAX_VALUES:
         raise ValueError(f"it has more than {MAX_VALUES:,} values")

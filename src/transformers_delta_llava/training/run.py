@@ -22,19 +22,19 @@ SKIPPED_ROWS = "skipped_rows.jsonl"
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
     """
-    Train what a recipe says, under `python`, `torchrun` or `accelerate launch` alike.
+    Run a recipe, under `python`, `torchrun` or `accelerate launch` alike.
 
     Args:
-        recipe: of `load_recipe`.
-        resume: go on from the last checkpoint in `arguments.output_dir`, if there is one.
+        recipe: see `load_recipe`.
+        resume: resume from the last checkpoint in `arguments.output_dir`, if there is one.
 
     Returns:
-        `arguments.output_dir`, now a Hub folder of the finished model (with `recipe.yaml`, `trainer_state.json`,
-        `train_results.json` and, where rows were skipped, `skipped_rows.jsonl`).
+        `arguments.output_dir`, a Hub folder of the finished model (with `recipe.yaml`, `trainer_state.json`,
+        `train_results.json` and, if rows were skipped, `skipped_rows.jsonl`).
 
     Raises:
-        RecipeError: something in the recipe does not work.
-        DataError: data that cannot be used, where the recipe says so.
+        RecipeError: the recipe cannot be run, or the run failed.
+        DataError: unusable data with `on_error: fail`, or no usable data.
     """
     trainer = make_trainer(recipe, resume)
     arguments = trainer.args
@@ -43,12 +43,19 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     if checkpoint:
         check_resumable(checkpoint)
     try:
-        return _run(recipe, trainer, checkpoint)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+        trainer.save_final(str(output_dir), dtype)
+        if arguments.should_save:
+            write_yaml(recipe.to_dict(), output_dir / "recipe.yaml")
+        trainer.save_metrics("train", result.metrics, combined=False)
+        trainer.save_state()
+        trainer.accelerator.wait_for_everyone()
+        return output_dir
     except DeltaLlavaError as error:
-        if "in DataLoader worker process" in str(
-            error
-        ):  # the text is the worker's traceback, and ends in the sentence
-            raise DataError(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
+        text = str(error)
+        if "in DataLoader worker process" in text:  # the worker's traceback, whose last line is its sentence
+            raise DataError(text.strip().splitlines()[-1].partition(": ")[2]) from error
         raise
     except Exception as error:
         if sentence := _explain(error, trainer, checkpoint):
@@ -56,44 +63,30 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         raise
 
 
-def _run(recipe: Recipe, trainer: DeltaLlavaTrainer, checkpoint: str | None) -> Path:
-    arguments = trainer.args
-    output_dir = Path(str(arguments.output_dir))
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
-    trainer.save_final(str(output_dir), dtype)
-    if arguments.should_save:
-        write_yaml(recipe.to_dict(), output_dir / "recipe.yaml")
-    trainer.save_metrics("train", result.metrics, combined=False)
-    trainer.save_state()
-    trainer.accelerator.wait_for_everyone()
-    return output_dir
-
-
 def _explain(error: Exception, trainer: DeltaLlavaTrainer, checkpoint: str | None) -> str | None:
-    """What a user can do about an error of a run, or None if it is not theirs."""
+    """A sentence on an error that a user can solve, or None."""
     output_dir = Path(str(trainer.args.output_dir))
     if _is_disk_full(error, output_dir):
-        for folder in output_dir.glob("checkpoint-*"):  # cut off: it is of no use, and takes space
+        for folder in output_dir.glob("checkpoint-*"):  # incomplete checkpoints are useless and take space
             if not (folder / "trainer_state.json").is_file() and trainer.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
         last = last_checkpoint(output_dir)
-        then = f"then go on from {last} with --resume" if last else "then begin anew"
+        then = f"then resume from {last} with --resume (resume=True)" if last else "then start again"
         return f"The disk of {output_dir} is full, at step {trainer.state.global_step}: free some space, {then}."
     if isinstance(error, ImportError):
         return f"The run needs something that is not installed: {one_line(error)}."
-    if checkpoint and not trainer.began and not isinstance(error, torch.OutOfMemoryError):
+    if checkpoint and not trainer.started and not isinstance(error, torch.OutOfMemoryError):
         return (
-            f"The run cannot go on from {checkpoint} ({type(error).__name__}: {one_line(error)}): it was written with "
-            "another recipe, or is damaged; without that folder --resume goes on from the one before."
+            f"The run cannot resume from {checkpoint} ({type(error).__name__}: {one_line(error)}): it was written with "
+            "another recipe, or is damaged; delete that folder to resume from the one before."
         )
-    if not trainer.began and isinstance(error, (ValueError, TypeError, LookupError)):
-        return f"The run cannot begin with these arguments ({type(error).__name__}: {one_line(error)})."
+    if not trainer.started and isinstance(error, (ValueError, TypeError, LookupError)):
+        return f"The run cannot start with these arguments ({type(error).__name__}: {one_line(error)})."
     return None
 
 
 def _is_disk_full(error: BaseException | None, folder: Path) -> bool:
-    """Whether writing failed for want of space; safetensors and PyTorch tell by text alone, or not at all."""
+    """Whether an error means a full disk; safetensors says so only in its text, PyTorch not at all."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
@@ -107,7 +100,7 @@ def _is_disk_full(error: BaseException | None, folder: Path) -> bool:
 
 def make_trainer(recipe: Recipe, resume: bool = False) -> DeltaLlavaTrainer:
     """
-    Everything that a run needs, ready to train; see `train`.
+    Load model and data of a recipe; the trainer is ready to train.
 
     Raises:
         RecipeError, DataError: as `train`.
@@ -117,11 +110,11 @@ def make_trainer(recipe: Recipe, resume: bool = False) -> DeltaLlavaTrainer:
     _check_run(arguments, resume)
     set_seed(arguments.seed)
     model, processor = build_model(recipe, arguments)
-    with arguments.main_process_first(desc="index of the data"):  # the others read its cache
+    with arguments.main_process_first(desc="index of the data"):  # other processes read its cache
         rows = open_rows(recipe.data)
     if arguments.should_save:
         output_dir.mkdir(parents=True, exist_ok=True)
-        _record_left_out(rows, output_dir / SKIPPED_ROWS, resume)
+        _record_bad_rows(rows, output_dir / SKIPPED_ROWS, resume)
     encoder = ConversationEncoder(processor, recipe.data.max_length, recipe.data.pad_images)
     dataset = TrainingDataset(rows, encoder, recipe.data.on_error, output_dir / SKIPPED_ROWS)
     trained = select_trainable(model, recipe.train, recipe.lora)
@@ -154,14 +147,14 @@ def _check_run(arguments: TrainingArguments, resume: bool) -> None:
         )
     if last_checkpoint(output_dir) and not resume and not arguments.resume_from_checkpoint:
         raise RecipeError(
-            f"arguments.output_dir={output_dir} holds checkpoints of an earlier run: go on with --resume, or name "
-            "another folder."
+            f"arguments.output_dir={output_dir} holds checkpoints of an earlier run: resume it with --resume "
+            "(resume=True), or choose another folder."
         )
 
 
-def _record_left_out(rows: Rows, record: Path, resume: bool) -> None:
+def _record_bad_rows(rows: Rows, record: Path, resume: bool) -> None:
     if not (resume and record.is_file()):
         record.unlink(missing_ok=True)
         record_skipped(record, rows.index.bad)
     if rows.index.bad:
-        logger.warning("%d rows cannot be used and are left out; %s names them.", len(rows.index.bad), record)
+        logger.warning("%d rows cannot be used and are left out; they are listed in %s.", len(rows.index.bad), record)

@@ -1,7 +1,7 @@
 """Which rows make up a step, and how many visual tokens its images get.
 
-Both follow from seed and epoch alone, so a run that is resumed goes on as if it had not stopped, and all processes of
-a run agree without talking to each other.
+Both follow from seed and epoch alone: a resumed run continues as if it had not stopped, and all processes of a run agree
+without communication.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,14 +11,14 @@ import numpy as np
 from torch.utils.data import Sampler
 
 
-POOL_STEPS = 50  # rows are sorted by length among those of this many steps, as transformers does
+POOL_STEPS = 50  # rows are sorted by length among those of this many steps, as in transformers
 STRATEGIES = ("group_by_length", "random", "sequential")
 
 
 class Request(NamedTuple):
-    """A row, by its place in the index, and the budget of its images."""
+    """A row, by its position in the index, and the number of visual tokens of each of its images."""
 
-    place: int
+    row: int
     budget: int
 
 
@@ -26,17 +26,17 @@ class StepSampler(Sampler[Request]):
     """
     Yields the rows of an epoch in the order of training, each with the budget of its step.
 
-    With `group_by_length` the rows of a step are all with images or all without, and of similar length: a step's
-    padding is little, and no process waits for another's longer batch. What is left over at the end of an epoch makes
+    With `group_by_length` the rows of a step all have images or all have none, and are of similar length: steps have
+    little padding, and no process waits for the longer batch of another one. The rows left at the end of an epoch make
     up mixed steps. Every row comes once per epoch.
 
     Args:
         lengths: (rows,) length of each row's text, in any unit.
         images: (rows,) number of images of each row.
-        step_rows: rows per optimizer step, of all processes and accumulated batches.
-        budgets: visual tokens per image to choose from; each step draws one.
-        seed: of order and budgets.
-        strategy: one of `STRATEGIES`, named as transformers' `train_sampling_strategy`.
+        step_rows: rows per optimizer step, over all processes and accumulated batches.
+        budgets: numbers of visual tokens per image; each step draws one.
+        seed: seed of order and budgets.
+        strategy: one of `STRATEGIES`, as in `TrainingArguments.train_sampling_strategy`.
     """
 
     def __init__(
@@ -56,33 +56,31 @@ class StepSampler(Sampler[Request]):
         return len(self.lengths)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration is of."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Request]:
-        rows = len(self.lengths)
-        chance = np.random.default_rng([self.seed, self.epoch, 1])
-        picks = chance.integers(len(self.budgets), size=-(-rows // self.step_rows))
-        for position, place in enumerate(self.order()):
-            yield Request(int(place), self.budgets[picks[position // self.step_rows]])
+        rng = np.random.default_rng([self.seed, self.epoch, 1])
+        draws = rng.integers(len(self.budgets), size=-(-len(self) // self.step_rows))
+        for position, row in enumerate(self.order()):
+            yield Request(int(row), self.budgets[draws[position // self.step_rows]])
 
     def order(self) -> np.ndarray:
-        """(rows,) places, in the order of the epoch."""
-        chance = np.random.default_rng([self.seed, self.epoch, 0])
+        """(rows,) positions in the index, in the order of the epoch."""
+        rng = np.random.default_rng([self.seed, self.epoch, 0])
         if self.strategy == "sequential":
-            return np.arange(len(self.lengths))
+            return np.arange(len(self))
         if self.strategy == "random":
-            return chance.permutation(len(self.lengths))
+            return rng.permutation(len(self))
         steps: list[np.ndarray] = []
         left_over: list[np.ndarray] = []
         for kind in (True, False):
-            places = chance.permutation(np.flatnonzero(self.with_images == kind))
-            whole = len(places) - len(places) % self.step_rows
-            left_over.append(places[whole:])
-            pool_rows = POOL_STEPS * self.step_rows
-            for start in range(0, whole, pool_rows):
-                pool = places[start : min(start + pool_rows, whole)]
+            rows = rng.permutation(np.flatnonzero(self.with_images == kind))
+            in_steps, rest = np.split(rows, [len(rows) - len(rows) % self.step_rows])
+            left_over.append(rest)
+            for start in range(0, len(in_steps), POOL_STEPS * self.step_rows):
+                pool = in_steps[start : start + POOL_STEPS * self.step_rows]
                 pool = pool[np.argsort(-self.lengths[pool], kind="stable")]
                 steps += np.split(pool, len(pool) // self.step_rows)
-        steps = [steps[index] for index in chance.permutation(len(steps))]
+        steps = [steps[index] for index in rng.permutation(len(steps))]
         return np.concatenate([*steps, *left_over])

@@ -1,7 +1,6 @@
-"""The Trainer of Delta-LLaVA: checkpoints that save what is trained, and the log's throughput."""
+"""A `Trainer` for Delta-LLaVA: its checkpoints, its learning rates, and throughput in its log."""
 
 import copy
-import json
 import math
 import os
 import resource
@@ -9,20 +8,20 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
 
 from ..modeling import DeltaLlavaForConditionalGeneration
-from ..utils.errors import RecipeError
+from ..utils.errors import RecipeError, one_line
 from .conversations import IGNORED
 from .dataset import TrainingDataset
 from .models import PATTERNS, trained_names
@@ -33,26 +32,25 @@ COUNTS = ("num_tokens", "num_images", "num_skipped")
 
 
 class Throughput:
-    """Counts what goes through a model, between one report and the next, on all processes together."""
+    """Counts tokens, images and skipped rows from one report to the next, over all processes."""
 
     def __init__(self) -> None:
-        self._counts = dict.fromkeys(COUNTS, 0)
-        self._start = time.perf_counter()
         self.total_skipped = 0
+        self.start()
 
     def start(self) -> None:
-        """Begin to count time."""
+        """Set counts to zero and restart the clock."""
+        self._counts: Counter[str] = Counter()
         self._start = time.perf_counter()
 
     def add(self, counts: dict[str, int]) -> None:
-        """Add a batch's counts."""
-        for name in COUNTS:
-            self._counts[name] += counts[name]
+        """Add the counts of a batch."""
+        self._counts.update(counts)
 
     def report(self, accelerator: Accelerator) -> dict[str, float]:
-        """Rates since the last report, and the most memory taken on any process so far, in GiB."""
+        """Rates since the last report, and the peak memory of any process, in GiB; restarts."""
         seconds = max(time.perf_counter() - self._start, 1e-9)
-        counts = torch.tensor(list(self._counts.values()), dtype=torch.float32, device=accelerator.device)
+        counts = torch.tensor([self._counts[n] for n in COUNTS], dtype=torch.float32, device=accelerator.device)
         memory = torch.tensor([peak_memory(accelerator.device)], device=accelerator.device)
         tokens, images, skipped = accelerator.reduce(counts, "sum").tolist()
         self.total_skipped += int(skipped)
@@ -61,18 +59,12 @@ class Throughput:
             "images_per_second": round(images / seconds, 2),
             "memory_gib": round(accelerator.gather(memory).max().item() / 2**30, 3),
         }
-        if self.total_skipped:
-            rates["rows_skipped"] = self.total_skipped
-        self._reset()
-        return rates
-
-    def _reset(self) -> None:
-        self._counts = dict.fromkeys(COUNTS, 0)
-        self._start = time.perf_counter()
+        self.start()
+        return rates | ({"rows_skipped": self.total_skipped} if self.total_skipped else {})
 
 
 def peak_memory(device: torch.device) -> float:
-    """Most bytes taken so far: of the GPU's memory, or else of this process."""
+    """Peak memory in bytes: of the GPU, or else of this process."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024
@@ -90,11 +82,11 @@ def save_hub_folder(
     Write config, code, weights and processor.
 
     Args:
-        model: for its config and generation config; a wrapper around it (DDP, FSDP) does not matter.
-        state_dict: the weights, whole.
+        model: gives config and generation config; it may be wrapped (DDP, FSDP).
+        state_dict: all weights.
         processor: a `DeltaLlavaProcessor`.
-        folder: is made where it does not exist.
-        dtype: of all weights; by default each stays as it is.
+        folder: created if needed.
+        dtype: dtype of all weights; by default each keeps its own.
     """
     if dtype is not None:
         state_dict = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state_dict.items()}
@@ -103,7 +95,7 @@ def save_hub_folder(
         one, other = state_dict.get(head), state_dict.get(embeddings)
         tied = config.text_config.tie_word_embeddings or config.tie_word_embeddings
         if tied and one is not None and other is not None and not torch.equal(one, other):
-            # One of the two was trained alone, by LoRA's `modules_to_save`; tied, the other would replace it.
+            # LoRA's `modules_to_save` trained one of the two; tied, it would be lost.
             config = copy.deepcopy(config)
             config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
     # An empty model of the plain class: FSDP and PEFT change the class, and so what save_pretrained writes.
@@ -117,74 +109,59 @@ def save_hub_folder(
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
     """
-    Put a checkpoint's weights into a model, each in the model's own dtype; all of them must be there.
-
-    transformers' Trainer would leave out what has another name in memory than in the file (the vision tower).
+    Load the weights of a checkpoint into a model, each in the model's own dtype.
 
     Raises:
-        RecipeError: a weight is missing, or too many are there.
+        RecipeError: a weight is missing, unknown to the model, or of another shape. transformers' Trainer only warns.
     """
-    targets = dict(model.state_dict())
-    # Tied weights are stored once; the other name stays as it is, because it is the same tensor.
-    missing = {name: tensor.data_ptr() for name, tensor in targets.items()}
-    for stored, tensor in _read(Path(folder)):
-        name = stored if stored in targets else stored.replace(".vision_tower.vision_model.", ".vision_tower.")
-        if name not in targets:
-            raise RecipeError(f"{folder} holds {stored}, which this model does not have: resume with the same recipe.")
-        if targets[name].shape != tensor.shape:
-            raise RecipeError(
-                f"{folder}: {stored} is {tuple(tensor.shape)}, this model's {tuple(targets[name].shape)}."
-            )
-        targets[name].copy_(tensor)
-        place = targets[name].data_ptr()
-        missing = {other: address for other, address in missing.items() if address != place}
-    if missing:
-        raise RecipeError(f"{folder} holds no {next(iter(missing))}: the checkpoint is not whole.")
-
-
-def _read(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    index = folder / "model.safetensors.index.json"
-    files = (
-        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    )
-    for file in files:
-        with safe_open(folder / file, framework="pt") as weights:
-            for name in weights.keys():
-                yield name, weights.get_tensor(name)
+    addresses = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    missing, unexpected = set(addresses), set[str]()
+    for file in sorted(Path(folder).glob("model*.safetensors")):
+        try:
+            result = model.load_state_dict(load_file(file), strict=False)
+        except RuntimeError as error:  # another shape
+            raise RecipeError(f"{folder}: {one_line(error)}: resume with the same recipe.") from error
+        missing &= set(result.missing_keys)
+        unexpected |= set(result.unexpected_keys)
+    # Tied weights are stored once.
+    loaded = {address for name, address in addresses.items() if name not in missing}
+    missing = {name for name in missing if addresses[name] not in loaded}
+    if missing or unexpected:
+        problem = f"holds no {min(missing)}" if missing else f"holds {min(unexpected)}, which this model does not have"
+        raise RecipeError(f"{folder} {problem}: resume with the same recipe, or from another checkpoint.")
 
 
 def check_resumable(folder: str | Path) -> None:
     """
-    Refuse a checkpoint that transformers would go on from with a new optimizer, schedule or random numbers.
+    Refuse a checkpoint that transformers would resume with a new optimizer, schedule or random number generator.
 
     Raises:
-        RecipeError: it lacks one of them.
+        RecipeError: the checkpoint lacks the state of one of them.
     """
     folder = Path(folder)
-    parts = {  # written by transformers, accelerate's FSDP, DeepSpeed
+    parts = {  # as written by transformers, accelerate's FSDP, DeepSpeed
         "trainer's state": ("trainer_state.json",),
         "optimizer's state": ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"),
-        "schedule": ("scheduler.pt", "global_step*"),
-        "random numbers": ("rng_state*.pth",),
+        "schedule's state": ("scheduler.pt", "global_step*"),
+        "random number generators' state": ("rng_state*.pth",),
     }
     for part, patterns in parts.items():
-        if not any(True for pattern in patterns for _ in folder.glob(pattern)):
+        if not any(any(folder.glob(pattern)) for pattern in patterns):
             raise RecipeError(
-                f"{folder} lacks the {part}, so the run cannot go on from it (arguments.save_only_model leaves it out): "
-                "begin a new run with it as model.path, in another output_dir."
+                f"{folder} lacks the {part}, so the run cannot resume from it (arguments.save_only_model leaves it out): "
+                "start a new run with it as model.path, in another output_dir."
             )
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest `checkpoint-N` in a folder that was written to its end."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    # The trainer's state is written last.
-    whole = [path for path in folders if (path / "trainer_state.json").is_file()]
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+    """The newest complete `checkpoint-N` in a folder."""
+    states = Path(output_dir).glob("checkpoint-*/trainer_state.json")  # written last
+    steps = [int(number) for state in states if (number := state.parent.name.removeprefix("checkpoint-")).isdigit()]
+    return str(Path(output_dir) / f"checkpoint-{max(steps)}") if steps else None
 
 
-class _Watch(TrainerCallback):
-    """Tells the sampler the epoch: accelerate does not reach it in an epoch that is resumed on several processes."""
+class SetEpochCallback(TrainerCallback):
+    """Sets the sampler's epoch, which accelerate does not when an epoch is resumed on several processes; notes the start."""
 
     def __init__(self, trainer: "DeltaLlavaTrainer"):
         self.trainer = trainer
@@ -197,36 +174,37 @@ class _Watch(TrainerCallback):
             self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer.began = True
+        self.trainer.started = True
 
 
 class DeltaLlavaTrainer(Trainer):
     """
     A `Trainer` for Delta-LLaVA.
 
-    Beyond transformers': steps of one modality and of similar length, with a budget of visual tokens for each
-    (`StepSampler`); tokens and images per second and memory in the logs; checkpoints that are Hub folders also under
-    FSDP; and a resume that misses no weight.
+    It adds: steps of one modality and similar length, each with its budget of visual tokens (`StepSampler`); throughput
+    and memory in the log; checkpoints that are Hub folders, under FSDP too; and resuming that fails if a weight is
+    missing.
 
     Args:
-        budgets: visual tokens per image that steps draw from.
-        projector_lr: learning rate of the projector, where it is not that of the rest.
-        kwargs: of `transformers.Trainer`; `train_dataset` is a `TrainingDataset`, `processing_class` the processor.
+        budgets: numbers of visual tokens per image that steps draw from.
+        projector_lr: learning rate of the projector; by default that of the other parts.
+        kwargs: arguments of `transformers.Trainer`; `train_dataset` is a `TrainingDataset`, `processing_class` the
+            processor.
     """
 
     def __init__(self, *args: Any, budgets: tuple[int, ...], projector_lr: float | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor:
-            # The Trainer's own smoothing knows classes by name, which FSDP and torch.compile change.
+            # The Trainer's own smoothing depends on the class name, which FSDP and torch.compile change.
             self.compute_loss_func = partial(smoothed_loss, factor=self.args.label_smoothing_factor)
         self.budgets, self.projector_lr = budgets, projector_lr
-        self.began = False  # whether a step has, so that what a checkpoint holds has been read
+        self.started = False  # whether a step was run, so that a checkpoint to resume from was read
         self.throughput = Throughput()
         self.sampler: StepSampler | None = None
-        self.add_callback(_Watch(self))
+        self.add_callback(SetEpochCallback(self))
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
-            # transformers' own list names parts that a tower without its text model does not have; accelerate stops there.
+            # transformers' list has classes that a tower without its text model lacks, which accelerate refuses.
             present = {type(module).__name__ for module in self.model.modules()}
             plugin.transformer_cls_names_to_wrap = sorted(present & set(self.model._no_split_modules))
 
@@ -243,29 +221,29 @@ class DeltaLlavaTrainer(Trainer):
         return self.sampler
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As in transformers, with the projector's parameters in groups of their own where it has its own rate."""
+        """As in transformers, with separate parameter groups for the projector if it has its own learning rate."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.projector_lr is None:
             return optimizer
         if not getattr(optimizer, "param_groups", None):
-            raise RecipeError("projector_lr: this optimizer has no groups of parameters; use one of PyTorch's.")
+            raise RecipeError("projector_lr: this optimizer has no parameter groups; use one of PyTorch's.")
         model = args[0] if args and args[0] is not None else self.model
         projector = {id(p) for name, p in model.named_parameters() if PATTERNS["projector"].search(name)}
         optimizer.param_groups = [
-            {**group, "params": params, **({"lr": self.projector_lr} if own else {})}
+            {**group, "params": params, "lr": lr}
             for group in optimizer.param_groups
-            for own in (False, True)
-            if (params := [p for p in group["params"] if (id(p) in projector) == own])
+            for lr, is_projector in ((group["lr"], False), (self.projector_lr, True))
+            if (params := [p for p in group["params"] if (id(p) in projector) == is_projector])
         ]
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As in transformers, and counts what the batch holds."""
+        """As in transformers; also counts the batch's tokens and images."""
         self.throughput.add({name: inputs.pop(name) for name in COUNTS})
         return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As in transformers, with throughput and memory beside the loss."""
+        """As in transformers, with throughput and memory."""
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
                 self.check_finite()
@@ -274,14 +252,14 @@ class DeltaLlavaTrainer(Trainer):
 
     def check_finite(self) -> None:
         """
-        Refuse to go on with, or to save, weights that are not numbers.
+        Refuse to continue with, or save, trained weights that are nan or inf.
 
         Raises:
-            RecipeError: on all processes, if one of them has such a weight among those that are trained.
+            RecipeError: on all processes, if one of them has such a weight.
         """
         names = trained_names(self.model)
         weights = [self.model.get_parameter(name).detach() for name in names]
-        # Under FSDP each process looks at its own part.
+        # Under FSDP each process checks its own shard.
         finite = [(w.to_local() if hasattr(w, "to_local") else w).isfinite().all() for w in weights]
         bad = torch.stack(finite).logical_not().to(self.accelerator.device, torch.float32)
         bad = self.accelerator.reduce(bad, "sum").nonzero().flatten().tolist()
@@ -293,7 +271,7 @@ class DeltaLlavaTrainer(Trainer):
             )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in transformers, but a whole Hub folder under FSDP whatever its state dict type."""
+        """As in transformers, but under FSDP always a complete Hub folder, whatever the type of its state dict."""
         self.check_finite()
         if not self.is_fsdp_enabled:
             return super().save_model(output_dir, _internal_call)
@@ -304,11 +282,11 @@ class DeltaLlavaTrainer(Trainer):
 
     def save_final(self, output_dir: str, dtype: torch.dtype | None) -> None:
         """
-        Write the finished model, whole (LoRA merged), in one dtype, in place of what an earlier run wrote there.
+        Write the finished model (LoRA merged) in one dtype; replaces the files of an earlier run.
 
         Args:
             output_dir: the folder.
-            dtype: of all weights; by default each stays as it is.
+            dtype: dtype of all weights; by default each keeps its own.
 
         Raises:
             RecipeError: the weights are not finite.
@@ -329,13 +307,13 @@ class DeltaLlavaTrainer(Trainer):
                 model.save_pretrained(adapter, state_dict=state_dict)
                 if state_dict is None and not getattr(model, "is_quantized", False):
                     model = model.merge_and_unload()
-                else:  # gathered from shards, or quantized: the adapter is merged into the base as it was
+                else:  # gathered from shards, or quantized: merge the adapter into the original base model
                     model, state_dict = merge_adapter(model, adapter, dtype), None
             save_hub_folder(model, state_dict or model.state_dict(), self.processing_class, folder, dtype)
             _replace_files(Path(folder), Path(output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        # Not the arguments, which transformers would pickle beside it: they may hold a token.
+        # Without the arguments, which transformers would pickle: they may contain a token.
         if not self.args.should_save:
             return
         folder = output_dir or str(self.args.output_dir)
@@ -356,7 +334,7 @@ class DeltaLlavaTrainer(Trainer):
 
 
 def merge_adapter(model: Any, adapter: str, dtype: torch.dtype | None) -> nn.Module:
-    """The base of a PEFT model, loaded anew on the CPU, not quantized, with a saved adapter merged into it."""
+    """The base model of a PEFT model, reloaded on the CPU and not quantized, with a saved adapter merged into it."""
     from peft import PeftModel
 
     config = copy.deepcopy(model.get_base_model().config)
@@ -372,13 +350,13 @@ def smoothed_loss(
     outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None, factor: float = 0.1
 ) -> torch.Tensor:
     """
-    The model's own loss, with smoothed labels.
+    The model's loss, with smoothed labels.
 
     Args:
-        outputs: with `logits` (rows, tokens, vocabulary).
+        outputs: has `logits` (rows, tokens, vocabulary).
         labels: (rows, tokens), -100 where there is no loss.
-        num_items_in_batch: labels that the sum is divided by; by default those of `labels`.
-        factor: share of the target that is spread over the vocabulary; with 0 this is the model's own loss.
+        num_items_in_batch: divides the sum; by default the number of labels.
+        factor: part of the target that is spread over the vocabulary; with 0 this is the model's own loss.
     """
     targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].to(outputs.logits.device)
     total = F.cross_entropy(
@@ -389,7 +367,7 @@ def smoothed_loss(
 
 
 def _replace_files(source: Path, target: Path) -> None:
-    """Move what is in one folder into another, in place of files of the same name and of its weights."""
+    """Move everything in `source` to `target`; replaces files of the same name and all weights there."""
     for stale in target.glob("model*.safetensors*"):
         stale.unlink()
     for path in sorted(source.iterdir()):
@@ -399,5 +377,5 @@ def _replace_files(source: Path, target: Path) -> None:
 
 
 def is_peft(model: Any) -> bool:
-    """Whether a model is PEFT's wrapper."""
+    """Whether a model is a `PeftModel`."""
     return hasattr(model, "peft_config") and hasattr(model, "merge_and_unload")
