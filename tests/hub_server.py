@@ -1,12 +1,13 @@
 """A small Hub over HTTP: keeps what it is sent in memory, and fails when a test tells it to.
 
-It speaks what huggingface_hub uses to create a repo, upload (regular files, LFS in one or several parts), commit, open a
-pull request, list and download. No Xet storage: clients must be told so with HF_HUB_DISABLE_XET=1.
+It speaks what huggingface_hub uses to create a repo, upload (regular files and LFS), commit, open a pull request, list and
+download. No Xet storage: clients must be told so with HF_HUB_DISABLE_XET=1.
 """
 
 import base64
 import hashlib
 import json
+import random
 import re
 import socket
 import threading
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.hub_faults import Faults
+from huggingface_hub import HfApi
 
 
 TOKEN = "hf_" + "t" * 34
@@ -24,6 +25,26 @@ LFS_FROM = 10_000  # bytes; the real Hub goes by name and size
 EPOCH = "2026-01-01T00:00:00.000Z"
 Tree = dict[str, bytes]
 Answer = tuple[int, dict | list | bytes, dict[str, str]]
+# What a fault does to a request: an answer of 500, of 429, none at all for too long, a connection cut in the middle of
+# the request, or cut after the request was carried out.
+FAULTS = ("500", "429", "stall", "cut", "lost")
+
+
+class Faults:
+    """Draws `total` faults from a seed; thread-safe. `done` lists (request, fault)."""
+
+    def __init__(self, total: int, seed: int = 0, rate: float = 0.5, kinds: tuple[str, ...] = FAULTS) -> None:
+        self.left, self.rate, self.kinds = total, rate, kinds
+        self.random, self.lock = random.Random(seed), threading.Lock()
+        self.done: list[tuple[str, str]] = []
+
+    def draw(self, request: str) -> str | None:
+        with self.lock:
+            if not self.left or self.random.random() >= self.rate:
+                return None
+            self.left -= 1
+            self.done.append((request, self.random.choice(self.kinds)))
+            return self.done[-1][1]
 
 
 @dataclass
@@ -50,13 +71,12 @@ class HubServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, faults: Faults | None = None, stall: float = 2.0, chunk_size: int | None = None) -> None:
+    def __init__(self, faults: Faults | None = None, stall: float = 0.6) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.faults, self.stall, self.chunk_size = faults, stall, chunk_size
+        self.faults, self.stall = faults, stall
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}  # LFS, by sha256
-        self.parts: dict[str, bytes] = {}
         self.ignored: set[str] = set()  # what a .gitignore leaves out
         self.requests: Counter[str] = Counter()  # "PUT /lfs/..." and so on
         self.lock = threading.RLock()
@@ -69,13 +89,25 @@ class HubServer(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
+    def api(self, token: str | bool = TOKEN) -> HfApi:
+        return HfApi(endpoint=self.url, token=token)
+
     def files(self, repo_id: str, revision: str = "main") -> Tree:
-        """Content of every file, by path."""
+        """Content of every file, by path, but of the one that every new repo has."""
         repo = self.repos[repo_id]
-        return repo.commits[repo.heads[revision]]
+        return {name: data for name, data in repo.commits[repo.heads[revision]].items() if name != ".gitattributes"}
+
+    @property
+    def uploads(self) -> dict[str, int]:
+        """How often each large file was sent."""
+        return {request: count for request, count in self.requests.items() if request.startswith("PUT")}
+
+    @property
+    def num_commits(self) -> int:
+        return sum(count for request, count in self.requests.items() if "/commit/" in request)
 
     def handle_error(self, *_: object) -> None:
-        """Connections that a test cut are no news."""
+        """Connections that a test cut are not reported."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -196,30 +228,16 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, {"transfer": "basic", "objects": [self._actions(o) for o in json.loads(body)["objects"]]}, {}
 
     def _actions(self, wanted: dict) -> dict:
-        oid, size, chunk = wanted["oid"], wanted["size"], self.server.chunk_size
+        oid = wanted["oid"]
         if oid in self.server.objects:
             return wanted
-        upload: dict = {"href": f"{self.server.url}/lfs/{oid}?X-Signature=secret"}
-        if chunk and size > chunk:
-            count = -(-size // chunk)
-            urls = {f"{i + 1:05d}": f"{self.server.url}/lfs/{oid}.{i + 1}?X-Signature=secret" for i in range(count)}
-            upload = {"href": f"{self.server.url}/lfs/{oid}/complete", "header": {"chunk_size": str(chunk), **urls}}
+        upload = {"href": f"{self.server.url}/lfs/{oid}?X-Signature=secret"}
         return {**wanted, "actions": {"upload": upload, "verify": {"href": f"{self.server.url}/lfs/{oid}/verify"}}}
 
-    def _put(self, body: bytes, oid: str, part: str | None) -> Answer:
-        if part:
-            self.server.parts[f"{oid}.{part}"] = body
-            return 200, b"", {"ETag": f'"{part}"'}
-        return self._keep(oid, body)
-
-    def _complete(self, body: bytes, oid: str) -> Answer:
-        numbers = [part["partNumber"] for part in json.loads(body)["parts"]]
-        return self._keep(oid, b"".join(self.server.parts[f"{oid}.{number}"] for number in numbers))
-
-    def _keep(self, oid: str, content: bytes) -> Answer:
-        if hashlib.sha256(content).hexdigest() != oid:
+    def _put(self, body: bytes, oid: str) -> Answer:
+        if hashlib.sha256(body).hexdigest() != oid:
             return 400, {"error": "other bytes than announced"}, {}
-        self.server.objects[oid] = content
+        self.server.objects[oid] = body
         return 200, b"", {}
 
     def _verify(self, body: bytes, oid: str) -> Answer:
@@ -250,8 +268,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _discussions(self, body: bytes, repo_id: str) -> Answer:
         common = {"author": {"name": "org"}, "createdAt": EPOCH, "status": "open", "isPullRequest": True}
         common["repo"] = {"name": repo_id, "type": "model"}
-        found = [{"title": title, "num": num, **common} for num, title in self.server.repos[repo_id].titles.items()]
-        return 200, {"discussions": found, "count": len(found), "start": 0}, {}
+        titles = self.server.repos[repo_id].titles
+        discussions = [{"title": title, "num": num, **common} for num, title in titles.items()]
+        return 200, {"discussions": discussions, "count": len(discussions), "start": 0}, {}
 
     def _tree(self, body: bytes, repo_id: str, revision: str) -> Answer:
         repo = self.server.repos.get(repo_id)
@@ -296,8 +315,7 @@ _ROUTES: list[tuple[str, Callable[..., Answer]]] = [
     (rf"POST /api/models/{_ID}/branch/(.+)", _Handler._branch),
     (rf"POST /api/models/{_ID}/preupload/(.+)", _Handler._preupload),
     (rf"POST /{_ID}\.git/info/lfs/objects/batch", _Handler._batch),
-    (r"PUT /lfs/(\w+)(?:\.(\d+))?", _Handler._put),
-    (r"POST /lfs/(\w+)/complete", _Handler._complete),
+    (r"PUT /lfs/(\w+)", _Handler._put),
     (r"POST /lfs/(\w+)/verify", _Handler._verify),
     (rf"POST /api/models/{_ID}/commit/(.+)", _Handler._commit),
     (rf"GET /api/models/{_ID}/discussions", _Handler._discussions),

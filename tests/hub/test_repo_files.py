@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi
 
 from tests.hub_server import TOKEN, HubServer
 from tests.test_layout import HUB_FILES
@@ -162,9 +161,9 @@ def test_a_saved_model_notes_the_version_of_its_code(tmp_path):
 @pytest.mark.usefixtures("hub_client")
 def test_on_the_hub_in_one_commit(repo, unversioned, create_pr):
     with HubServer() as server:
-        api = HfApi(endpoint=server.url, token=TOKEN)
+        api = server.api()
         push_folder(repo, REPO, api=api)
-        before = {**server.files(REPO), **contents(unversioned)}
+        before = contents(unversioned)
         server.repos[REPO].commit("main", before)
 
         assert update_code(REPO, api=api, create_pr=create_pr, dry_run=True).url is None
@@ -181,5 +180,5 @@ def test_on_the_hub_in_one_commit(repo, unversioned, create_pr):
             assert update_code(REPO, api=api).changed == []
         with pytest.raises(DeltaLlavaError, match="org/none was not updated; try again"):
             update_code("org/none", api=api)
-        with pytest.raises(DeltaLlavaError, match="wants a login for org/delta-llava-tiny"):
-            update_code(REPO, api=HfApi(endpoint=server.url, token=TOKEN + "x"))
+        with pytest.raises(DeltaLlavaError, match="needs a login for org/delta-llava-tiny"):
+            update_code(REPO, api=server.api(TOKEN + "x"))

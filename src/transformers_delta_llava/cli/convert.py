@@ -10,7 +10,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from ..conversion import convert_checkpoint
 from ..hub.push import check_login
 from ..utils.errors import DeltaLlavaError
-from ..utils.files import is_repo_id
+from ..utils.files import check_repo_id
 from .options import say
 from .push import CreatePr, DryRun, Private, Revision, push_and_tell
 
@@ -70,10 +70,10 @@ def convert(
             raise DeltaLlavaError("--private, --revision, --create-pr and --dry-run belong to --push-to-hub.")
         if output is None:
             raise DeltaLlavaError("Name the folder to write the repo to, or publish it with --push-to-hub ORG/NAME.")
-    elif not is_repo_id(push_to_hub):
-        raise DeltaLlavaError(f"{push_to_hub} is not a Hub id of the form owner/name.")
-    elif not dry_run:
-        check_login()  # not after an hour of conversion
+    else:
+        check_repo_id(push_to_hub)
+        if not dry_run:
+            check_login()  # not after an hour of conversion
     output = output or Path(str(push_to_hub).rpartition("/")[2])
     talk = Console(stderr=True)
     columns = (

@@ -16,6 +16,7 @@ from .evaluate import evaluate
 from .explain import explain
 from .export import export
 from .inspect import inspect
+from .options import name_options
 from .profile import profile
 from .push import push
 from .serve import serve
@@ -81,7 +82,7 @@ def main() -> None:
 
 def _sentence(error: BaseException) -> str:
     # Our own errors end with a full stop; what libraries raise is left as it is.
-    text = one_line(error, limit=2500)
+    text = name_options(one_line(error, limit=2500))
     return f"{text}." if str(error).rstrip().endswith(".") else text
 
 

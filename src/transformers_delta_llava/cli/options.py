@@ -1,5 +1,7 @@
 """What several commands have in common: how they print, and types of their options."""
 
+import re
+
 from rich.console import Console
 from rich.text import Text
 
@@ -10,6 +12,13 @@ def say(text: str, console: Console | None = None) -> None:
     """Print a sentence, by default on stderr."""
     console = console or Console(stderr=True)
     console.print(Text(printable(text)), soft_wrap=True)
+
+
+def name_options(text: str) -> str:
+    """A message of the package, with the options of the command where it names arguments: pass `overwrite=True`."""
+    return re.sub(
+        r"\b(pass|with) `([a-z_]+)(?:=True)?`", lambda match: f"{match[1]} --{match[2].replace('_', '-')}", text
+    )
 
 
 def cell(value: object) -> Text:

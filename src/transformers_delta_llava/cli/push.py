@@ -8,11 +8,11 @@ import typer
 
 from ..hub import PushReport, push_folder
 from ..utils.errors import printable
-from .options import say
+from .options import name_options, say
 
 
 Private = Annotated[bool, typer.Option("--private", help="Create the repo private.")]
-Revision = Annotated[str | None, typer.Option(help="Branch to commit to, made if it does not exist; by default main.")]
+Revision = Annotated[str | None, typer.Option(help="Branch to commit to, created if it does not exist; by default main.")]
 CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")]
 Include = Annotated[
     list[str] | None,
@@ -65,7 +65,7 @@ def push_and_tell(
         create_pr=create_pr,
         dry_run=dry_run,
         include=include,
-        talk=say,
+        on_message=lambda message: say(name_options(message)),
     )
     if not dry_run:
         typer.echo(report.url)

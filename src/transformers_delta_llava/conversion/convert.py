@@ -1,6 +1,5 @@
 """Convert a trained checkpoint in the authors' layout to a Hub repo."""
 
-import hashlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,7 +24,16 @@ from ..hub.tokenizer import (
 from ..modeling import DeltaLlavaConfig
 from ..modeling.delta_repo_delta_llava import dtype_name
 from ..utils.errors import DeltaLlavaError, explain_errors
-from ..utils.files import REPORT_FILE, atomic_folder, check_output, hub_id_of, public_name, read_json, write_json
+from ..utils.files import (
+    REPORT_FILE,
+    atomic_folder,
+    check_output,
+    hub_id_of,
+    public_name,
+    read_json,
+    sha256_of,
+    write_json,
+)
 from .chat_templates import ChatTemplate, chat_template_warnings, choose_chat_template, exported_template
 from .checkpoint import Checkpoint, Progress, parse_size, verify_archives, verify_shards, write_shards
 from .config_mapping import SourceConfig, Vocabulary, convert_config, grown_vocabulary, read_config
@@ -45,7 +53,6 @@ from .weight_mapping import (
 )
 
 
-_CHUNK = 1 << 20
 _THREADS = 4
 
 
@@ -128,18 +135,10 @@ class ConversionReport:
         }
 
 
-def sha256_of(files: list[Path]) -> dict[str, str]:
+def hash_files(files: list[Path]) -> dict[str, str]:
     """The sha256 of each file, by its name; several at a time, since hashing is slower than a disk."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        return dict(zip((file.name for file in files), pool.map(_sha256, files)))
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return dict(zip((file.name for file in files), pool.map(sha256_of, files)))
 
 
 # Tokens of a tokenizer that were not trained, beside those that conversion adds: some authors add a few and never resize.
@@ -249,7 +248,7 @@ def convert_checkpoint(
 
     # Hashes the source while the output is written: both take about as long, and use different threads.
     with ThreadPoolExecutor(1) as pool, atomic_folder(output, overwrite) as folder:
-        source_hashes = pool.submit(sha256_of, read.files)
+        source_hashes = pool.submit(hash_files, read.files)
         weight_files = write_shards(plan.tensors, folder, shard_size, progress)
         if verify:
             parts = (read.checkpoint, read.tower.checkpoint, read.base.checkpoint if read.base else None)
@@ -392,9 +391,9 @@ def _report(
         model_type=read.config.settings["model_type"],
         source_files=source_files,
         vision_tower=read.tower.name,
-        vision_tower_files=sha256_of(list(read.tower.checkpoint.files) if read.tower.checkpoint else []),
+        vision_tower_files=hash_files(list(read.tower.checkpoint.files) if read.tower.checkpoint else []),
         base_model=read.base.name if read.base else None,
-        base_model_files=sha256_of(list(read.base.checkpoint.files)) if read.base else {},
+        base_model_files=hash_files(list(read.base.checkpoint.files)) if read.base else {},
         base_models=read.base_models,
         trained_vocab_size=read.rows,
         tokens_added=read.token_ids.added,

@@ -360,7 +360,7 @@ def _model_and_deltas(repo: str | Path, deltas: str | Path, force: bool) -> tupl
     if not force and not is_base(model.weights, found.config["base_sha256"]):
         raise ValueError(
             f"{found.name} belongs to another base ({found.config.get('base_model_name_or_path') or 'unnamed'}) than {model.name}; "
-            "pass --force (force=True) to take it nevertheless."
+            "pass `force=True` to take it nevertheless."
         )
     return model, found
 

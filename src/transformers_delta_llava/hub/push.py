@@ -2,26 +2,27 @@
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+import json
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import get_session
 
-from ..utils.errors import DeltaLlavaError, format_names
-from ..utils.files import is_repo_id
+from ..utils.errors import CONNECTION_ERRORS, DeltaLlavaError, causes, describe_hub_error, format_names, one_line
+from ..utils.files import check_repo_id
 from .repo_files import check_repo, repo_files
-from .retries import SILENCE, Patience, Talk, explain
-
-
-# Errors of the HTTP library that huggingface_hub uses, whichever it is.
-_CONNECTION_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], ConnectionError, TimeoutError)
 
 
 # Weights of an earlier model that would be loaded in place of, or stay beside, the new ones.
 WEIGHTS = "model*.safetensors*"
+# About ten minutes in all, of which a restart of the Hub or of a router needs two or three.
+ATTEMPTS = 24
+LONGEST_WAIT = 30.0
 
 
 @dataclass(frozen=True)
@@ -32,31 +33,13 @@ class PushReport:
         repo_id: where the files are.
         url: of the commit or of the pull request; empty after a dry run.
         files: size in bytes of every file, by its path in the repo.
-        retries: how many steps had to be made again.
         left_out: files of the folder that a model repo does not have and `include` does not name.
     """
 
     repo_id: str
     url: str
     files: dict[str, int]
-    retries: int
     left_out: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Upload:
-    """What goes where. The operations are templates, copies of which keep the hashes."""
-
-    repo_id: str
-    private: bool
-    revision: str | None
-    create_pr: bool
-    title: str
-    operations: list[CommitOperationAdd]
-
-    def additions(self) -> list[CommitOperationAdd]:
-        """Fresh operations: huggingface_hub notes in them how far it came."""
-        return [copy.copy(operation) for operation in self.operations]
 
 
 def push_folder(
@@ -69,57 +52,72 @@ def push_folder(
     dry_run: bool = False,
     include: Sequence[str] = (),
     api: HfApi | None = None,
-    first_wait: float = 1.0,
-    silence: float = SILENCE,
-    talk: Talk = lambda sentence: None,
+    initial_backoff: float = 1.0,
+    timeout: float = 180.0,
+    on_message: Callable[[str], None] = lambda message: None,
 ) -> PushReport:
     """Publish a repo folder that loads, in one commit.
 
-    What fails on the way is tried again with growing pauses. Another attempt, or another call, uploads only what the
-    Hub does not have yet. At the end the files of the commit are compared with the folder's, hash by hash. Weight files
-    of the repo that the folder does not have are deleted in the same commit.
+    An attempt that fails on the way is followed by another, after growing pauses. Another attempt, or another call,
+    uploads only what the Hub does not have yet. At the end the files of the commit are compared with the folder's, hash
+    by hash. Weight files of the repo that the folder does not have are deleted in the same commit.
 
     Args:
         folder: the repo folder, as `convert_checkpoint` or the trainer wrote it.
         repo_id: `owner/name`; created if it does not exist.
         private: create it private. A repo that exists and is public is refused.
-        revision: branch to commit to, made if it does not exist; by default `main`.
+        revision: branch to commit to, created if it does not exist; by default `main`.
         create_pr: open a pull request with the commit. One that is open with the same files is not opened again.
-        dry_run: check the folder and say what would be uploaded; nothing is sent.
+        dry_run: check the folder and list what would be uploaded; nothing is sent.
         include: shell patterns of files to publish although a model repo does not have such (images, logs).
         api: the Hub to talk to; by default the one, and the login, of the environment.
-        first_wait: seconds before the second attempt; they double, up to half a minute.
-        silence: seconds without an answer after which a connection counts as broken.
-        talk: gets a sentence on each thing worth knowing.
+        initial_backoff: seconds before the second attempt; they double, up to half a minute.
+        timeout: seconds without an answer after which a connection counts as broken.
+        on_message: called with each sentence that the user should read.
 
     Raises:
         DeltaLlavaError: one sentence on why it was not published.
     """
     folder = Path(folder).resolve()
-    if not is_repo_id(repo_id):
-        raise DeltaLlavaError(f"{repo_id} is not a Hub id of the form owner/name.")
+    check_repo_id(repo_id)
     files, left_out = repo_files(folder, include)
     check_repo(folder)
     readme = files.get("README.md")
     if readme is None or repo_id not in readme.read_text(encoding="utf-8", errors="replace"):
-        talk(f"README.md does not name {repo_id}, so its examples may not run as they stand.")
+        on_message(f"README.md does not name {repo_id}, so its examples may not run as they stand.")
     if left_out:
         # Of folders only the name: the trainer's checkpoints hold dozens of files each.
         names = {name if "/" not in name else f"{name.partition('/')[0]}/" for name in left_out}
-        talk(
-            f"Left out, because a model repo has no such files: {format_names(names)}; --include publishes them, too."
-        )
+        on_message(f"Not published, because a model repo has no such files: {format_names(names)}; pass `include` to publish them.")
     sizes = {name: path.stat().st_size for name, path in files.items()}
     if dry_run:
-        return PushReport(repo_id, "", sizes, retries=0, left_out=left_out)
+        return PushReport(repo_id, "", sizes, left_out)
 
-    operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
-    digest = hashlib.sha256("".join(f"{o.path_in_repo}:{_sha256(o)}\n" for o in operations).encode()).hexdigest()
-    title = f"Upload {repo_id.split('/')[1]} ({digest[:12]})"
-    upload = _Upload(repo_id, private, revision, create_pr, title, operations)
-    patiently = Patience(repo_id, first_wait, silence, talk)
-    url = _upload(upload, api or HfApi(), patiently)
-    return PushReport(repo_id, url, sizes, patiently.retries, left_out)
+    upload = _Upload(
+        api or HfApi(),
+        repo_id,
+        private,
+        revision,
+        create_pr,
+        [CommitOperationAdd(name, str(path)) for name, path in files.items()],
+    )
+    wait = initial_backoff
+    for attempt in range(1, ATTEMPTS + 1):
+        # huggingface_hub waits for an answer for ever, and retries uploads, but neither the commit nor what precedes it.
+        get_session().timeout = timeout
+        try:
+            return PushReport(repo_id, upload.run(), sizes, left_out)
+        except DeltaLlavaError:
+            raise
+        except Exception as error:  # an unexpected answer may raise anything
+            if attempt == ATTEMPTS or not _is_transient(error):
+                message = f"{repo_id} is not complete on the Hub; push again to continue"
+                raise describe_hub_error(error, repo_id, message) from error
+            reason = one_line(describe_hub_error(error, repo_id, "Pushing failed"))
+        on_message(f"{reason}; attempt {attempt + 1} of {ATTEMPTS} begins in {wait:g} s.")
+        time.sleep(wait)
+        wait = min(2 * wait, LONGEST_WAIT)
+    raise AssertionError  # the last attempt returns or raises
 
 
 def check_login() -> None:
@@ -130,92 +128,91 @@ def check_login() -> None:
     """
     try:
         HfApi().whoami()
-    except Exception as error:  # an odd answer may raise anything
-        raise explain(error, "an upload", "The Hub cannot be asked whether you may upload; try again") from error
+    except Exception as error:  # an unexpected answer may raise anything
+        message = "The Hub cannot be asked whether you may upload; try again"
+        raise describe_hub_error(error, "an upload", message) from error
 
 
-def _upload(upload: _Upload, api: HfApi, patiently: Patience) -> str:
-    """Do what is still to be done, step by step; returns the URL of the commit or of the pull request."""
-    repo_id, branch = upload.repo_id, upload.revision
-    patiently("Creating the repo", lambda: api.create_repo(repo_id, private=upload.private or None, exist_ok=True))
-    if upload.private and not patiently("Looking at the repo", lambda: api.repo_info(repo_id)).private:
-        raise DeltaLlavaError(f"{repo_id} exists and is public; make it private, or push without --private.")
-    if branch is not None and not upload.create_pr:
-        patiently("Creating the branch", lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
-    additions = upload.additions()
+@dataclass(frozen=True)
+class _Upload:
+    """What goes where. An attempt uses copies of the operations: huggingface_hub notes in them how far it came."""
 
-    def send() -> None:
-        api.preupload_lfs_files(repo_id, additions, revision=branch, create_pr=upload.create_pr, free_memory=False)
+    api: HfApi
+    repo_id: str
+    private: bool
+    branch: str | None
+    create_pr: bool
+    operations: list[CommitOperationAdd]
 
-    opened = _opened(upload, api, patiently)
-    if not opened:
-        patiently("Uploading", send)
-        opened = patiently("Committing", lambda: _commit(upload, api, patiently))
-    revision, url = opened
-    _compare(upload, patiently("Comparing", lambda: _tree(api, repo_id, revision)))
-    return url
+    def run(self) -> str:
+        """One attempt, which may continue where an earlier one stopped; returns the URL of the commit or pull request."""
+        api, repo_id = self.api, self.repo_id
+        api.create_repo(repo_id, private=self.private or None, exist_ok=True)
+        if self.private and not api.repo_info(repo_id).private:
+            raise DeltaLlavaError(f"{repo_id} exists and is public; make it private, or leave `private` out.")
+        if self.branch is not None and not self.create_pr:
+            api.create_branch(repo_id, branch=self.branch, exist_ok=True)
+        revision, url = (self.create_pr and self._find_pull_request()) or self._commit()
+        self._compare(revision)
+        return url
 
+    @property
+    def title(self) -> str:
+        """Of the commit: the same for the same files, by which a pull request is known."""
+        lines = "".join(f"{o.path_in_repo}:{o.upload_info.sha256.hex()}\n" for o in self.operations)
+        return f"Upload {self.repo_id.split('/')[1]} ({hashlib.sha256(lines.encode()).hexdigest()[:12]})"
 
-def _commit(upload: _Upload, api: HfApi, patiently: Patience) -> tuple[str, str]:
-    """Commit, unless that was done and only the answer got lost; returns the revision and the URL.
-
-    A commit of files that have not changed is none, which create_commit sees to. A pull request has to be looked for.
-    """
-    if opened := _opened(upload, api, patiently):
-        return opened
-    names = {operation.path_in_repo for operation in upload.operations}
-    stale = [
-        name for name in _tree(api, upload.repo_id, upload.revision) if fnmatch(name, WEIGHTS) and name not in names
-    ]
-    commit = api.create_commit(
-        upload.repo_id,
-        [*upload.additions(), *map(CommitOperationDelete, stale)],
-        commit_message=upload.title,
-        revision=upload.revision,
-        create_pr=upload.create_pr,
-    )
-    return commit.pr_revision or commit.oid, commit.pr_url or commit.commit_url
-
-
-def _opened(upload: _Upload, api: HfApi, patiently: Patience) -> tuple[str, str] | None:
-    """Revision and URL of an open pull request with these files, where one is wanted and there is one."""
-    if not upload.create_pr:
-        return None
-    return patiently("Looking for the pull request", lambda: next(_pull_requests(upload, api), None))
-
-
-def _pull_requests(upload: _Upload, api: HfApi) -> Iterator[tuple[str, str]]:
-    """(revision, URL) of the open pull requests with this upload's title, and so with its files."""
-    for discussion in api.get_repo_discussions(
-        upload.repo_id, discussion_type="pull_request", discussion_status="open"
-    ):
-        if discussion.title == upload.title:
-            yield discussion.git_reference or f"refs/pr/{discussion.num}", discussion.url
-
-
-def _tree(api: HfApi, repo_id: str, revision: str | None) -> dict[str, str]:
-    """Hash of every file of the repo, by path: sha256 of large files, git's own of the others."""
-    entries = api.list_repo_tree(repo_id, recursive=True, revision=revision)
-    return {e.path: e.lfs.sha256 if e.lfs else e.blob_id for e in entries if isinstance(e, RepoFile)}
-
-
-def _compare(upload: _Upload, tree: dict[str, str]) -> None:
-    differing = [
-        o.path_in_repo for o in upload.operations if tree.get(o.path_in_repo) not in (_sha256(o), _git_hash(o))
-    ]
-    if differing:
-        raise DeltaLlavaError(
-            f"{upload.repo_id} does not hold what was uploaded, in {format_names(differing, limit=5)}: did the files change, "
-            "or does a .gitignore in the repo leave them out? Push again."
+    def _find_pull_request(self) -> tuple[str, str] | None:
+        """(revision, URL) of an open pull request with these files: an earlier attempt may have opened it."""
+        opened = self.api.get_repo_discussions(
+            self.repo_id, discussion_type="pull_request", discussion_status="open"
         )
+        found = next((discussion for discussion in opened if discussion.title == self.title), None)
+        return found and (found.git_reference or f"refs/pr/{found.num}", found.url)
+
+    def _commit(self) -> tuple[str, str]:
+        """Upload what the Hub lacks, and commit; a commit of unchanged files is skipped by huggingface_hub."""
+        names = {operation.path_in_repo for operation in self.operations}
+        stale = [name for name in self._tree(self.branch) if fnmatch(name, WEIGHTS) and name not in names]
+        commit = self.api.create_commit(
+            self.repo_id,
+            [*map(copy.copy, self.operations), *map(CommitOperationDelete, stale)],
+            commit_message=self.title,
+            revision=self.branch,
+            create_pr=self.create_pr,
+        )
+        return commit.pr_revision or commit.oid, commit.pr_url or commit.commit_url
+
+    def _tree(self, revision: str | None) -> dict[str, str]:
+        """Hash of every file of the repo, by path: sha256 of large files, git's own of the others."""
+        entries = self.api.list_repo_tree(self.repo_id, recursive=True, revision=revision)
+        return {e.path: e.lfs.sha256 if e.lfs else e.blob_id for e in entries if isinstance(e, RepoFile)}
+
+    def _compare(self, revision: str) -> None:
+        tree = self._tree(revision)
+        differing = [o.path_in_repo for o in self.operations if tree.get(o.path_in_repo) not in _hashes(o)]
+        if differing:
+            raise DeltaLlavaError(
+                f"{self.repo_id} does not hold what was uploaded, in {format_names(differing, limit=5)}: did the files "
+                "change, or does a .gitignore in the repo leave them out? Push again."
+            )
 
 
-def _sha256(operation: CommitOperationAdd) -> str:
-    return operation.upload_info.sha256.hex()
+def _hashes(operation: CommitOperationAdd) -> set[str]:
+    """The two hashes by which the Hub may list a file."""
+    hashes = {operation.upload_info.sha256.hex()}
+    if operation.upload_info.size <= 100_000_000:  # the Hub keeps no larger file in git
+        content = Path(str(operation.path_or_fileobj)).read_bytes()
+        hashes.add(hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest())
+    return hashes
 
 
-def _git_hash(operation: CommitOperationAdd) -> str:
-    if operation.upload_info.size > 100_000_000:  # the Hub keeps no such file in git
-        return ""
-    content = Path(str(operation.path_or_fileobj)).read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+def _is_transient(error: Exception) -> bool:
+    """Whether another attempt could go better: the server failed or the connection broke."""
+    for cause in causes(error):
+        if isinstance(cause, HfHubHTTPError):
+            return cause.response.status_code >= 500 or cause.response.status_code in (408, 425, 429)
+        if isinstance(cause, CONNECTION_ERRORS):
+            return not isinstance(cause, OfflineModeIsEnabled)
+    # hf_xet raises plain RuntimeErrors, the JSON parser a ValueError on half an answer.
+    return type(error) is RuntimeError or isinstance(error, json.JSONDecodeError)

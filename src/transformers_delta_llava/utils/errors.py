@@ -1,10 +1,16 @@
 """Errors that a user can act on, and how any error becomes one sentence."""
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from pydantic import ValidationError
+
+
+# Errors of the HTTP library that huggingface_hub uses, whichever it is.
+CONNECTION_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], ConnectionError, TimeoutError)
 
 
 class DeltaLlavaError(ValueError):
@@ -74,6 +80,29 @@ def explain_errors(what: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise DeltaLlavaError(f"{what}: {one_line(error)}.") from error
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """`error`, and what it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def describe_hub_error(error: Exception, target: str, otherwise: str) -> DeltaLlavaError:
+    """One sentence on an error of the Hub or of the connection: `target` needs a login or a right, or `otherwise`.
+
+    Queries of URLs are left out: those of uploads hold a signature.
+    """
+    cause = next((c for c in causes(error) if isinstance(c, (HfHubHTTPError, *CONNECTION_ERRORS))), error)
+    status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
+    if isinstance(error, LocalTokenNotFoundError) or status == 401:
+        return DeltaLlavaError(f"The Hub needs a login for {target}: run `hf auth login`, or set HF_TOKEN.")
+    if status == 403:
+        return DeltaLlavaError(f"The Hub's answer for {target} is 403: your token has no write access to it.")
+    first_line = str(cause).strip().partition("\n")[0]
+    reason = one_line(re.sub(r"\?\S*", "", first_line) or cause, 200)
+    return DeltaLlavaError(f"{otherwise} ({reason}).")
 
 
 def _describe_validation(error: ValidationError, limit: int = 3) -> str:

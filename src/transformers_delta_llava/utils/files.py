@@ -1,5 +1,6 @@
 """Files and folders: JSON read with care, outputs that appear whole or not at all, Hub ids as local folders."""
 
+import hashlib
 import json
 import logging
 import os
@@ -18,6 +19,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from .errors import DeltaLlavaError, one_line, shorten
 
+
+logger = logging.getLogger(__name__)
 
 # Far above any config, index or tokenizer; JSON takes about ten times its size in memory.
 MAX_JSON_BYTES = 256 * 2**20
@@ -105,6 +108,15 @@ def json_bytes(value: dict) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
+def sha256_of(file: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def refuse_special_files(folder: Path) -> None:
     """Refuse a folder in which a pipe, a socket or a device lies: libraries that read the folder would wait for ever.
 
@@ -165,17 +177,28 @@ def is_repo_id(text: str) -> bool:
     return _REPO_ID.fullmatch(text) is not None
 
 
+def check_repo_id(text: str, or_folder: bool = False) -> None:
+    """Refuse what is not a Hub id; with `or_folder` the error says that it is not a folder either.
+
+    Raises:
+        DeltaLlavaError: naming the text and the form.
+    """
+    if not is_repo_id(text):
+        what = "a folder, and not a Hub id (owner/name) either" if or_folder else "a Hub id of the form owner/name"
+        raise DeltaLlavaError(f"{shorten(text)} is not {what}.")
+
+
 def cached_repo_id(path: str) -> str | None:
     """The Hub id of a path into the Hub's cache, on whatever machine; None for any other path."""
     match = _CACHED.fullmatch(path) if len(path) <= _LONGEST_PATH else None
     return f"{match[1]}/{match[2]}" if match else None
 
 
-def public_name(spec: str) -> str:
+def public_name(model_id: str) -> str:
     """A name that may be published: a Hub id as it is, of a path only its last part that says something."""
-    if is_repo_id(spec) and not Path(spec).exists():
-        return spec
-    path = Path(spec).resolve()
+    if is_repo_id(model_id) and not Path(model_id).exists():
+        return model_id
+    path = Path(model_id).resolve()
     if cached := cached_repo_id(str(path)):
         return cached
     named = (part.name for part in (path, *path.parents) if not _COMMIT.fullmatch(part.name))
@@ -207,41 +230,38 @@ def hub_id_of(name: object, *folders: Path) -> str | None:
     return None if is_path else name
 
 
-def local_folder(spec: str, what: str, patterns: tuple[str, ...], option: str | None = None) -> Path:
-    """The folder at `spec`, or a download of those files of the Hub repo `spec` that match `patterns`.
+def local_folder(model_id: str, kind: str, patterns: tuple[str, ...], option: str | None = None) -> Path:
+    """The folder at `model_id`, or a download of those files of the Hub repo `model_id` that match `patterns`.
 
     Args:
-        spec: a folder or a Hub id.
-        what: what it is meant to be, for the error message.
+        model_id: a folder or a Hub id.
+        kind: what it is expected to be, for the error message.
         patterns: shell patterns of the files to download.
-        option: of the command line that gives it, for the error message.
+        option: that gives it, for the error message.
 
     Raises:
-        DeltaLlavaError: `spec` is neither a folder nor a repo that can be reached, or a pipe or device lies in it.
+        DeltaLlavaError: it is neither a folder nor a repo that can be reached, or a pipe or device lies in the folder.
     """
-    if Path(spec).is_dir():
-        refuse_special_files(Path(spec))
-        return Path(spec)
-    if not is_repo_id(spec):
+    if Path(model_id).is_dir():
+        refuse_special_files(Path(model_id))
+        return Path(model_id)
+    if not is_repo_id(model_id):
         remedy = f"; pass its folder or Hub id with {option}" if option else ""
-        raise DeltaLlavaError(f"The {what} {spec} is not a folder, and not a Hub id (owner/name) either{remedy}.")
+        raise DeltaLlavaError(f"The {kind} {model_id} is not a folder, and not a Hub id (owner/name) either{remedy}.")
     try:
-        return Path(snapshot_download(spec, allow_patterns=list(patterns)))
-    except Exception as error:  # an odd answer may raise anything
-        reason = one_line(str(error).strip().split("\n")[0])
+        return Path(snapshot_download(model_id, allow_patterns=list(patterns)))
+    except Exception as error:  # an unexpected answer may raise anything
+        reason = one_line(str(error).strip().partition("\n")[0] or error)
         raise DeltaLlavaError(
-            f"The {what} {spec} is not a folder here, and could not be had from the Hub ({reason}); "
+            f"The {kind} {model_id} is not a folder here, and cannot be downloaded from the Hub ({reason}); "
             f"pass the path of a local copy{f' with {option}' if option else ''}."
         ) from error
 
-
-logger = logging.getLogger(__name__)
 
 # A folder that holds this file was written by a conversion, so a conversion may replace it.
 REPORT_FILE = "conversion.json"
 # In the report of a checkpoint that export wrote: what it was exported from.
 EXPORTED_FROM = "exported_from"
-_LOCK = "lock"
 
 
 def check_output(output: Path, inputs: Iterable[Path], overwrite: bool, marker: str = REPORT_FILE) -> None:
@@ -252,9 +272,9 @@ def check_output(output: Path, inputs: Iterable[Path], overwrite: bool, marker: 
     Raises:
         DeltaLlavaError: saying which, and what to do instead.
     """
-    place = _real(output)
-    for folder in map(_real, inputs):
-        if place == folder or place.is_relative_to(folder) or folder.is_relative_to(place):
+    target = _resolve(output)
+    for folder in map(_resolve, inputs):
+        if target.is_relative_to(folder) or folder.is_relative_to(target):
             raise DeltaLlavaError(
                 f"The output {output} and the input {folder.name} are one folder or lie inside each other; "
                 "choose an output elsewhere."
@@ -266,15 +286,15 @@ def _refuse_existing(output: Path, overwrite: bool, marker: str) -> None:
     if not os.path.lexists(output) or (output.is_dir() and not output.is_symlink() and not any(output.iterdir())):
         return  # of an empty folder nothing is lost
     if not overwrite:
-        raise DeltaLlavaError(f"The output {output} exists; pass --overwrite (overwrite=True) to replace it.")
+        raise DeltaLlavaError(f"The output {output} exists; pass `overwrite=True` to replace it.")
     if not (output / marker).is_file():
         raise DeltaLlavaError(
-            f"The output {output} was not written by this command (no {marker} in it), so it is not replaced; "
+            f"The output {output} was not written by this package (no {marker} in it), so it is not replaced; "
             "remove it yourself or choose another output."
         )
 
 
-def _real(path: Path) -> Path:
+def _resolve(path: Path) -> Path:
     try:
         return path.resolve()
     except (OSError, RuntimeError) as error:  # before Python 3.13 a loop of links is a RuntimeError
@@ -300,9 +320,9 @@ def atomic_folder(output: Path, overwrite: bool = False, marker: str = REPORT_FI
         DeltaLlavaError: another run writes this output, or a folder is in the way.
         OSError: a folder cannot be written.
     """
-    output = _real(output)
+    output = _resolve(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _own(output.with_name(f".{output.name}.delta-llava"), output) as work:
+    with _lock(output.with_name(f".{output.name}.delta-llava"), output) as work:
         new, previous = work / "new", work / "previous"
         if previous.exists() and not output.exists():
             previous.rename(output)
@@ -312,7 +332,7 @@ def atomic_folder(output: Path, overwrite: bool = False, marker: str = REPORT_FI
         new.mkdir()
         try:
             yield new
-            _sync(new)
+            _sync([*new.rglob("*"), new])
             _refuse_existing(output, overwrite, marker)
             if output.exists():
                 output.rename(previous)
@@ -323,7 +343,7 @@ def atomic_folder(output: Path, overwrite: bool = False, marker: str = REPORT_FI
             raise
         # The output is there: nothing that fails from here on may say otherwise.
         try:
-            _sync_entry(output.parent)
+            _sync([output.parent])
             if previous.exists():
                 shutil.rmtree(previous)
         except OSError as error:
@@ -331,12 +351,13 @@ def atomic_folder(output: Path, overwrite: bool = False, marker: str = REPORT_FI
 
 
 @contextmanager
-def _own(work: Path, output: Path) -> Iterator[Path]:
+def _lock(work: Path, output: Path) -> Iterator[Path]:
     """`work`, created or taken over from a run that ended without clearing it, locked, and removed in the end."""
-    lock = FileLock(work / _LOCK, timeout=0)
+    file = work / "lock"
+    lock = FileLock(file, timeout=0)
     while not lock.is_locked:
         work.mkdir(exist_ok=True)
-        if not (work / _LOCK).exists() and any(work.iterdir()):
+        if not file.exists() and any(work.iterdir()):
             raise DeltaLlavaError(f"{work} is in the way: this package did not write it; move it elsewhere.")
         try:
             lock.acquire()
@@ -354,18 +375,13 @@ def _own(work: Path, output: Path) -> Iterator[Path]:
         lock.release()
 
 
-def _sync(folder: Path) -> None:
-    """Wait until all files in `folder` are on the disk: a rename may outlive a power cut that the bytes do not."""
-    for path in folder.rglob("*"):
-        _sync_entry(path)
-    _sync_entry(folder)
-
-
-def _sync_entry(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # folders cannot be opened there
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _sync(paths: Iterable[Path]) -> None:
+    """Wait until files and folders are on the disk: a rename may outlive a power cut that the bytes do not."""
+    for path in paths:
+        if path.is_dir() and os.name == "nt":
+            continue  # folders cannot be opened there
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
