@@ -265,7 +265,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(pristine, repo, tmp_path):
 def test_overwriting(repo, source, tmp_path):
     output = shutil.copytree(repo, tmp_path / "out")
     (output / "old-file").touch()
-    with pytest.raises(DeltaLlavaError, match="--overwrite"):
+    with pytest.raises(DeltaLlavaError, match="pass `overwrite=True`"):
         convert_checkpoint(source, output)
     assert (output / "old-file").exists()
     convert_checkpoint(source, output, overwrite=True)

@@ -188,11 +188,25 @@ def test_a_folder_that_does_not_load_or_holds_a_secret_is_refused(folder, tmp_pa
     assert "\n" not in str(refused.value)
 
 
-UNEXPECTED = """
-    id_rsa.pem credentials.json __pycache__/modeling.pyc wandb/run-1/output.log events.out.tfevents.1 kernel.so
-    scores.joblib features.npy x.PT optimizer.pt setup.py trainer_state.json train.jsonl photo.png images/photo.png
-    \x1b[2J.txt sub/config.json
-""".split()
+UNEXPECTED = [
+    "id_rsa.pem",
+    "credentials.json",
+    "__pycache__/modeling.pyc",
+    "wandb/run-1/output.log",
+    "events.out.tfevents.1",
+    "kernel.so",
+    "scores.joblib",
+    "features.npy",
+    "x.PT",
+    "optimizer.pt",
+    "setup.py",
+    "trainer_state.json",
+    "train.jsonl",
+    "photo.png",
+    "images/photo.png",
+    "\x1b[2J.txt",
+    "sub/config.json",
+]
 HIDDEN = [".env", ".git/config", "sub/.env"]
 
 
@@ -245,7 +259,9 @@ def test_a_trained_folder(tmp_path):
     messages = []
     report = push_folder(tmp_path, REPO, dry_run=True, on_message=messages.append)
     assert report.files.keys() == expected
-    assert messages[1].startswith("Not published, because a model repo has no such files: checkpoint-5/, training_args")
+    assert messages[1].startswith(
+        "Not published, because a model repo has no such files: checkpoint-5/, training_args"
+    )
 
 
 class UnexpectedHub(ThreadingHTTPServer):

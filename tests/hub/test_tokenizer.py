@@ -86,7 +86,7 @@ def test_a_prompt_has_no_known_limit(folder, tmp_path):
 
 
 @pytest.mark.parametrize("length", [[1], {"a": 1}, "2048", True])
-def test_a_limit_that_is_no_number(folder, length):
+def test_a_limit_that_is_not_a_number(folder, length):
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": length}))
     with pytest.raises(DeltaLlavaError, match="model_max_length=.*; it must be a number"):
@@ -163,9 +163,9 @@ def test_a_folder_with_only_a_sentencepiece_model(sentencepiece_file, tmp_path, 
     assert (after_end[after_end.index("</s>") + 1].startswith("\u2581")) is mark_after_end
 
 
-def test_what_is_no_tokenizer(tmp_path):
+def test_folders_without_a_readable_tokenizer(tmp_path):
     assert not has_tokenizer(tmp_path)
-    with pytest.raises(DeltaLlavaError, match=r"has no tokenizer .*--tokenizer"):
+    with pytest.raises(DeltaLlavaError, match="has no tokenizer .*with `tokenizer`"):
         load_tokenizer(str(tmp_path), TEXT, None)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DeltaLlavaError, match="cannot be read") as error:

@@ -1,4 +1,4 @@
-"""A converted repo in a process of its own, where the package cannot be imported."""
+"""A converted repo on the Hub, loaded in a process of its own where the package cannot be imported."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.hub_server import TOKEN, HubServer, Repo
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 
 
@@ -27,11 +28,11 @@ processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
 base = AutoModel.from_pretrained(repo, trust_remote_code=True)
 model, info = AutoModelForImageTextToText.from_pretrained(repo, trust_remote_code=True, output_loading_info=True)
 
-picture = Image.open("photo.jpg")
-content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]
+image = Image.open("photo.jpg")
+content = [{"type": "image", "image": image}, {"type": "text", "text": "What is it?"}]
 messages = [{"role": "user", "content": content}]
 prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-inputs = processor(images=picture, text=prompt, return_tensors="pt")
+inputs = processor(images=image, text=prompt, return_tensors="pt")
 with torch.no_grad():
     logits = model(**inputs).logits
 torch.save({**inputs, "logits": logits}, "result.pt")
@@ -52,16 +53,20 @@ with open("result.json", "w") as file:
 
 @pytest.fixture(scope="module")
 def folder(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a fresh process left what it found: loading by hand first, then the code of the card, as it stands."""
+    """Where a fresh process left its results: SCRIPT with the repo on a Hub, then the code of the card, as it stands."""
     folder = tmp_path_factory.mktemp("fresh")
     (folder / repo.name).symlink_to(repo)
     Image.effect_mandelbrot((60, 40), (-2, -1, 1, 1), 20).convert("RGB").save(folder / "photo.jpg")
     snippets = re.findall(r"```python\n(.*?)```", (repo / "README.md").read_text(), re.DOTALL)
     assert len(snippets) == 2
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", "\n".join([SCRIPT, *snippets]), repo.name]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    with HubServer() as server:
+        server.repos["org/tiny"] = Repo(private=False)
+        server.repos["org/tiny"].commit("main", {file.name: file.read_bytes() for file in repo.iterdir()})
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment |= {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
+        environment |= {"HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", "\n".join([SCRIPT, *snippets]), "org/tiny"]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (folder / "stdout").write_text(done.stdout)
     return folder
@@ -79,7 +84,7 @@ def test_it_loads_and_answers_without_the_package(folder):
     assert not result["has_lm_head"]
 
 
-def test_its_logits_are_the_packages(repo, folder):
+def test_its_logits_are_those_of_the_package(repo, folder):
     inputs = torch.load(folder / "result.pt")
     logits = inputs.pop("logits")
     here = DeltaLlavaForConditionalGeneration.from_pretrained(repo)
@@ -87,5 +92,5 @@ def test_its_logits_are_the_packages(repo, folder):
         assert torch.equal(here(**inputs).logits, logits)
 
 
-def test_the_code_in_the_card_runs(folder):
+def test_the_code_in_the_model_card_runs(folder):
     assert len((folder / "stdout").read_text().splitlines()) >= 2

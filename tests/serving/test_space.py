@@ -69,13 +69,13 @@ def test_the_requirements_are_the_packages_own(tmp_path):
 def test_a_folder_that_exists_is_replaced_only_if_it_is_a_space_of_ours(tmp_path):
     space, other = tmp_path / "space", tmp_path / "other"
     write_space(space, "org/model")
-    with pytest.raises(ValueError, match="exists; pass --overwrite"):
+    with pytest.raises(ValueError, match="exists; pass `overwrite=True`"):
         write_space(space, "org/another")
     write_space(space, "org/another", overwrite=True)
     assert front_matter(space)["models"] == ["org/another"]
     other.mkdir()
     (other / "theirs").touch()
-    with pytest.raises(ValueError, match=r"not written by this command \(no space.json in it\)"):
+    with pytest.raises(ValueError, match=r"not written by this package \(no space.json in it\)"):
         write_space(other, "org/model", overwrite=True)
     with pytest.raises(ValueError, match="one folder or lie inside each other"):
         write_space(PACKAGE, "org/model", overwrite=True)

@@ -3,11 +3,12 @@
 import os
 import pathlib
 import shutil
-import subprocess
-import sys
+import signal
+import time
 
 import pytest
 
+from tests.robustness.children import start
 from transformers_delta_llava.utils import files
 from transformers_delta_llava.utils.errors import DeltaLlavaError
 from transformers_delta_llava.utils.files import REPORT_FILE, atomic_folder, check_output
@@ -116,23 +117,21 @@ def test_a_second_run_for_one_output_is_refused_and_the_first_goes_on(tmp_path):
     assert names(tmp_path / "out") == ["file"]
 
 
-def test_only_a_dead_owner_has_a_successor(tmp_path):
-    code = """if True:
-        import os, pathlib, sys
-        from transformers_delta_llava.utils.files import atomic_folder
-        with atomic_folder(pathlib.Path(sys.argv[1])) as folder:
+def test_what_a_killed_run_left_is_cleared_only_after_its_death(tmp_path):
+    def write_forever():
+        with atomic_folder(tmp_path / "out") as folder:
             (folder / "half").touch()
-            print("written", flush=True)
-            sys.stdin.read()
-            os._exit(9)
-    """
-    command = [sys.executable, "-c", code, str(tmp_path / "out")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
-        assert owner.stdout.readline() == "written\n"
-        with pytest.raises(DeltaLlavaError, match="Another process"), atomic_folder(tmp_path / "out"):
-            pass
-        assert (tmp_path / ".out.delta-llava" / "new" / "half").exists()
-        owner.stdin.close()
+            time.sleep(60)
+
+    child, pipe = start(write_forever)
+    while not (tmp_path / ".out.delta-llava" / "new" / "half").exists():
+        time.sleep(0.01)
+    with pytest.raises(DeltaLlavaError, match="Another process"), atomic_folder(tmp_path / "out"):
+        pass
+    assert (tmp_path / ".out.delta-llava" / "new" / "half").exists()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(pipe)
     with atomic_folder(tmp_path / "out") as folder:
         assert names(folder) == []
     assert names(tmp_path) == ["out"]
@@ -156,7 +155,7 @@ def test_what_fails_after_the_output_is_there_is_no_error(tmp_path, monkeypatch,
 
 def test_an_output_that_exists_needs_overwrite(tmp_path):
     (tmp_path / REPORT_FILE).touch()
-    with pytest.raises(DeltaLlavaError, match="exists; pass --overwrite"):
+    with pytest.raises(DeltaLlavaError, match="exists; pass `overwrite=True`"):
         check_output(tmp_path, [], overwrite=False)
     check_output(tmp_path, [], overwrite=True)
     check_output(tmp_path / "new", [], overwrite=False)
@@ -170,13 +169,13 @@ def test_an_empty_output_is_no_output(tmp_path):
     assert names(tmp_path / "out") == ["new"] and names(tmp_path) == ["out"]
     (tmp_path / "link").symlink_to(tmp_path / "empty")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DeltaLlavaError, match="exists; pass --overwrite"):
+    with pytest.raises(DeltaLlavaError, match="exists; pass `overwrite=True`"):
         check_output(tmp_path / "link", [], overwrite=False)
 
 
 def test_only_a_conversions_output_is_replaced(tmp_path):
     (tmp_path / "theirs").touch()
-    with pytest.raises(DeltaLlavaError, match="not written by this command"):
+    with pytest.raises(DeltaLlavaError, match="not written by this package"):
         check_output(tmp_path, [], overwrite=True)
     (tmp_path / "other.json").touch()
     check_output(tmp_path, [], overwrite=True, marker="other.json")
@@ -202,7 +201,7 @@ def test_a_loop_of_links_is_refused(tmp_path):
     (tmp_path / "b").symlink_to(tmp_path / "a")
     with pytest.raises(DeltaLlavaError, match="a loop of symbolic links|exists"):
         check_output(tmp_path / "a", [tmp_path], overwrite=False)
-    with pytest.raises(DeltaLlavaError, match="not written by this command|a loop of symbolic links"):
+    with pytest.raises(DeltaLlavaError, match="not written by this package|a loop of symbolic links"):
         check_output(tmp_path / "a", [], overwrite=True)
 
 

@@ -12,7 +12,9 @@ from .options import name_options, say
 
 
 Private = Annotated[bool, typer.Option("--private", help="Create the repo private.")]
-Revision = Annotated[str | None, typer.Option(help="Branch to commit to, created if it does not exist; by default main.")]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch to commit to, created if it does not exist; by default main.")
+]
 CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")]
 Include = Annotated[
     list[str] | None,

@@ -88,7 +88,9 @@ def push_folder(
     if left_out:
         # Of folders only the name: the trainer's checkpoints hold dozens of files each.
         names = {name if "/" not in name else f"{name.partition('/')[0]}/" for name in left_out}
-        on_message(f"Not published, because a model repo has no such files: {format_names(names)}; pass `include` to publish them.")
+        on_message(
+            f"Not published, because a model repo has no such files: {format_names(names)}; pass `include` to publish them."
+        )
     sizes = {name: path.stat().st_size for name, path in files.items()}
     if dry_run:
         return PushReport(repo_id, "", sizes, left_out)
@@ -164,9 +166,7 @@ class _Upload:
 
     def _find_pull_request(self) -> tuple[str, str] | None:
         """(revision, URL) of an open pull request with these files: an earlier attempt may have opened it."""
-        opened = self.api.get_repo_discussions(
-            self.repo_id, discussion_type="pull_request", discussion_status="open"
-        )
+        opened = self.api.get_repo_discussions(self.repo_id, discussion_type="pull_request", discussion_status="open")
         found = next((discussion for discussion in opened if discussion.title == self.title), None)
         return found and (found.git_reference or f"refs/pr/{found.num}", found.url)
 

@@ -18,7 +18,15 @@ from ..modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from ..modeling.configuration_delta_llava import CODE_VERSION
 from ..processing import DeltaLlavaProcessor
 from ..utils.errors import DeltaLlavaError, describe_hub_error, explain_errors, format_names
-from ..utils.files import REPORT_FILE, check_repo_id, json_bytes, read_json, refuse_special_files, sha256_of, write_json
+from ..utils.files import (
+    REPORT_FILE,
+    check_repo_id,
+    json_bytes,
+    read_json,
+    refuse_special_files,
+    sha256_of,
+    write_json,
+)
 from ..utils.prompts import render_question
 from ..utils.validation import check_sizes
 from .tokenizer import IMAGE_TOKEN, TOKENIZER_FILES
@@ -114,7 +122,9 @@ def read_code(folder: Path) -> RepoCode:
     versions = (noted.get("sha256", {}), *read_json(_RELEASED).values())
     published = {entry for version in versions for entry in version.items()}
     names = current.keys() | {name for name, _ in published}
-    present = {path.name: sha256_of(path) for path in sorted(folder.glob("*.py")) if path.is_file() and path.name in names}
+    present = {
+        path.name: sha256_of(path) for path in sorted(folder.glob("*.py")) if path.is_file() and path.name in names
+    }
     differing = [name for name in present if present[name] != current.get(name)]
     known = [name for name in differing if (name, present[name]) in published]
     return RepoCode(
