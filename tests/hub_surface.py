@@ -19,7 +19,7 @@ from types import ModuleType
 import numpy as np
 
 
-THEIRS = ("transformers", "torch")
+THEIRS = ("transformers", "torch", "huggingface_hub")
 # The other packages that Hub files may import.
 OTHERS = {*sys.stdlib_module_names, "numpy", "PIL", "safetensors"}
 # Types whose methods take keywords too, and are no concern of this table.
@@ -74,7 +74,7 @@ class _Module:
         if path[0] in THEIRS:
             return {_public_part(path)}
         if path[0] == "super" or (path[0] == "self" and path[1] not in self.own):
-            return {f"self.{path[1]}"}
+            return {f"self.{path[1]}"} if path[1] != "__new__" else set()  # object's
         return {
             f".{name}"
             for name in path[1:]

@@ -32,7 +32,7 @@ LAYERS = {
 }
 # Files that are copied into Hub repos, where only what transformers brings along is sure to be installed.
 HUB_FILES = sorted([*PACKAGE.glob("modeling/[!_]*.py"), *PACKAGE.glob("processing/[!_]*.py")])
-HUB_IMPORTS = {"torch", "transformers", "safetensors", "numpy", "PIL"} | sys.stdlib_module_names
+HUB_IMPORTS = {"torch", "transformers", "safetensors", "huggingface_hub", "numpy", "PIL"} | sys.stdlib_module_names
 PUBLIC_MODULES = (
     "transformers_delta_llava",
     "transformers_delta_llava.analysis",
@@ -101,12 +101,13 @@ def test_transformers_finds_only_real_relative_imports(path: Path) -> None:
 def test_hub_files_are_the_files_that_are_published() -> None:
     assert [path.name for path in HUB_FILES] == [
         "configuration_delta_llava.py",
-        "delta_factors_delta_llava.py",
+        "delta_projection_delta_llava.py",
         "delta_repo_delta_llava.py",
         "deltas_delta_llava.py",
         "generation_delta_llava.py",
         "modeling_delta_llava.py",
         "projector_delta_llava.py",
+        "projector_layers_delta_llava.py",
         "auto_budget_delta_llava.py",
         "image_utils_delta_llava.py",
         "processing_delta_llava.py",

@@ -138,7 +138,8 @@ def test_the_files_of_a_repo(repo):
     code |= {
         "generation_delta_llava.py",
         "deltas_delta_llava.py",
-        "delta_factors_delta_llava.py",
+        "delta_projection_delta_llava.py",
+        "projector_layers_delta_llava.py",
         "delta_repo_delta_llava.py",
     }
     others = "config.json generation_config.json processor_config.json tokenizer.json tokenizer_config.json README.md"

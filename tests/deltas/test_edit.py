@@ -12,8 +12,7 @@ from tests.tiny import prompt
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.conversion import convert_checkpoint, inspect_model
 from transformers_delta_llava.deltas import apply_deltas, extract_deltas, merge_deltas, truncate_deltas
-from transformers_delta_llava.modeling.delta_factors_delta_llava import applied_updates
-from transformers_delta_llava.modeling.projector_delta_llava import delta_weight
+from transformers_delta_llava.modeling.delta_projection_delta_llava import delta_weight
 
 
 @torch.no_grad()
@@ -32,8 +31,8 @@ def updates_of(model) -> dict[tuple, torch.Tensor]:
         (name, update): delta_weight(
             *(model.delta_state_dict()[f"{name}.{f}"].double() for f in ("delta_u", "delta_v")), update
         ).double()
-        for name, updates in applied_updates(model.config).items()
-        for update in updates
+        for name, projection in model.model.multi_modal_projector.delta_projections().items()
+        for update in projection.spec.updates
     }
 
 
@@ -75,8 +74,7 @@ def test_a_known_difference_is_recovered(model, repo, tmp_path):
     generator = torch.Generator().manual_seed(5)
     known = {}
     with torch.no_grad():
-        for name in applied_updates(model.config):
-            projection = getattr(tuned.model.multi_modal_projector, name)
+        for name, projection in tuned.model.multi_modal_projector.delta_projections().items():
             out, width = projection.weight.shape
             u, v = torch.randn(width, 2, generator=generator), torch.randn(2, out, generator=generator)
             known[name] = (u @ v).T
@@ -259,7 +257,7 @@ def test_bad_input_is_one_error_and_no_output(released_repo, checkpoint, tmp_pat
         (lambda: apply_deltas(released_repo, extra, out), "q_proj.weight: this projector has no such deltas"),
         (lambda: apply_deltas(released_repo, missing, out), "there is no q_proj.delta_v"),
         (lambda: apply_deltas(released_repo, mixed, out), "q_proj.delta_v is"),
-        (lambda: apply_deltas(released_repo, narrow, out), "does not fit"),
+        (lambda: apply_deltas(released_repo, narrow, out), r"v_proj.delta_v is \(4, 32\)"),
         (lambda: apply_deltas(deltas, deltas, out), "Expected a model and a delta repo"),
         (lambda: apply_deltas(released_repo, released_repo, out), "Expected a model and a delta repo"),
         (lambda: merge_deltas(deltas, out), "deltas holds deltas only"),

@@ -133,7 +133,7 @@ def test_save_and_load(model, tmp_path):
 
     twin = make(projector_layout=model.config.projector_layout, delta_sharing=model.config.delta_sharing)
     assert twin.load_deltas(tmp_path / "other") == "other"
-    assert twin.delta_names == ["other", "default"]
+    assert (twin.delta_names, twin.active_deltas) == (["default", "other"], "other")
     assert torch.equal(logits(twin), changed)
     assert_same(twin.delta_state_dict(), model.delta_state_dict())
     twin.load_deltas(tmp_path / "own", name="mine", activate=False)
@@ -183,6 +183,45 @@ def test_a_hundred_swaps_leave_the_base_to_the_bit(model, tmp_path):
     assert [parameter.data_ptr() for parameter in model.parameters()] == pointers
     model.delete_deltas("b")
     assert_same(snapshot(model), before)
+
+
+def test_added_deltas_change_nothing_until_they_are_trained(model):
+    before, plain = snapshot(model), logits(model)
+    with model.disable_deltas():
+        base = logits(model)
+    model.add_deltas("new", rank=2, activate=False)
+    assert torch.equal(logits(model), plain)
+    model.set_deltas("new")
+    assert (model.delta_names, model.active_deltas) == (["default", "new"], "new")
+    torch.testing.assert_close(logits(model), base)
+    for name, tensor in model.delta_state_dict().items():
+        assert tensor.any() == name.endswith("delta_u") and 2 in tensor.shape[-2:]
+    model.add_deltas("full")
+    model(**inputs(), labels=inputs()["input_ids"]).loss.backward()
+    assert any(p.grad.any() for p in model.delta_parameters())
+    model.set_deltas("default")
+    for name in ("new", "full"):
+        model.delete_deltas(name)
+    assert_same(snapshot(model), before)
+
+
+def test_disabled_deltas_leave_the_base(model):
+    plain = logits(model)
+    twin = copy.deepcopy(model)
+    twin.load_delta_state_dict({name: torch.zeros_like(t) for name, t in twin.delta_state_dict().items()})
+    base = logits(twin)
+    with pytest.raises(KeyError), model.disable_deltas():
+        torch.testing.assert_close(logits(model), base)
+        with model.disable_deltas():
+            pass
+        torch.testing.assert_close(logits(model), base)  # the inner block does not enable what the outer disables
+        raise KeyError
+    assert torch.equal(logits(model), plain)
+    model.merge_deltas()
+    merged = logits(model)
+    with model.disable_deltas():
+        torch.testing.assert_close(logits(model), base)
+    assert torch.equal(logits(model), merged)
 
 
 def test_what_was_trained_is_kept_over_a_swap(released, tmp_path):
@@ -327,7 +366,7 @@ def test_merge_refuses_what_is_not_finite(released):
         released.merge_deltas()
     assert not any(p.is_merged for p in released._delta_projections().values())
     assert_same(snapshot(released), before)
-    released.merge_deltas(safe=False)
+    released.merge_deltas(safe_merge=False)
     assert released.model.multi_modal_projector.v_proj.is_merged
 
 
@@ -363,7 +402,7 @@ def bad_tensors(model) -> dict[str, tuple[dict[str, torch.Tensor], str]]:
         "higher rank": (other_deltas(model, rank=5), r"rank 5, more than this model's delta_rank=4"),
         "wrong width": ({**good, name: good[name][:-1].contiguous()}, r"is \(63, 4\).*should be \(64, 4\)"),
         "integers": ({**good, name: good[name].int()}, "of a float dtype"),
-        "two names": ({**good, f"model.multi_modal_projector.{name}": good[name]}, "several tensors claim to be"),
+        "two names": ({**good, f"model.multi_modal_projector.{name}": good[name]}, "q_proj.delta_u is given twice"),
     }
 
 
@@ -481,10 +520,15 @@ def test_names(released, tmp_path):
         with pytest.raises(ValueError, match=f"deltas named '{taken}' already"):
             released.load_deltas(tmp_path / "b", name=taken)
     for call in (released.set_deltas, released.delete_deltas, released.delta_state_dict):
-        with pytest.raises(ValueError, match="no deltas named 'c'; there are 'b', 'default'"):
+        with pytest.raises(ValueError, match="no deltas named 'c'; there are 'default', 'b'"):
             call("c")
     with pytest.raises(ValueError, match="'b' are active"):
         released.delete_deltas("b")
+    with pytest.raises(ValueError, match="deltas named 'b' already"):
+        released.add_deltas("b")
+    for rank in (0, 5):
+        with pytest.raises(ValueError, match=f"rank={rank}: use 1 to delta_rank=4, or make room with resize_deltas"):
+            released.add_deltas("c", rank)
     assert_same(snapshot(released), before)
 
 
@@ -521,6 +565,9 @@ def test_a_model_without_deltas_says_so(tmp_path):
         model.unmerge_deltas,
         model.set_deltas_trainable,
         lambda: model.resize_deltas(8),
+        lambda: model.add_deltas("x"),
+        lambda: model.disable_deltas().__enter__(),
+        lambda: model.push_deltas_to_hub("someone/x"),
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -156,7 +156,9 @@ for name, options in [("someone/nothing", {}), ("someone/deltas", {"revision": "
     except OSError as error:
         errors.append(str(error))
 model.load_deltas("someone/deltas")
-print(json.dumps([model.delta_names, errors, {n: t.tolist() for n, t in model.delta_state_dict().items()}]))
+url = model.push_deltas_to_hub("someone/pushed", "deltas", private=True)
+model.load_deltas("someone/pushed")
+print(json.dumps([url, model.delta_names, errors, {n: t.tolist() for n, t in model.delta_state_dict().items()}]))
 """
 
 
@@ -172,8 +174,9 @@ def test_from_the_hub(tmp_path):
         command = [sys.executable, "-c", LOAD_FROM_HUB, str(tmp_path / "repo")]
         result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    names, errors, tensors = json.loads(result.stdout.splitlines()[-1])
-    assert names == ["deltas", "default"]
+    url, names, errors, tensors = json.loads(result.stdout.splitlines()[-1])
+    assert names == ["default", "deltas", "pushed"] and "someone/pushed" in url
+    assert server.repos["someone/pushed"].private
     assert "someone/nothing" in errors[0] and "nowhere" in errors[1]
     for name, tensor in other_deltas(model).items():
         assert torch.equal(torch.tensor(tensors[name]), tensor)

@@ -15,7 +15,8 @@ from tests.modeling.projector_cases import (
 )
 from tests.reference import names, oracle
 from tests.reference.goldens import difference
-from transformers_delta_llava.modeling.projector_delta_llava import DeltaLlavaProjector, eager_attention_forward
+from transformers_delta_llava.modeling.projector_delta_llava import DeltaLlavaProjector
+from transformers_delta_llava.modeling.projector_layers_delta_llava import eager_attention_forward
 
 
 # Gradients that are zero but for rounding: a softmax ignores what is added to all scores.

@@ -10,8 +10,9 @@ from tests.modeling.projector_cases import clip_large_config, drawn_inputs, proj
 from tests.reference import goldens, names, oracle
 from tests.reference.goldens import MANIFEST
 from transformers_delta_llava.modeling.configuration_delta_llava import DeltaLlavaConfig
+from transformers_delta_llava.modeling.delta_projection_delta_llava import DeltaProjection
 from transformers_delta_llava.modeling.modeling_delta_llava import DeltaLlavaModel
-from transformers_delta_llava.modeling.projector_delta_llava import DeltaLlavaProjector, DeltaProjection
+from transformers_delta_llava.modeling.projector_delta_llava import DeltaLlavaProjector
 
 
 CLIP_LARGE_BUDGETS = {1: 576, 2: 144, 3: 64, 4: 36, 6: 16, 8: 9, 12: 4, 24: 1}

@@ -10,9 +10,15 @@ import torch
 from ..conversion.checkpoint import Checkpoint, LazyTensor, parse_size, read_checkpoint, write_shards
 from ..conversion.export import read_repo_config
 from ..hub.repo_files import write_code, write_config
-from ..modeling.delta_factors_delta_llava import FACTORS
+from ..modeling.delta_projection_delta_llava import (
+    FACTORS,
+    DeltaProjection,
+    Factors,
+    ProjectionSpec,
+    delta_weight,
+    pick_update,
+)
 from ..modeling.delta_repo_delta_llava import describe_deltas, hashes_of_base, is_base, write_delta_repo
-from ..modeling.projector_delta_llava import DeltaProjection, delta_weight, pick_update
 from ..utils.errors import format_names
 from ..utils.files import atomic_folder, check_output, public_name
 from .algebra import Decomposition, decompose, decompose_product, squared_error, squared_norm
@@ -80,8 +86,8 @@ def extract_deltas(
     rank = rank or tuned.rank or start.rank
     parts = {
         (name, update): decompose((effective(tuned, name, update) - start.weights[name].double()).T)
-        for name, updates in start.updates.items()
-        for update in updates
+        for name, spec in start.specs.items()
+        for update in spec.updates
     }
     dtype = dtype or next(iter(tuned.weights.values())).dtype
     pairs = {name: _cast(pair, dtype) for name, pair in _best(parts, rank, start).items()}
@@ -128,8 +134,9 @@ def truncate_deltas(
     if energy is not None:
         if not 0 < energy <= 1:
             raise ValueError(f"energy={energy}: use a share above 0, and at most 1.")
-        sums = {key: _members(found, *key) for key in parts}
-        rank = max(-(-part.rank_for(energy) // sums[key]) for key, part in parts.items())
+        rank = max(
+            -(-part.rank_for(energy) // found.specs[name].num_summed(update)) for (name, update), part in parts.items()
+        )
         rank = min(rank, found.rank)
     assert rank is not None
     if not 1 <= rank <= found.rank:
@@ -155,7 +162,7 @@ def _check_pair(tuned: Projections, start: Projections) -> None:
     for one in (tuned, start):
         if not one.weights:
             raise ValueError(f"{one.name} holds deltas only; extract compares two models.")
-    if (tuned.layout, tuned.sharing, tuned.updates) != (start.layout, start.sharing, start.updates):
+    if (tuned.layout, tuned.sharing, tuned.specs.keys()) != (start.layout, start.sharing, start.specs.keys()):
         raise ValueError(
             f"{tuned.name} and {start.name} have projectors of other layouts or levels, so they have no difference."
         )
@@ -174,12 +181,6 @@ def _whole(part: Decomposition) -> torch.Tensor:
     return (part.left * part.values) @ part.right
 
 
-def _members(found: Projections, name: str, update: tuple[int, ...]) -> int:
-    """How many updates are summed up where `update` is applied."""
-    depth = {"released": 0, "paper": 2 if found.sharing == "all" else 1}[found.layout]
-    return len(found.level_names) if len(update) < depth else 1
-
-
 def _best(
     parts: dict[tuple[str, tuple[int, ...]], Decomposition], rank: int, like: Projections
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -189,16 +190,11 @@ def _best(
     widest = min(min(part.left.shape[0], part.right.shape[1]) for part in parts.values())
     if rank > widest:
         raise ValueError(f"rank={rank}: the bases are {widest} wide; use 1 to {widest}.")
-    levels = len(like.level_names)
-    leading = {"released": (), "paper": (3, levels) if like.sharing == "all" else (levels,)}[like.layout]
     deltas = {}
-    for name, updates in like.updates.items():
-        shape = next(part.left.shape[0] for key, part in parts.items() if key[0] == name)
-        out = next(part.right.shape[1] for key, part in parts.items() if key[0] == name)
-        u = torch.zeros(*leading, shape, rank, dtype=torch.float64)
-        v = torch.zeros(*leading, rank, out, dtype=torch.float64)
-        for update in updates:
-            members = _members(like, name, update)
+    for name, spec in like.specs.items():
+        u, v = (torch.zeros(shape, dtype=torch.float64) for shape in spec.factor_shapes(rank))
+        for update in spec.updates:
+            members = spec.num_summed(update)
             left, right = parts[name, update].factors(rank * members)
             if members > 1 or u[update].dim() == 3:
                 u[update] = left.unflatten(1, (members, rank)).transpose(0, 1)
@@ -215,8 +211,8 @@ def _energies(
     like: Projections,
 ) -> tuple[float, dict[str, float]]:
     found = {}
-    for name, updates in like.updates.items():
-        for update in updates:
+    for name, spec in like.specs.items():
+        for update in spec.updates:
             old, new = pick_update(*before[name], update), pick_update(*after[name], update)
             found[name, update] = squared_norm(*old), squared_error(old, new)
     return _kept(found)
@@ -323,7 +319,7 @@ def merge_deltas(
             )
     else:
         model, found = _model_and_deltas(repo, deltas, force)
-    shared = sorted(name for name, updates in model.updates.items() if len(updates) > 1)
+    shared = sorted(name for name, spec in model.specs.items() if len(spec.updates) > 1)
     if shared:
         raise ValueError(
             f"{model.name}: {format_names(shared)} is one base for several levels (projector_layout='paper'), each with a "
@@ -333,10 +329,10 @@ def merge_deltas(
     if not 0 <= rank <= width:
         raise ValueError(f"rank={rank}: use 0 for a model without deltas, or 1 to {width}.")
     weights = {
-        name: effective(found, name, found.updates[name][0], weight).to(weight.dtype)
+        name: effective(found, name, found.specs[name].updates[0], weight).to(weight.dtype)
         for name, weight in model.weights.items()
     }
-    new = {name: _new_deltas(weight, found.deltas[name][0].shape[:-2], rank) for name, weight in weights.items()}
+    new = {name: _new_deltas(model.specs[name], rank, weight.dtype) for name, weight in weights.items()}
     note = f"These are the weights of {model.name} with the deltas of {found.name} merged into their bases."
     return _write_model(model, output, new if rank else {}, weights, rank, note, max_shard_size, [found.folder])
 
@@ -365,12 +361,12 @@ def _model_and_deltas(repo: str | Path, deltas: str | Path, force: bool) -> tupl
     return model, found
 
 
-def _new_deltas(weight: torch.Tensor, leading: torch.Size, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _new_deltas(spec: ProjectionSpec, rank: int, dtype: torch.dtype) -> Factors:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        new = DeltaProjection(weight.shape[1], weight.shape[0], max(rank, 1), updates=tuple(leading))
+        new = DeltaProjection(spec, max(rank, 1))
     u, v = new.get_parameter("delta_u").detach(), new.get_parameter("delta_v").detach()
-    return u.to(weight.dtype), torch.zeros_like(v, dtype=weight.dtype)
+    return u.to(dtype), torch.zeros_like(v, dtype=dtype)
 
 
 def _write_model(

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -11,9 +10,16 @@ from ..conversion.config_mapping import DEFAULTS
 from ..conversion.export import read_repo_config
 from ..conversion.sources import PROJECTOR_FILE, open_trained
 from ..conversion.weight_mapping import PROJECTOR, SOURCE_PROJECTOR, map_names
-from ..modeling.delta_factors_delta_llava import FACTORS, applied_updates, check_deltas
+from ..modeling.delta_projection_delta_llava import (
+    FACTORS,
+    Factors,
+    ProjectionSpec,
+    Update,
+    check_deltas,
+    pick_update,
+    projection_specs,
+)
 from ..modeling.delta_repo_delta_llava import DELTA_CONFIG, DELTA_WEIGHTS, read_delta_config
-from ..modeling.projector_delta_llava import pick_update
 from ..utils.errors import format_names
 from ..utils.files import local_folder, public_name, read_json
 
@@ -33,7 +39,7 @@ class Projections:
         rank: of the deltas; 0 where there are none.
         weights: the bases by projection; none in a delta repo.
         others: the projector's other tensors.
-        updates: of `applied_updates`.
+        specs: of `projection_specs`.
         level_names: which hidden states of the tower the levels are; their positions, where nobody says.
         config: of a delta repo, its `delta_config.json`.
     """
@@ -42,11 +48,11 @@ class Projections:
     folder: Path
     layout: str
     sharing: str
-    deltas: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    deltas: dict[str, Factors]
     rank: int
     weights: dict[str, torch.Tensor]
     others: dict[str, LazyTensor]
-    updates: dict[str, list[tuple[int, ...]]]
+    specs: dict[str, ProjectionSpec]
     level_names: list[int]
     config: dict = field(default_factory=dict)
 
@@ -56,12 +62,12 @@ class Projections:
         pairs = ((name, pair) for name, pair in self.deltas.items())
         return {f"{n}.{f}": tensor for n, pair in pairs for f, tensor in zip(FACTORS, pair)}
 
-    def pairs(self) -> dict[tuple[str, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]]:
+    def pairs(self) -> dict[tuple[str, Update], Factors]:
         """The factor pair of every update that the projector applies; of a sum over levels, one pair."""
         return {
             (name, update): pick_update(*self.deltas[name], update)
-            for name, updates in self.updates.items()
-            for update in updates
+            for name, spec in self.specs.items()
+            for update in spec.updates
         }
 
 
@@ -161,37 +167,28 @@ def _assemble(
     lazy: dict[str, LazyTensor],
 ) -> Projections:
     """Sort the tensors: `deltas` as they are in a delta repo, or everything in the projector (`lazy`)."""
-    shape = SimpleNamespace(projector_layout=layout, delta_sharing=sharing, vision_feature_levels=level_names)
-    updates = applied_updates(shape)
-    bases = {f"{projection}.weight": projection for projection in updates}
-    factors = {f"{projection}.{factor}" for projection in updates for factor in FACTORS}
+    query = "qkv_proj" if sharing == "all" else "q_proj"
+    known = lazy.get(f"{query}.weight", deltas.get(f"{query}.delta_v"))
+    width = (
+        known.shape[-1] if known is not None and known.shape else 0
+    )  # what is missing or misshapen is refused below
+    specs = projection_specs(layout, sharing, len(level_names), width)
+    bases = {f"{projection}.weight": projection for projection in specs}
+    factors = {f"{projection}.{factor}" for projection in specs for factor in FACTORS}
     if lazy and (missing := sorted(bases.keys() - lazy.keys())):
         raise ValueError(f"{name}: there is no {format_names(missing)}.")
     deltas = deltas or {n: tensor.load() for n, tensor in lazy.items() if n in factors}
     weights = {bases[n]: tensor.load() for n, tensor in lazy.items() if n in bases}
     for projection, weight in weights.items():
-        if weight.dim() != 2:
-            raise ValueError(f"{name}: {projection}.weight is {tuple(weight.shape)}, and should be a matrix.")
+        expected = specs[projection].out_features, specs[projection].in_features
+        if weight.shape != expected:
+            raise ValueError(f"{name}: {projection}.weight is {tuple(weight.shape)}, and should be {expected}.")
     others = {n: tensor for n, tensor in lazy.items() if n not in factors and n not in bases}
-    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    pairs: dict[str, Factors] = {}
     rank = 0
     if deltas:
-        levels = len(level_names)
-        leading = () if layout == "released" else (3, levels) if sharing == "all" else (levels,)
-        shapes = {projection: _shapes(projection, deltas, weights, leading) for projection in updates}
-        pairs, rank = check_deltas(deltas, shapes, f"{name}: ")
+        pairs, rank = check_deltas(deltas, specs, f"{name}: ")
         for n, tensor in deltas.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{name}: {n} holds NaN or Inf.")
-    return Projections(name, folder, layout, sharing, pairs, rank, weights, others, updates, list(level_names))
-
-
-def _shapes(
-    projection: str, deltas: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], leading: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the factors of a base, or without one the shapes they have: then only the ranks are compared."""
-    own = [tuple(t.shape) for t in (deltas.get(f"{projection}.{f}") for f in FACTORS) if t is not None]
-    if len(own) < 2 or len(own[0]) < 2 or len(own[1]) < 2:
-        return (0, 0), (0, 0)  # check_deltas says which is missing or misshapen
-    out, width = weights[projection].shape if projection in weights else (own[1][-1], own[0][-2])
-    return (*leading, width, 1), (*leading, 1, out)
+    return Projections(name, folder, layout, sharing, pairs, rank, weights, others, specs, list(level_names))

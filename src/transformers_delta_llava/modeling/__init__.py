@@ -1,11 +1,12 @@
 from .configuration_delta_llava import DeltaLlavaConfig
+from .delta_projection_delta_llava import DeltaProjection
 from .modeling_delta_llava import (
     CACHE_NAME,
     DeltaLlavaForConditionalGeneration,
     DeltaLlavaModel,
     DeltaLlavaPreTrainedModel,
 )
-from .projector_delta_llava import DeltaLlavaProjector, DeltaProjection
+from .projector_delta_llava import DeltaLlavaProjector
 
 
 __all__ = [

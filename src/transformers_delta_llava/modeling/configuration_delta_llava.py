@@ -30,8 +30,9 @@ DEFAULT_VISION_CONFIG = {
 # Vicuna's 32,000 tokens, the image token, the padding token, rounded up to a multiple of 64.
 DEFAULT_TEXT_CONFIG = {"model_type": "llama", "vocab_size": 32064}
 
-# Towers whose token sequence is known to start with a class token, and towers known to have none.
-CLASS_TOKEN_TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}
+# The towers that are known, and the `vision_feature_select_strategy` that each needs: the tokens of CLIP start with a class
+# token, those of SigLIP do not.
+SELECT_STRATEGIES = {"clip_vision_model": "default", "siglip_vision_model": "full"}
 
 
 class DeltaLlavaConfig(PreTrainedConfig):
@@ -207,6 +208,12 @@ class DeltaLlavaConfig(PreTrainedConfig):
         return (self.grid_size // scale_factor) ** 2
 
     @property
+    def vision_feature_indices(self) -> tuple[int, ...]:
+        """The tower's hidden states that the projector reads, ascending: 0 is the embedding, `i` the output of layer `i`."""
+        states = self.vision_config.num_hidden_layers + 1
+        return tuple(sorted({index % states for index in (self.vision_feature_layer, *self.vision_feature_levels)}))
+
+    @property
     def num_window_attention_heads(self) -> int:
         """Heads of the window attention: `projector_num_attention_heads`, or one per 128 channels."""
         if self.projector_num_attention_heads is None:
@@ -315,10 +322,9 @@ def _check_tower(config: DeltaLlavaConfig) -> None:
                     f"use {-states} to {states - 1}",
                 )
 
-    has_class_token = CLASS_TOKEN_TOWERS.get(vision.model_type)
-    strategy = "default" if has_class_token else "full"
-    if has_class_token is not None and config.vision_feature_select_strategy != strategy:
-        reason = "starts with a class token" if has_class_token else "has no class token"
+    strategy = SELECT_STRATEGIES.get(vision.model_type, config.vision_feature_select_strategy)
+    if config.vision_feature_select_strategy != strategy:
+        reason = "starts with a class token" if strategy == "default" else "has no class token"
         _refuse(
             "vision_feature_select_strategy",
             config.vision_feature_select_strategy,

@@ -1,28 +1,32 @@
-"""Low-rank deltas as things users hold: named sets on one base that can be saved, loaded, swapped and merged.
+"""Low-rank deltas that users save, load, swap and merge: named sets of updates on one base.
 
-What has a name: a *set* is the `delta_u` and `delta_v` of every DeltaProjection. One set is active, which is to say in
-the parameters; it is called "default" at first. The others are held beside them, outside the state dict.
+A *set* is the `delta_u` and `delta_v` of every DeltaProjection. One set is active: it is in the parameters. The first is
+called "default". The others are held beside the parameters, outside the state dict.
 """
 
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .delta_factors_delta_llava import (
+from .delta_projection_delta_llava import (
     FACTORS,
-    applied_updates,
+    DeltaProjection,
+    Factors,
     check_deltas,
-    factors_of,
-    fill,
+    copy_factors,
+    delta_weight,
     hooks,
-    resident,
-    shapes_at,
-    trimmed,
+    init_factor,
+    materialize,
+    materialize_factors,
+    truncate,
 )
 from .delta_repo_delta_llava import (
     describe_deltas,
@@ -32,11 +36,10 @@ from .delta_repo_delta_llava import (
     read_delta_tensors,
     write_delta_repo,
 )
-from .projector_delta_llava import DeltaProjection, delta_weight
 
 
 class DeltaMixin:
-    """The verbs for deltas, on the base model and on the model with a head alike.
+    """The methods for deltas, of the base model and of the model with a head alike.
 
     All of them check everything before they change anything: after an error the model is as it was. Tensors are named
     as in the projector, `q_proj.delta_u`. Swapping writes into the parameters that are there, so optimizers, compiled
@@ -44,29 +47,26 @@ class DeltaMixin:
 
     Sets may differ in rank. The parameters have rank `config.delta_rank`; a set of lower rank fills its part of them,
     and zeros the rest, which get no gradient and stay zero. A set of higher rank needs `resize_deltas` first.
+
+    Every method raises `ValueError` if the model has no deltas (`use_delta_projection=False`).
     """
 
     config: Any
 
     def delta_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of the active deltas, `delta_u` and `delta_v` of each projection: what an optimizer wants.
-
-        Raises:
-            ValueError: if the model has no deltas (`use_delta_projection=False`), as every method here.
-        """
+        """The parameters of the active deltas, `delta_u` and `delta_v` of each projection, for an optimizer."""
         for projection in self._delta_projections().values():
             yield from (getattr(projection, factor) for factor in FACTORS)
 
     @property
     def delta_names(self) -> list[str]:
-        """Names of all sets, the active one first."""
-        projection = next(iter(self._delta_projections().values()))
-        return [projection.active_deltas, *projection.held_deltas]
+        """Names of all sets, in the order of loading."""
+        return list(self._first_projection().delta_sets)
 
     @property
     def active_deltas(self) -> str:
         """Name of the active set."""
-        return self.delta_names[0]
+        return self._first_projection().active_deltas
 
     def delta_state_dict(self, name: str | None = None) -> dict[str, torch.Tensor]:
         """A set's tensors by name, at its own rank, detached; like `state_dict()` it shares memory with the model.
@@ -78,14 +78,13 @@ class DeltaMixin:
             ValueError: if there is no such set.
         """
         name = self._check_name(name)
-        found: dict[str, torch.Tensor] = {}
+        state_dict: dict[str, torch.Tensor] = {}
         for prefix, projection in self._delta_projections().items():
-            if name == projection.active_deltas:
-                factors = trimmed(*factors_of(projection), projection.active_rank)
-            else:
-                factors = projection.held_deltas[name]
-            found |= {f"{prefix}.{factor}": tensor.detach() for factor, tensor in zip(FACTORS, factors)}
-        return found
+            factors = projection.delta_sets[name]
+            if factors is None:
+                factors = truncate(*materialize_factors(projection), projection.active_rank)
+            state_dict |= {f"{prefix}.{factor}": tensor.detach() for factor, tensor in zip(FACTORS, factors)}
+        return state_dict
 
     @torch.no_grad()
     def load_delta_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
@@ -102,10 +101,10 @@ class DeltaMixin:
         projections = self._delta_projections()
         if self._is_merged():
             raise ValueError("The deltas are merged; call unmerge_deltas() before you overwrite them.")
-        tensors, rank = self._fit(state_dict)
-        targets = {prefix: factors_of(projection, write=True) for prefix, projection in projections.items()}
+        factors, rank = self._check_deltas(state_dict)
+        targets = {name: materialize_factors(projection, write=True) for name, projection in projections.items()}
         for name, projection in projections.items():
-            fill(targets[name], tensors[name])
+            copy_factors(factors[name], targets[name])
             projection.active_rank = rank
 
     def save_deltas(
@@ -115,12 +114,12 @@ class DeltaMixin:
         dtype: torch.dtype | None = None,
         overwrite: bool = False,
     ) -> None:
-        """Write a set as a delta repo: `deltas.safetensors`, `delta_config.json`, `README.md`. Push it as any folder.
+        """Write a set as a delta repo: `deltas.safetensors`, `delta_config.json`, `README.md`.
 
         Works while merged, too: the base is what it was.
 
         Args:
-            folder: appears when it is whole; it must not exist, or be empty.
+            folder: appears when it is complete; it must not exist, or be empty.
             name: of the set; the active one by default.
             dtype: of the file; the model's by default.
             overwrite: replace a delta repo that is there.
@@ -142,23 +141,58 @@ class DeltaMixin:
         )
         write_delta_repo(folder, tensors, config, overwrite)
 
+    def push_deltas_to_hub(
+        self,
+        repo_id: str,
+        name: str | None = None,
+        dtype: torch.dtype | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload deltas",
+    ) -> str:
+        """Upload a set as a delta repo, in one commit; the repo is created where there is none.
+
+        Args:
+            repo_id: of the repo on the Hub, `owner/name`.
+            name: of the set; the active one by default.
+            dtype: of the file; the model's by default.
+            private: whether a new repo is private; the owner's default when `None`.
+            token: of a login that may write there; the stored one by default.
+            commit_message: of the commit.
+
+        Returns:
+            The URL of the commit.
+
+        Raises:
+            ValueError: as `save_deltas`, before the Hub is asked for anything.
+            huggingface_hub.errors.HfHubHTTPError: if the Hub refuses.
+        """
+        from huggingface_hub import HfApi  # transformers needs it, too
+
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / repo_id.rpartition("/")[2]
+            self.save_deltas(folder, name, dtype)
+            api = HfApi(token=token)
+            repo = api.create_repo(repo_id, private=private, exist_ok=True)
+            return api.upload_folder(
+                repo_id=repo.repo_id, folder_path=folder, commit_message=commit_message
+            ).commit_url
+
     @torch.no_grad()
     def load_deltas(
         self,
-        folder_or_repo: str | os.PathLike,
+        model_id: str | os.PathLike,
         name: str | None = None,
         force: bool = False,
         activate: bool = True,
         **hub_kwargs: Any,
     ) -> str:
-        """Add a delta repo as a set of its own, and switch to it.
-
-        Reads the repo alone; the base is hashed in memory, once.
+        """Add a delta repo as a new set, and switch to it. Reads the repo alone; the base is hashed in memory, once.
 
         Args:
-            folder_or_repo: a folder, or a repo on the Hub.
-            name: for the set; the last part of `folder_or_repo` by default.
-            force: take it although it belongs to another base. Whatever does not fit in shape is refused still.
+            model_id: a folder, or a repo on the Hub.
+            name: for the set; the last part of `model_id` by default.
+            force: accept deltas of another base. Shapes that do not fit are refused all the same.
             activate: switch to it; otherwise it is held until `set_deltas`.
             hub_kwargs: `revision`, `token`, `subfolder`, `cache_dir`, ... as for `from_pretrained`.
 
@@ -170,44 +204,61 @@ class DeltaMixin:
                 or too many, or on values that are not finite in the model's dtype.
             OSError: if the repo cannot be read.
         """
-        projections = self._delta_projections()
-        name = name or Path(str(folder_or_repo)).name or Path(folder_or_repo).resolve().name
-        if name in self.delta_names:
-            raise ValueError(
-                f"There are deltas named {name!r} already; pass another name, or delete_deltas({name!r})."
-            )
-        config = read_delta_config(folder_or_repo, **hub_kwargs)
+        name = name or Path(str(model_id)).name or Path(model_id).resolve().name
+        self._check_new_name(name)
+        config = read_delta_config(model_id, **hub_kwargs)
         for field in ("projector_layout", "delta_sharing"):
             if config.get(field) != getattr(self.config, field):
                 raise ValueError(
-                    f"{folder_or_repo}: {field}={config.get(field)!r} of these deltas is not the model's, "
+                    f"{model_id}: {field}={config.get(field)!r} of these deltas is not the model's, "
                     f"{getattr(self.config, field)!r}."
                 )
-        tensors, rank = self._fit(read_delta_tensors(folder_or_repo, **hub_kwargs), f"{folder_or_repo}: ")
+        factors, rank = self._check_deltas(read_delta_tensors(model_id, **hub_kwargs), f"{model_id}: ")
         if rank != config["delta_rank"]:
             raise ValueError(
-                f"{folder_or_repo}: delta_rank={config['delta_rank']!r} in its config, but its tensors have rank {rank}."
+                f"{model_id}: delta_rank={config['delta_rank']!r} in its config, but its tensors have rank {rank}."
             )
         if not force and not is_base(self._base_weights(), config["base_sha256"]):
             raise ValueError(
-                f"{folder_or_repo}: these deltas belong to another base "
+                f"{model_id}: these deltas belong to another base "
                 f"({config.get('base_model_name_or_path') or 'unnamed'}) than this model's "
                 f"({getattr(self.config, 'name_or_path', None) or 'unnamed'}); load that one, or pass force=True."
             )
-        targets = {prefix: factors_of(projection, write=activate) for prefix, projection in projections.items()}
-        for prefix, projection in projections.items():
-            delta_u, delta_v = (tensor.to(targets[prefix][0].device) for tensor in tensors[prefix])
-            projection.held_deltas[name] = (delta_u, delta_v)
-        if activate:
-            self.set_deltas(name)
+        self._add_set(name, factors, activate)
         return name
+
+    @torch.no_grad()
+    def add_deltas(self, name: str, rank: int | None = None, activate: bool = True) -> None:
+        """Add a new set to train, and switch to it. It changes nothing yet: `delta_v` is zero, `delta_u` is drawn.
+
+        Args:
+            name: for the set.
+            rank: of the set; `config.delta_rank` by default.
+            activate: switch to it; otherwise it is held until `set_deltas`.
+
+        Raises:
+            ValueError: if the name is taken, or on a rank outside 1 to `config.delta_rank`.
+        """
+        rank = self.config.delta_rank if rank is None else rank
+        self._check_new_name(name)
+        if not 1 <= rank <= self.config.delta_rank:
+            raise ValueError(
+                f"rank={rank}: use 1 to delta_rank={self.config.delta_rank}, or make room with resize_deltas."
+            )
+        factors = {}
+        for prefix, projection in self._delta_projections().items():
+            own = materialize(projection, "delta_u")
+            delta_u, delta_v = (own.new_zeros(shape) for shape in projection.spec.factor_shapes(rank))
+            init_factor(delta_u)
+            factors[prefix] = (delta_u, delta_v)
+        self._add_set(name, factors, activate)
 
     @torch.no_grad()
     def set_deltas(self, name: str) -> None:
         """Switch to another set, in time and memory of the deltas alone; no base parameter is read or written.
 
-        Merged deltas are unmerged, with a warning, unless they are those that are asked for. An optimizer's moments stay
-        with the parameters, not with the set.
+        Merged deltas are unmerged, with a warning, unless the set is active already. An optimizer's moments stay with
+        the parameters, not with the set.
 
         Raises:
             ValueError: if there is no such set.
@@ -215,13 +266,15 @@ class DeltaMixin:
         if self._check_name(name) == self.active_deltas:
             return
         projections = self._delta_projections()
-        targets = {prefix: factors_of(projection, write=True) for prefix, projection in projections.items()}
+        targets = {prefix: materialize_factors(projection, write=True) for prefix, projection in projections.items()}
         self._unmerge_with_warning()
         for prefix, projection in projections.items():
-            delta_u, delta_v = trimmed(*targets[prefix], projection.active_rank)
-            projection.held_deltas[projection.active_deltas] = (delta_u.detach().clone(), delta_v.detach().clone())
-            factors = projection.held_deltas.pop(name)
-            fill(targets[prefix], factors)
+            delta_u, delta_v = truncate(*targets[prefix], projection.active_rank)
+            factors = projection.delta_sets[name]
+            assert factors is not None
+            projection.delta_sets[projection.active_deltas] = (delta_u.detach().clone(), delta_v.detach().clone())
+            projection.delta_sets[name] = None
+            copy_factors(factors, targets[prefix])
             projection.active_deltas, projection.active_rank = name, factors[0].shape[-1]
 
     def delete_deltas(self, name: str) -> None:
@@ -231,9 +284,22 @@ class DeltaMixin:
             ValueError: if there is no such set, or it is the active one.
         """
         if self._check_name(name) == self.active_deltas:
-            raise ValueError(f"The deltas {name!r} are active; switch with set_deltas to others before.")
+            raise ValueError(f"The deltas {name!r} are active; switch to others with set_deltas first.")
         for projection in self._delta_projections().values():
-            del projection.held_deltas[name]
+            del projection.delta_sets[name]
+
+    @contextmanager
+    def disable_deltas(self) -> Iterator[None]:
+        """Within a `with` block, compute with the bases alone, merged or not."""
+        projections = self._delta_projections().values()
+        before = [projection.deltas_enabled for projection in projections]
+        try:
+            for projection in projections:
+                projection.deltas_enabled = False
+            yield
+        finally:
+            for projection, enabled in zip(projections, before):
+                projection.deltas_enabled = enabled
 
     @torch.no_grad()
     def resize_deltas(self, rank: int) -> None:
@@ -246,25 +312,23 @@ class DeltaMixin:
         """
         projections = self._delta_projections()
         for name in self.delta_names:
-            needed = min(self.delta_state_dict(name).items())[1].shape[-1]
+            needed = next(iter(self.delta_state_dict(name).values())).shape[-1]
             if rank < needed:
                 raise ValueError(f"delta_rank={rank}: the deltas {name!r} have rank {needed}; truncate them before.")
         if any(parameter.device.type == "meta" for parameter in self.delta_parameters()):
             raise ValueError("The projector is offloaded, so its deltas cannot be resized; load it to a device.")
         self._unmerge_with_warning()
         for projection in projections.values():
-            old = factors_of(projection)
-            kept = trimmed(*old, projection.active_rank)
-            shape_u, shape_v = shapes_at(kept[0].shape, kept[1].shape, rank)
-            new = kept[0].new_zeros(shape_u), kept[1].new_zeros(shape_v)
-            fill(new, kept)
-            for parameter, tensor in zip(old, new):
+            parameters = materialize_factors(projection)
+            delta_u, delta_v = (parameters[0].new_zeros(shape) for shape in projection.spec.factor_shapes(rank))
+            copy_factors(truncate(*parameters, projection.active_rank), (delta_u, delta_v))
+            for parameter, tensor in zip(parameters, (delta_u, delta_v)):
                 parameter.grad = None
                 parameter.data = tensor
         self.config.delta_rank = rank
 
     @torch.no_grad()
-    def merge_deltas(self, safe: bool = True) -> None:
+    def merge_deltas(self, safe_merge: bool = True) -> None:
         """Add base and deltas up ahead, in float32, so that the forward pass does one product instead of three.
 
         The sums are kept beside the parameters, in their dtype, and are not in the state dict. So this costs the memory
@@ -274,29 +338,26 @@ class DeltaMixin:
         whose base has the deltas in it: `delta-llava delta merge`. A second call warns and does nothing.
 
         Args:
-            safe: refuse sums that are not finite.
+            safe_merge: refuse sums that are not finite.
 
         Raises:
-            ValueError: if a sum is not finite and `safe`.
+            ValueError: if a sum is not finite and `safe_merge`.
         """
-        projections = self._delta_projections()
         if self._is_merged():
             warnings.warn("The deltas are merged already, nothing to do.", stacklevel=2)
             return
         merged = {}
-        for name, updates in applied_updates(self.config).items():
-            weight, factors = resident(projections[name], "weight"), factors_of(projections[name])
-            sums = [weight.float() + delta_weight(*factors, update) for update in updates]
+        for name, projection in self._delta_projections().items():
+            weight, factors = materialize(projection, "weight"), materialize_factors(projection)
+            sums = [weight.float() + delta_weight(*factors, update) for update in projection.spec.updates]
             merged[name] = torch.stack([total.to(weight.dtype) for total in sums])
-            if safe and not torch.isfinite(merged[name]).all():
+            if safe_merge and not torch.isfinite(merged[name]).all():
                 raise ValueError(f"{name}: base and deltas add up to NaN or Inf, so nothing was merged.")
-        for name, updates in applied_updates(self.config).items():
-            projection = projections[name]
+        for name, projection in self._delta_projections().items():
             device = next(
                 (hook.execution_device for hook in hooks(projection) if hasattr(hook, "execution_device")), None
             )
             projection.merged_weights = merged[name] if device is None else merged[name].to(device)
-            projection.merged_updates = {update: index for index, update in enumerate(updates)}
 
     def unmerge_deltas(self) -> None:
         """Undo `merge_deltas`, to the bit. Warns where nothing is merged."""
@@ -325,19 +386,42 @@ class DeltaMixin:
 
     def _delta_projections(self) -> dict[str, DeltaProjection]:
         if not self.config.use_delta_projection:
-            raise ValueError("use_delta_projection=False: this model has no deltas; load one that was made with them.")
-        projector = self.base_model.multi_modal_projector  # type: ignore[attr-defined]
-        # By attribute: where PEFT trains a copy of the projector, its wrapper hands out the copy's.
-        return {name: getattr(projector, name) for name in applied_updates(self.config)}
+            raise ValueError(
+                "use_delta_projection=False: this model has no deltas; load one that was trained with them."
+            )
+        # Through the attribute: where PEFT trains a copy of the projector, its wrapper hands out the copy's.
+        return self.base_model.multi_modal_projector.delta_projections()  # type: ignore[attr-defined]
+
+    def _first_projection(self) -> DeltaProjection:
+        return next(iter(self._delta_projections().values()))
 
     def _base_weights(self) -> dict[str, torch.Tensor]:
-        return {name: resident(projection, "weight") for name, projection in self._delta_projections().items()}
+        return {name: materialize(projection, "weight") for name, projection in self._delta_projections().items()}
 
     def _check_name(self, name: str | None) -> str:
         names = self.delta_names
         if name is not None and name not in names:
             raise ValueError(f"There are no deltas named {name!r}; there are {', '.join(map(repr, names))}.")
-        return names[0] if name is None else name
+        return self.active_deltas if name is None else name
+
+    def _check_new_name(self, name: str) -> None:
+        if name in self.delta_names:
+            raise ValueError(
+                f"There are deltas named {name!r} already; pass another name, or delete_deltas({name!r})."
+            )
+
+    def _add_set(self, name: str, factors: dict[str, Factors], activate: bool) -> None:
+        """Hold a set of checked factors beside the parameters, on their device."""
+        projections = self._delta_projections()
+        # All of them first: this refuses projectors that cannot be written to.
+        targets = {
+            prefix: materialize_factors(projection, write=activate) for prefix, projection in projections.items()
+        }
+        for prefix, projection in projections.items():
+            delta_u, delta_v = (tensor.to(targets[prefix][0].device) for tensor in factors[prefix])
+            projection.delta_sets[name] = (delta_u, delta_v)
+        if activate:
+            self.set_deltas(name)
 
     def _is_merged(self) -> bool:
         return any(projection.is_merged for projection in self._delta_projections().values())
@@ -347,25 +431,20 @@ class DeltaMixin:
             warnings.warn("The deltas were merged; they are unmerged for this.", stacklevel=3)
             self.unmerge_deltas()
 
-    def _fit(
-        self, state_dict: Mapping[str, torch.Tensor], where: str = ""
-    ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], int]:
+    def _check_deltas(self, state_dict: Mapping[str, torch.Tensor], where: str = "") -> tuple[dict[str, Factors], int]:
         """Deltas by projection, in the model's dtype, and their rank; ValueError where they do not fit."""
         projections = self._delta_projections()
-        own = {n: (p.get_parameter("delta_u"), p.get_parameter("delta_v")) for n, p in projections.items()}
-        shapes = {name: (tuple(u.shape), tuple(v.shape)) for name, (u, v) in own.items()}
-        tensors, rank = check_deltas(state_dict, shapes, where)
+        factors, rank = check_deltas(state_dict, {name: p.spec for name, p in projections.items()}, where)
         if rank > self.config.delta_rank:
             raise ValueError(
                 f"{where}the deltas have rank {rank}, more than this model's delta_rank={self.config.delta_rank}; call "
                 f"resize_deltas({rank}), or truncate them."
             )
-        fitting = {}
-        for name, factors in tensors.items():
-            dtype = own[name][0].dtype
-            for factor, tensor in zip(FACTORS, factors):
-                if not torch.isfinite(tensor.to(dtype)).all():
+        for name, pair in factors.items():
+            dtype = projections[name].get_parameter("delta_u").dtype
+            delta_u, delta_v = (tensor.detach().to(dtype) for tensor in pair)
+            for factor, tensor in zip(FACTORS, (delta_u, delta_v)):
+                if not torch.isfinite(tensor).all():
                     raise ValueError(f"{where}{name}.{factor} holds NaN or Inf.")
-            delta_u, delta_v = (tensor.detach().to(dtype) for tensor in factors)
-            fitting[name] = (delta_u, delta_v)
-        return fitting, rank
+            factors[name] = (delta_u, delta_v)
+        return factors, rank

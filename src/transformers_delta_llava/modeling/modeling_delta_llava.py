@@ -18,15 +18,17 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import ModelOutput
 
-from .configuration_delta_llava import CLASS_TOKEN_TOWERS, DeltaLlavaConfig
+from .configuration_delta_llava import SELECT_STRATEGIES, DeltaLlavaConfig
+from .delta_projection_delta_llava import DeltaProjection
 from .deltas_delta_llava import DeltaMixin
 from .generation_delta_llava import DeltaLlavaGenerationMixin
-from .projector_delta_llava import DeltaLlavaProjector, DeltaProjection, PositionEmbedding2D, WindowAttention
+from .projector_delta_llava import DeltaLlavaProjector
+from .projector_layers_delta_llava import PositionEmbedding2D, ProjectedWindowAttention
 
 
 # What quantisers leave alone: every visual token passes through the tower and the projector, and they are small beside the
 # language model. Listed as both models, with and without a head, name their parts.
-KEPT_IN_FULL = frozenset(
+MODULES_NOT_TO_CONVERT = frozenset(
     f"{prefix}{part}" for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector")
 ) | {"lm_head"}
 
@@ -101,11 +103,13 @@ class DeltaLlavaPreTrainedModel(DeltaMixin, PreTrainedModel):
         super().post_init()
         if getattr(self.config, "quantization_config", None) is not None:
             # Every quantiser reads it.
-            self._keep_in_fp32_modules = set(self._keep_in_fp32_modules or ()) | KEPT_IN_FULL
+            self._keep_in_fp32_modules = set(self._keep_in_fp32_modules or ()) | MODULES_NOT_TO_CONVERT
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         # It also means float32 in a float16 model. Here what is kept from quantisers has the dtype of the model.
-        return {name: kept for name, kept in super()._get_dtype_plan(dtype).items() if name not in KEPT_IN_FULL}
+        return {
+            name: kept for name, kept in super()._get_dtype_plan(dtype).items() if name not in MODULES_NOT_TO_CONVERT
+        }
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """As in PyTorch, but PEFT does not see the DeltaProjections.
@@ -127,7 +131,7 @@ class DeltaLlavaPreTrainedModel(DeltaMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (DeltaProjection, WindowAttention, PositionEmbedding2D)):
+        if isinstance(module, (DeltaProjection, ProjectedWindowAttention, PositionEmbedding2D)):
             module.reset_parameters()
         elif isinstance(module, nn.Conv2d):
             nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))  # PyTorch's own, as in the released code
@@ -207,16 +211,13 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
                 outputs.hidden_states = None
             return outputs, all_states
 
-        num_states = tower.config.num_hidden_layers + 1
-        needed = {
-            level % num_states for level in (self.config.vision_feature_layer, *self.config.vision_feature_levels)
-        }
-        states: list[torch.Tensor | None] = [None] * num_states
+        needed = self.config.vision_feature_indices
+        states: list[torch.Tensor | None] = [None] * (tower.config.num_hidden_layers + 1)
         interpolate = kwargs.pop("interpolate_pos_encoding", False)
         hidden_states = tower.embeddings(pixel_values, interpolate_pos_encoding=interpolate)
         if hasattr(tower, "pre_layrnorm"):
             hidden_states = tower.pre_layrnorm(hidden_states)
-        for index, layer in enumerate([None, *tower.encoder.layers[: max(needed)]]):
+        for index, layer in enumerate([None, *tower.encoder.layers[: needed[-1]]]):
             if layer is not None:
                 hidden_states = layer(hidden_states, None, **kwargs)
             if index in needed:
@@ -427,8 +428,8 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, DeltaLlavaGe
                 lm_head = language_model.get_output_embeddings()
         elif "image_token_id" not in config_kwargs:
             raise ValueError("Pass the processor, or image_token_id: the model must know its placeholder token.")
-        has_class_token = CLASS_TOKEN_TOWERS.get(vision_tower.config.model_type, True)
-        config_kwargs.setdefault("vision_feature_select_strategy", "default" if has_class_token else "full")
+        strategy = SELECT_STRATEGIES.get(vision_tower.config.model_type, "default")
+        config_kwargs.setdefault("vision_feature_select_strategy", strategy)
         config = DeltaLlavaConfig(vision_tower.config, language_model.config, **config_kwargs)
 
         with torch.device("meta"):  # everything but the projector is replaced
@@ -510,7 +511,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, DeltaLlavaGe
 def _has_known_layers(tower: nn.Module) -> bool:
     """Whether a tower can be run layer by layer: it has the parts, and its layers the signature, of CLIP and SigLIP."""
     layers = getattr(getattr(tower, "encoder", None), "layers", None)
-    if tower.config.model_type not in CLASS_TOKEN_TOWERS or not layers or not hasattr(tower, "embeddings"):
+    if tower.config.model_type not in SELECT_STRATEGIES or not layers or not hasattr(tower, "embeddings"):
         return False
     return list(inspect.signature(layers[0].forward).parameters)[:2] == ["hidden_states", "attention_mask"]
 
