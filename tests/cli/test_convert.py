@@ -54,7 +54,7 @@ def test_warnings_go_to_stderr(call, checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--dtype", "int8"], "dtype='int8' is not one of float32, bfloat16, float16."),
+        (["--dtype", "int8"], "dtype='int8': use one of float32, bfloat16, float16."),
         (["--vision-tower", "/no/tower"], "The vision tower /no/tower is not a folder"),
         (["--tokenizer", "/no/tokenizer"], "The tokenizer /no/tokenizer is not a folder"),
         (["--chat-template", "strange"], "The chat template strange is neither a file nor one of"),

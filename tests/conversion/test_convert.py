@@ -347,7 +347,7 @@ def test_the_tokenizer_may_be_given(source, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "int8"}, "dtype='int8' is not one of float32, bfloat16, float16"),
+        ({"dtype": "int8"}, "dtype='int8': use one of float32, bfloat16, float16"),
         ({"dtype": torch.int8}, "is not one of"),
         ({"max_shard_size": "lots"}, "max_shard_size='lots'"),
         ({"chat_template": "vicuna_v9"}, "vicuna_v9 is neither a file nor one of vicuna_v1"),

@@ -15,10 +15,7 @@ from ..processing.image_utils_delta_llava import open_image
 from ..utils.errors import DeltaLlavaError, one_line, shorten
 from ..utils.files import is_repo_id, read_json, refuse_special_files
 from ..utils.prompts import check_prompt, check_texts, render_question
-from ..utils.validation import check_sizes
-
-
-DTYPES = ("float32", "bfloat16", "float16")
+from ..utils.validation import check_sizes, torch_dtype
 
 
 def load_repo(
@@ -30,21 +27,20 @@ def load_repo(
     Args:
         model: folder or Hub id.
         device: a device of torch.
-        dtype: one of `DTYPES`.
+        dtype: float32, bfloat16 or float16.
 
     Raises:
         DeltaLlavaError: there is no such repo, it is of something else, parts of it are missing, or device or dtype are
             not to be had here.
     """
-    if dtype not in DTYPES:
-        raise DeltaLlavaError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}.")
+    weights_dtype = torch_dtype(dtype)
     _check_device(device)
     _check_repo(model)
     if Path(model).is_dir() and not (Path(model) / "processor_config.json").is_file():
         raise DeltaLlavaError(f"{model} has no processor: its processor_config.json is missing.")
     with _reading(model):
         loaded, report = DeltaLlavaForConditionalGeneration.from_pretrained(
-            model, dtype=getattr(torch, dtype), output_loading_info=True
+            model, dtype=weights_dtype, output_loading_info=True
         )
         processor = DeltaLlavaProcessor.from_pretrained(model)
         render_question(processor, f"The chat template of {model}")

@@ -286,9 +286,7 @@ def _layers_read(model: DeltaLlavaForConditionalGeneration) -> nn.ModuleList:
         raise ValueError(
             f"vision_config.model_type={tower.config.model_type!r}: only CLIP and SigLIP can be profiled."
         )
-    states = tower.config.num_hidden_layers + 1
-    deepest = max(level % states for level in (config.vision_feature_layer, *config.vision_feature_levels))
-    return tower.encoder.layers[:deepest]
+    return tower.encoder.layers[: config.vision_feature_indices[-1]]
 
 
 def _count(module: nn.Module) -> int:

@@ -41,18 +41,16 @@ def profile(
     plot: Annotated[Path | None, typer.Option(help="SVG file to draw the operations to.")] = None,
 ) -> None:
     """Operations, parameters and memory of each part at every budget, from the config alone: no weights are read."""
-    import torch  # takes seconds to import, which `--help` need not wait for
-
+    # These take seconds to import, which `--help` need not wait for.
     from ..analysis import PAPER_NOTE, SHAPES, bar_plot, load_config, profile_model, roofline, shape_config
+    from ..utils.validation import torch_dtype
 
     config = shape_config(model) if model in SHAPES else load_config(model)
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype={dtype!r}: use float32, bfloat16 or float16.")
     if (flops_per_second is None) != (bytes_per_second is None):
         raise ValueError(
             "Give --flops-per-second and --bytes-per-second together: the shortest time needs both rates."
         )
-    result = profile_model(config, text_tokens, new_tokens, getattr(torch, dtype), num_visual_tokens)
+    result = profile_model(config, text_tokens, new_tokens, torch_dtype(dtype), num_visual_tokens)
     floors = None
     if flops_per_second is not None and bytes_per_second is not None:
         floors = roofline(result, flops_per_second, bytes_per_second, batch_size)

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..modeling import DeltaLlavaConfig
+from ..modeling.configuration_delta_llava import SELECT_STRATEGIES
 from ..utils.errors import DeltaLlavaError, explain_errors
 from ..utils.validation import check_sizes, validate
 from .language_models import LanguageModel, language_model
@@ -248,7 +249,7 @@ def convert_config(
         "vision_config": vision_config,
         "text_config": text_config,
         "image_token_id": vocabulary.image_token_id,
-        "vision_feature_select_strategy": "full" if vision_config.model_type == "siglip_vision_model" else "default",
+        "vision_feature_select_strategy": SELECT_STRATEGIES[vision_config.model_type],
         "projector_layout": "released",
         **keys.own,
     }

@@ -34,6 +34,7 @@ from ..utils.files import (
     sha256_of,
     write_json,
 )
+from ..utils.validation import DTYPES, torch_dtype
 from .chat_templates import ChatTemplate, chat_template_warnings, choose_chat_template, exported_template
 from .checkpoint import Checkpoint, Progress, parse_size, verify_archives, verify_shards, write_shards
 from .config_mapping import SourceConfig, Vocabulary, convert_config, grown_vocabulary, read_config
@@ -143,7 +144,6 @@ def hash_files(files: list[Path]) -> dict[str, str]:
 
 # Tokens of a tokenizer that were not trained, beside those that conversion adds: some authors add a few and never resize.
 _MOST_NEW_ROWS = 1024
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -283,9 +283,7 @@ def _read_config(source: Path) -> SourceConfig:
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or dtype in DTYPES.values():
         return dtype
-    if dtype not in DTYPES:
-        raise DeltaLlavaError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")
-    return DTYPES[str(dtype)]
+    return torch_dtype(str(dtype))
 
 
 def _read_source(

@@ -273,9 +273,7 @@ def trains_vision(model: nn.Module) -> bool:
 def _unused_layers(model: DeltaLlavaForConditionalGeneration) -> re.Pattern[str]:
     """Matches the vision tower's parameters that no visual token depends on."""
     config = model.config
-    layers = config.vision_config.num_hidden_layers
-    levels = (config.vision_feature_layer, *config.vision_feature_levels)
-    deepest = max(level % (layers + 1) for level in levels)
+    deepest, layers = config.vision_feature_indices[-1], config.vision_config.num_hidden_layers
     above = "|".join(str(index) for index in range(deepest, layers)) or "none"
     return re.compile(rf"vision_tower\.(.*\.)?(layers?\.({above})\.|post_layernorm\.|head\.)")
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedConfig
 
@@ -43,6 +44,20 @@ def read_model(path: Path, model: type[Model]) -> Model:
     """
     values: Mapping[str, Any] = read_json(path)
     return validate(model, values, path.name)
+
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of this name.
+
+    Raises:
+        DeltaLlavaError: the name is not one of `DTYPES`.
+    """
+    if name not in DTYPES:
+        raise DeltaLlavaError(f"dtype={name!r}: use one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
 
 
 _Layers = Annotated[int, Field(ge=1, le=1000)]
