@@ -102,9 +102,7 @@ def test_a_pipeline_takes_budgets(model, budget):
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
     seen = []
     hook = model.model.multi_modal_projector.register_forward_hook(lambda _, __, out: seen.append(out.shape[1]))
-    chat = [
-        {"role": "user", "content": [{"type": "image", "image": noise(24, 24, 0)}, {"type": "text", "text": "?"}]}
-    ]
+    chat = [{"role": "user", "content": [{"type": "image", "image": noise(24, 24, 0)}, {"type": "text", "text": "?"}]}]
     expected = 4 if budget == 4 else 144
     answers = []
     for options in ({"num_visual_tokens": budget}, {"processor_kwargs": {"num_visual_tokens": budget}}):

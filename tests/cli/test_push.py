@@ -73,7 +73,7 @@ def test_a_dry_run(call, checkpoint, tmp_path, monkeypatch):
     assert (code or 0, len(out.splitlines())) == (0, len(lines) - 1)
     assert "one commit to main of org/another (private, if it is new); nothing was sent." in err
     assert "README.md does not name org/another" in err
-    assert "no such files: notes.txt; pass --include to publish them." in err
+    assert "no such files: notes.txt; --include publishes them." in err
 
     (tmp_path / "out" / "tokenizer.json").unlink()
     code, out, err = call("push", "out", REPO, "--dry-run")

@@ -178,9 +178,9 @@ def test_a_folder_of_settings_is_passed_by_where_weights_are_needed(tmp_path):
     assert find_vision_tower("tower", tmp_path / "llava", with_weights=True) == str(tmp_path / "tower")
 
 
-def test_errors_name_the_option(tmp_path):
+def test_errors_name_the_argument(tmp_path):
     for spec in ("/data/other-tower", "vision-tower"):
-        with pytest.raises(DeltaLlavaError, match=f"{spec} is not a folder.* with --vision-tower"):
+        with pytest.raises(DeltaLlavaError, match=f"{spec} is not a folder.* as `vision_tower=...`"):
             load_vision_tower(spec, with_weights=False)
 
 

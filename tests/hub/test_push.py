@@ -237,7 +237,7 @@ def test_only_the_files_of_a_model_repo_are_published(folder, crowded):
     [
         ("*.PT", "pickles, which run code when loaded: x.PT"),
         ("*.joblib", "pickles"),
-        ("gone*", r"`include` gone\* matches no file in copied that can be published"),
+        ("gone*", r"`include=...`: gone\* matches no file in copied that can be published"),
         (".env", "matches no file"),
         ("link", "links, which the Hub would get as files: link"),
     ],

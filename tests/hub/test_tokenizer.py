@@ -165,7 +165,7 @@ def test_a_folder_with_only_a_sentencepiece_model(sentencepiece_file, tmp_path, 
 
 def test_folders_without_a_readable_tokenizer(tmp_path):
     assert not has_tokenizer(tmp_path)
-    with pytest.raises(DeltaLlavaError, match="has no tokenizer .*with `tokenizer`"):
+    with pytest.raises(DeltaLlavaError, match="has no tokenizer .*as `tokenizer=...`"):
         load_tokenizer(str(tmp_path), TEXT, None)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DeltaLlavaError, match="cannot be read") as error:

@@ -118,7 +118,9 @@ def test_a_run_is_refused_over_an_earlier_ones_checkpoints(folder: Path, tmp_pat
 def test_a_mismatch_of_checkpoint_and_recipe_is_named(folder: Path, tmp_path: Path) -> None:
     run(folder, tmp_path, arguments={"save_strategy": "steps", "save_steps": 1, "max_steps": 1})
     other = write_model(tmp_path / "other", delta_rank=8)
-    with pytest.raises(RecipeError, match=r"checkpoint-1: .*size mismatch for .*delta_u.*\[64, 16\].*\[64, 8\].*the same recipe"):
+    with pytest.raises(
+        RecipeError, match=r"checkpoint-1: .*size mismatch for .*delta_u.*\[64, 16\].*\[64, 8\].*the same recipe"
+    ):
         run(folder, tmp_path, resume=True, model={"path": str(other)})
 
 

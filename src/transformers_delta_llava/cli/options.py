@@ -11,14 +11,16 @@ from ..utils.errors import printable
 def say(text: str, console: Console | None = None) -> None:
     """Print a sentence, by default on stderr."""
     console = console or Console(stderr=True)
-    console.print(Text(printable(text)), soft_wrap=True)
+    console.print(Text(printable(name_options(text))), soft_wrap=True)
+
+
+# An argument as the library's messages name it: `base_model=...`, `overwrite=True`.
+_ARGUMENT = re.compile(r"`([a-z_]+)=(?:\.\.\.|True)`")
 
 
 def name_options(text: str) -> str:
-    """A message of the package, with the options of the command where it names arguments: pass `overwrite=True`."""
-    return re.sub(
-        r"\b(pass|with) `([a-z_]+)(?:=True)?`", lambda match: f"{match[1]} --{match[2].replace('_', '-')}", text
-    )
+    """A message of the library with the Python arguments in it as options: `--base-model`."""
+    return _ARGUMENT.sub(lambda match: "--" + match[1].replace("_", "-"), text)
 
 
 def cell(value: object) -> Text:

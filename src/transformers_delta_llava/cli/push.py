@@ -8,7 +8,7 @@ import typer
 
 from ..hub import PushReport, push_folder
 from ..utils.errors import printable
-from .options import name_options, say
+from .options import say
 
 
 Private = Annotated[bool, typer.Option("--private", help="Create the repo private.")]
@@ -67,7 +67,7 @@ def push_and_tell(
         create_pr=create_pr,
         dry_run=dry_run,
         include=include,
-        on_message=lambda message: say(name_options(message)),
+        on_message=say,
     )
     if not dry_run:
         typer.echo(report.url)

@@ -330,7 +330,7 @@ def _plain_names(tensors: Mapping[str, LazyTensor], file: Path) -> dict[str, Laz
 
 
 def _read_base(spec: str, text_model_type: str) -> BaseModel:
-    folder = local_folder(spec, "base model", (*_BASE_FILES, "model*.safetensors*"), "--base-model")
+    folder = local_folder(spec, "base model", (*_BASE_FILES, "model*.safetensors*"), "base_model")
     if not has_weights(folder) and not Path(spec).is_dir():
         folder = local_folder(spec, "base model", (*_BASE_FILES, "pytorch_model*.bin*"))
     if (folder / "config.json").is_file():

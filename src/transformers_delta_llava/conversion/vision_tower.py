@@ -101,13 +101,13 @@ def load_vision_tower(spec: str, with_weights: bool) -> VisionTower:
         config, _ = build_config(**KNOWN_TOWERS[spec])
         return VisionTower(spec, config, _default_image_processor(config))
     files = _CONFIG_FILES + (_WEIGHT_FILES[0] if with_weights else ())
-    folder = local_folder(spec, "vision tower", files, _OPTION)
+    folder = local_folder(spec, "vision tower", files, "vision_tower")
     config = _tower_config(folder)
     image_processor = _image_processor(folder, config)
     checkpoint = None
     if with_weights:
         if not any(folder.glob("*.safetensors")):
-            folder = local_folder(spec, "vision tower", _CONFIG_FILES + _WEIGHT_FILES[1], _OPTION)
+            folder = local_folder(spec, "vision tower", _CONFIG_FILES + _WEIGHT_FILES[1], "vision_tower")
         checkpoint = _tower_weights(folder)
     return VisionTower(public_name(spec), config, image_processor, checkpoint)
 

@@ -89,7 +89,7 @@ def push_folder(
         # Of folders only the name: the trainer's checkpoints hold dozens of files each.
         names = {name if "/" not in name else f"{name.partition('/')[0]}/" for name in left_out}
         on_message(
-            f"Not published, because a model repo has no such files: {format_names(names)}; pass `include` to publish them."
+            f"Not published, because a model repo has no such files: {format_names(names)}; `include=...` publishes them."
         )
     sizes = {name: path.stat().st_size for name, path in files.items()}
     if dry_run:
@@ -151,7 +151,7 @@ class _Upload:
         api, repo_id = self.api, self.repo_id
         api.create_repo(repo_id, private=self.private or None, exist_ok=True)
         if self.private and not api.repo_info(repo_id).private:
-            raise DeltaLlavaError(f"{repo_id} exists and is public; make it private, or leave `private` out.")
+            raise DeltaLlavaError(f"{repo_id} exists and is public; make it private, or leave `private=True` out.")
         if self.branch is not None and not self.create_pr:
             api.create_branch(repo_id, branch=self.branch, exist_ok=True)
         revision, url = (self.create_pr and self._find_pull_request()) or self._commit()
@@ -167,8 +167,10 @@ class _Upload:
     def _find_pull_request(self) -> tuple[str, str] | None:
         """(revision, URL) of an open pull request with these files: an earlier attempt may have opened it."""
         opened = self.api.get_repo_discussions(self.repo_id, discussion_type="pull_request", discussion_status="open")
-        found = next((discussion for discussion in opened if discussion.title == self.title), None)
-        return found and (found.git_reference or f"refs/pr/{found.num}", found.url)
+        for discussion in opened:
+            if discussion.title == self.title:
+                return discussion.git_reference or f"refs/pr/{discussion.num}", discussion.url
+        return None
 
     def _commit(self) -> tuple[str, str]:
         """Upload what the Hub lacks, and commit; a commit of unchanged files is skipped by huggingface_hub."""

@@ -294,7 +294,7 @@ def repo_files(folder: Path, include: Sequence[str] = ()) -> tuple[dict[str, Pat
             left_out.append(name)
     if unmatched := set(include) - matched:
         raise DeltaLlavaError(
-            f"`include` {format_names(unmatched)} matches no file in {folder.name} that can be published."
+            f"`include=...`: {format_names(unmatched)} matches no file in {folder.name} that can be published."
         )
     _refuse("links, which the Hub would get as files", (name for name, path in files.items() if path.is_symlink()))
     _refuse("pickles, which run code when loaded", (name for name in files if Path(name).suffix.lower() in PICKLES))

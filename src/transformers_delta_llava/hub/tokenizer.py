@@ -63,7 +63,7 @@ def load_tokenizer(
     if not has_tokenizer(folder):
         raise DeltaLlavaError(
             f"{folder.name} has no tokenizer ({', '.join(_VOCABULARY_FILES)}); pass the folder or Hub id of the language "
-            "model's tokenizer with `tokenizer`."
+            "model's tokenizer as `tokenizer=...`."
         )
     bare_sentencepiece = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
     if bare_sentencepiece:

@@ -76,6 +76,11 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     return value
 
 
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """As `read_json`; empty where there is no such file."""
+    return read_json(path) if path.is_file() else {}
+
+
 def parse_json(text: str) -> Any:
     """The value of a JSON text.
 
@@ -230,14 +235,14 @@ def hub_id_of(name: object, *folders: Path) -> str | None:
     return None if is_path else name
 
 
-def local_folder(model_id: str, kind: str, patterns: tuple[str, ...], option: str | None = None) -> Path:
+def local_folder(model_id: str, kind: str, patterns: tuple[str, ...], argument: str | None = None) -> Path:
     """The folder at `model_id`, or a download of those files of the Hub repo `model_id` that match `patterns`.
 
     Args:
         model_id: a folder or a Hub id.
         kind: what it is expected to be, for the error message.
         patterns: shell patterns of the files to download.
-        option: that gives it, for the error message.
+        argument: of the caller's function that gives it, for the error message.
 
     Raises:
         DeltaLlavaError: it is neither a folder nor a repo that can be reached, or a pipe or device lies in the folder.
@@ -245,8 +250,9 @@ def local_folder(model_id: str, kind: str, patterns: tuple[str, ...], option: st
     if Path(model_id).is_dir():
         refuse_special_files(Path(model_id))
         return Path(model_id)
+    as_argument = f" as `{argument}=...`" if argument else ""
     if not is_repo_id(model_id):
-        remedy = f"; pass its folder or Hub id with {option}" if option else ""
+        remedy = f"; pass its folder or Hub id{as_argument}" if argument else ""
         raise DeltaLlavaError(f"The {kind} {model_id} is not a folder, and not a Hub id (owner/name) either{remedy}.")
     try:
         return Path(snapshot_download(model_id, allow_patterns=list(patterns)))
@@ -254,7 +260,7 @@ def local_folder(model_id: str, kind: str, patterns: tuple[str, ...], option: st
         reason = one_line(str(error).strip().partition("\n")[0] or error)
         raise DeltaLlavaError(
             f"The {kind} {model_id} is not a folder here, and cannot be downloaded from the Hub ({reason}); "
-            f"pass the path of a local copy{f' with {option}' if option else ''}."
+            f"pass the path of a local copy{as_argument}."
         ) from error
 
 
