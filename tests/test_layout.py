@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import transformers_delta_llava
+from transformers_delta_llava.hub.repo_files import write_code
 
 
 ROOT = Path(__file__).parents[1]
@@ -98,20 +99,13 @@ def test_transformers_finds_only_real_relative_imports(path: Path) -> None:
     assert set(get_relative_imports(path)) == {module for level, module in imports(path) if level == 1}
 
 
-def test_hub_files_are_the_files_that_are_published() -> None:
-    assert [path.name for path in HUB_FILES] == [
-        "configuration_delta_llava.py",
-        "delta_projection_delta_llava.py",
-        "delta_repo_delta_llava.py",
-        "deltas_delta_llava.py",
-        "generation_delta_llava.py",
-        "modeling_delta_llava.py",
-        "projector_delta_llava.py",
-        "projector_layers_delta_llava.py",
-        "auto_budget_delta_llava.py",
-        "image_utils_delta_llava.py",
-        "processing_delta_llava.py",
-    ]
+def test_a_repo_gets_every_hub_file_and_the_docs_name_it(tmp_path: Path) -> None:
+    write_code(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {
+        path.name: path.read_bytes() for path in HUB_FILES
+    }
+    page = (ROOT / "docs" / "remote-code.md").read_text(encoding="utf-8")
+    assert not [path.name for path in HUB_FILES if f"`{path.name.removesuffix('delta_llava.py')}" not in page]
 
 
 def test_no_path_of_a_machine_is_in_the_repo() -> None:

@@ -14,21 +14,8 @@ import torch
 import transformers_delta_llava
 from tests.tiny import prompt, tiny_config, tiny_processor
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
+from transformers_delta_llava.hub.repo_files import HUB_FILES
 
-
-CODE = {
-    "auto_budget_delta_llava.py",
-    "configuration_delta_llava.py",
-    "delta_projection_delta_llava.py",
-    "generation_delta_llava.py",
-    "delta_repo_delta_llava.py",
-    "deltas_delta_llava.py",
-    "modeling_delta_llava.py",
-    "image_utils_delta_llava.py",
-    "processing_delta_llava.py",
-    "projector_delta_llava.py",
-    "projector_layers_delta_llava.py",
-}
 
 LOAD_ALL = """
 import importlib.util, json, sys
@@ -110,7 +97,7 @@ def repo(tmp_path_factory):
 @pytest.mark.parametrize("installed", [False, True], ids=["package absent", "package installed"])
 def test_fresh_process_gives_the_same_results_and_saves_a_repo_again(repo, tmp_path, installed):
     folder, logits, states, other = repo
-    assert set(CODE) <= {file.name for file in folder.iterdir()}
+    assert set(HUB_FILES) <= {file.name for file in folder.iterdir()}
 
     report = load_all(folder, tmp_path / "saved", tmp_path, installed)
     assert report["installed"] is installed
@@ -124,7 +111,7 @@ def test_fresh_process_gives_the_same_results_and_saves_a_repo_again(repo, tmp_p
     assert report["deltas"] == [["default", "other"]] * 2
 
     saved = tmp_path / "saved"
-    for name in CODE:
+    for name in HUB_FILES:
         assert (saved / name).read_text() == (folder / name).read_text()
     for name in ("config.json", "processor_config.json"):
         maps = [json.loads((path / name).read_text())["auto_map"] for path in (folder, saved)]

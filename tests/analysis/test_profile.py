@@ -83,7 +83,7 @@ def test_operations_without_fused_attention_are_the_same() -> None:
 
     counts = []
     for function in (
-        lambda: model.model._run_vision_tower(pixels),
+        lambda: model.model.get_patch_features(pixels),
         lambda: model(inputs_embeds=embeds, logits_to_keep=1),
         decode,
     ):
@@ -161,7 +161,7 @@ def test_memory_is_what_the_allocator_gives_out(layout: str) -> None:
         torch.randn(1, 144, 64),
         torch.randn(1, 50, TEXT["hidden_size"]),
     )
-    assert allocated(lambda: model.model._run_vision_tower(pixels)) == tower_costs(meta)[1]
+    assert allocated(lambda: model.model.get_patch_features(pixels)) == tower_costs(meta)[1]
     for scale_factor in (1, 2, 12):
         expected = allocated(lambda s=scale_factor: model.model.multi_modal_projector(features, [features] * 3, s))
         assert projector_costs(meta.model.multi_modal_projector, scale_factor)[1] == expected

@@ -18,9 +18,10 @@ from examples.make_checkpoint import (
     write_tower,
     write_weights,
 )
-from transformers_delta_llava import DeltaLlavaForConditionalGeneration, modeling, processing
+from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.conversion import convert_checkpoint, convert_state_dict
 from transformers_delta_llava.conversion.checkpoint import read_checkpoint
+from transformers_delta_llava.hub.repo_files import HUB_FILES
 from transformers_delta_llava.utils.errors import DeltaLlavaError
 from transformers_delta_llava.utils.files import hub_id_of
 
@@ -133,21 +134,11 @@ def test_verify_reads_the_checksums_of_the_source(source, tmp_path):
 
 
 def test_the_files_of_a_repo(repo):
-    code = {"configuration_delta_llava.py", "projector_delta_llava.py", "modeling_delta_llava.py"}
-    code |= {"auto_budget_delta_llava.py", "image_utils_delta_llava.py", "processing_delta_llava.py"}
-    code |= {
-        "generation_delta_llava.py",
-        "deltas_delta_llava.py",
-        "delta_projection_delta_llava.py",
-        "projector_layers_delta_llava.py",
-        "delta_repo_delta_llava.py",
-    }
     others = "config.json generation_config.json processor_config.json tokenizer.json tokenizer_config.json README.md"
     others += " chat_template.jinja conversion.json model.safetensors"
-    assert set(files(repo)) == code | set(others.split())
-    for package in (modeling, processing):
-        for file in Path(package.__file__).parent.glob("*_delta_llava.py"):
-            assert (repo / file.name).read_bytes() == file.read_bytes()
+    assert set(files(repo)) == set(HUB_FILES) | set(others.split())
+    for name, file in HUB_FILES.items():
+        assert (repo / name).read_bytes() == file.read_bytes()
     config = json.loads((repo / "config.json").read_text())
     assert config["model_type"] == "delta_llava"
     assert config["architectures"] == ["DeltaLlavaForConditionalGeneration"]
@@ -348,7 +339,7 @@ def test_the_tokenizer_may_be_given(source, tmp_path):
     ("options", "message"),
     [
         ({"dtype": "int8"}, "dtype='int8': use one of float32, bfloat16, float16"),
-        ({"dtype": torch.int8}, "is not one of"),
+        ({"dtype": torch.int8}, "dtype=.torch.int8.: use one of"),
         ({"max_shard_size": "lots"}, "max_shard_size='lots'"),
         ({"chat_template": "vicuna_v9"}, "vicuna_v9 is neither a file nor one of vicuna_v1"),
     ],

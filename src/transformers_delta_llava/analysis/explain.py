@@ -129,15 +129,14 @@ def token_gradients(
         if on == "visual_tokens":
             (activations,) = model.get_image_features(inputs["pixel_values"], budget, return_dict=True).pooler_output
         else:
-            _, states = base._run_vision_tower(inputs["pixel_values"])
-            read = [config.vision_feature_layer, *config.vision_feature_levels]
-            activations = torch.cat([base._patch_features(states, level) for level in read], dim=-1)[0]
+            _, features, levels = base.get_patch_features(inputs["pixel_values"])
+            activations = torch.cat([features, *levels], dim=-1)[0]
     with torch.enable_grad():
         activations = activations.detach().requires_grad_()
         visual_tokens = activations
         if on == "patches":
-            features, *levels = activations[None].chunk(len(read), dim=-1)
-            (visual_tokens,) = base._embed_images(features, levels, [budget])
+            features, *levels = activations[None].chunk(1 + len(levels), dim=-1)
+            (visual_tokens,) = base.project_features(features, levels, [budget])
         input_ids = torch.cat([inputs["input_ids"], inputs["input_ids"].new_tensor([before])], dim=1)
         encoded = {"image": BaseModelOutputWithPooling(pooler_output=[visual_tokens])}
         outputs = model(input_ids=input_ids, mm_encoder_outputs=encoded, logits_to_keep=1, use_cache=False)

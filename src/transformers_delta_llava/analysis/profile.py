@@ -106,7 +106,7 @@ def tower_costs(model: DeltaLlavaForConditionalGeneration) -> tuple[int, int]:
     """
     side = model.config.vision_config.image_size
     pixels = torch.empty(1, 3, side, side, dtype=model.dtype, device="meta")
-    return Meter().measure(lambda: model.model._run_vision_tower(pixels))
+    return Meter().measure(lambda: model.model.get_patch_features(pixels))
 
 
 def projector_costs(projector: DeltaLlavaProjector, scale_factor: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What `generate` has to know of images: when the language model sees them, and which row each belongs to."""
+"""`generate` with images: when the language model sees them, and which row each belongs to."""
 
 from typing import Any
 
@@ -59,24 +59,24 @@ class DeltaLlavaGenerationMixin(GenerationMixin):
         if next_sequence_length >= length or (encoded is None and pixel_values is None):
             return images
         if encoded is not None:
-            budgets = [len(tokens) for tokens in encoded.pooler_output]
+            numbers = [len(tokens) for tokens in encoded.pooler_output]
         else:
-            budgets = self.model.budget_per_image(len(pixel_values), images.get("num_visual_tokens"))
+            numbers = self.model.num_visual_tokens_per_image(len(pixel_values), images.get("num_visual_tokens"))
         mask = self.model.get_placeholder_mask(input_ids, inputs_embeds)
-        if mask.sum() != sum(budgets):  # such as new images alone
+        if mask.sum() != sum(numbers):  # such as new images alone
             return images
         kept: list[int] = []
         new = mask[:, length - next_sequence_length :].sum(-1).tolist()
-        for row, count in zip(_images_per_row(mask.sum(-1).tolist(), budgets), new):
+        for row, count in zip(_images_per_row(mask.sum(-1).tolist(), numbers), new):
             while count > 0 and row:
                 image = row.pop()
-                count -= budgets[image]
+                count -= numbers[image]
                 kept.append(image)
         kept.sort()
         if not kept:
             return {}
         if encoded is None:
-            return {"pixel_values": pixel_values[kept], "num_visual_tokens": [budgets[image] for image in kept]}
+            return {"pixel_values": pixel_values[kept], "num_visual_tokens": [numbers[image] for image in kept]}
         features = BaseModelOutputWithPooling(pooler_output=[encoded.pooler_output[image] for image in kept])
         return {"mm_encoder_outputs": {**images["mm_encoder_outputs"], "image": features}}
 
@@ -124,14 +124,14 @@ class DeltaLlavaGenerationMixin(GenerationMixin):
         return input_ids, {**model_kwargs, "mm_encoder_outputs": {**encoded, "image": image_outputs}}
 
 
-def _images_per_row(placeholders: list[int], budgets: list[int]) -> list[list[int]]:
+def _images_per_row(placeholders: list[int], numbers: list[int]) -> list[list[int]]:
     """Which images each row shows, from the number of placeholders per row and of visual tokens per image."""
     rows: list[list[int]] = []
     image = 0
     for count in placeholders:
         row: list[int] = []
-        while count > 0 and image < len(budgets):
-            count -= budgets[image]
+        while count > 0 and image < len(numbers):
+            count -= numbers[image]
             row.append(image)
             image += 1
         rows.append(row)

@@ -3,7 +3,7 @@
 import inspect
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import Any, TypeAlias
@@ -24,6 +24,7 @@ from .deltas_delta_llava import DeltaMixin
 from .generation_delta_llava import DeltaLlavaGenerationMixin
 from .projector_delta_llava import DeltaLlavaProjector
 from .projector_layers_delta_llava import PositionEmbedding2D, ProjectedWindowAttention
+from .vision_tower_delta_llava import has_known_layers, rename_saved_tower, run_vision_tower
 
 
 # What quantisers leave alone: every visual token passes through the tower and the projector, and they are small beside the
@@ -84,7 +85,7 @@ def _pick_cache(cache: Cache | None, past_key_values: Cache | None) -> dict[str,
 
 
 class DeltaLlavaPreTrainedModel(DeltaMixin, PreTrainedModel):
-    """What the models share: the verbs for deltas, initialisation, and what they tell transformers about themselves."""
+    """What both models share: methods for deltas, initialisation, and what they tell transformers about themselves."""
 
     config: DeltaLlavaConfig
     config_class = DeltaLlavaConfig
@@ -139,18 +140,6 @@ class DeltaLlavaPreTrainedModel(DeltaMixin, PreTrainedModel):
             super()._init_weights(module)
 
 
-def _rename_saved_tower(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Let `load_state_dict` take saved files, as transformers' Trainer does when it resumes.
-
-    Files keep the names of transformers 4, `vision_tower.vision_model.*`, which only `from_pretrained` translates.
-    """
-    saved, own = f"{prefix}vision_tower.vision_model.", f"{prefix}vision_tower."
-    if hasattr(module.vision_tower, "vision_model"):
-        return
-    for name in [name for name in state_dict if name.startswith(saved)]:
-        state_dict[own + name.removeprefix(saved)] = state_dict.pop(name)
-
-
 class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
     """The vision tower, the projector and the language model without its head."""
 
@@ -159,8 +148,8 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = DeltaLlavaProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
-        self._runs_layers = _has_known_layers(self.vision_tower)
-        self.register_load_state_dict_pre_hook(_rename_saved_tower)
+        self._runs_layers = has_known_layers(self.vision_tower)
+        self.register_load_state_dict_pre_hook(rename_saved_tower)
         self.post_init()
 
     def get_image_features(
@@ -174,68 +163,43 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
 
         Args:
             pixel_values: (images, 3, height, width).
-            num_visual_tokens: budget of all images, or one per image; the config's default when `None`.
+            num_visual_tokens: of all images, or one number per image; the config's default when `None`.
 
         Returns:
-            The tower's output, in which `pooler_output` is a list with one (budget, hidden_size) tensor per image, in
-            the projector's dtype.
+            The tower's output, in which `pooler_output` is a list with one (visual tokens, hidden_size) tensor per image,
+            in the projector's dtype.
 
         Raises:
-            ValueError: if a budget is not one of `config.visual_token_budgets`, or there is not one per image.
+            ValueError: if a number is not one of `config.visual_token_budgets`, or there is not one per image.
         """
-        outputs, states = self._run_vision_tower(pixel_values, **kwargs)
-        levels = [self._patch_features(states, level) for level in self.config.vision_feature_levels]
-        features = self._patch_features(states, self.config.vision_feature_layer)
-        budgets = self.budget_per_image(len(pixel_values), num_visual_tokens)
-        outputs.pooler_output = self._embed_images(features, levels, budgets)
+        outputs, features, levels = self.get_patch_features(pixel_values, **kwargs)
+        numbers = self.num_visual_tokens_per_image(len(pixel_values), num_visual_tokens)
+        outputs.pooler_output = self.project_features(features, levels, numbers)
         return self._tuple_or_dict(outputs, return_dict)
 
-    def _run_vision_tower(
+    def get_patch_features(
         self, pixel_values: torch.Tensor, **kwargs: Any
-    ) -> tuple[BaseModelOutputWithPooling, Sequence[Any]]:
-        """The tower's output, and a sequence with the hidden states that the config names at their own indices.
+    ) -> tuple[BaseModelOutputWithPooling, torch.Tensor, list[torch.Tensor]]:
+        """What the projector reads of images: the tower's output, the single-level stream and the levels.
 
-        CLIP and SigLIP run layer by layer: layers above the deepest one needed, and the pooling head, are not
-        computed, and no other hidden state is kept. Other towers, towers that a later transformers builds in another
-        way, and callers that ask for all states or attentions, get a full run.
+        Features are (images, N, C), without the class token, in the projector's dtype. `kwargs` go to the tower.
         """
-        tower = self.vision_tower
-        wanted = {
-            name: kwargs.get(name) or getattr(tower.config, name, False)
-            for name in ("output_hidden_states", "output_attentions")
-        }
-        if any(wanted.values()) or not self._runs_layers:
-            outputs = tower(pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True})
-            all_states = outputs.hidden_states
-            if not wanted["output_hidden_states"]:
-                outputs.hidden_states = None
-            return outputs, all_states
+        config, dtype = self.config, self.multi_modal_projector.dtype
+        outputs, states = run_vision_tower(
+            self.vision_tower, pixel_values, config.vision_feature_indices, self._runs_layers, **kwargs
+        )
+        first = 1 if config.vision_feature_select_strategy == "default" else 0
+        features, *levels = (
+            states[index][:, first:].to(dtype)
+            for index in (config.vision_feature_layer, *config.vision_feature_levels)
+        )
+        return outputs, features, levels
 
-        needed = self.config.vision_feature_indices
-        states: list[torch.Tensor | None] = [None] * (tower.config.num_hidden_layers + 1)
-        interpolate = kwargs.pop("interpolate_pos_encoding", False)
-        hidden_states = tower.embeddings(pixel_values, interpolate_pos_encoding=interpolate)
-        if hasattr(tower, "pre_layrnorm"):
-            hidden_states = tower.pre_layrnorm(hidden_states)
-        for index, layer in enumerate([None, *tower.encoder.layers[: needed[-1]]]):
-            if layer is not None:
-                hidden_states = layer(hidden_states, None, **kwargs)
-            if index in needed:
-                states[index] = hidden_states
-        return BaseModelOutputWithPooling(last_hidden_state=hidden_states), states
-
-    def _patch_features(self, states: Sequence[Any], level: int) -> torch.Tensor:
-        """Hidden state `level` without the class token, in the projector's dtype."""
-        features = states[level]
-        if self.config.vision_feature_select_strategy == "default":
-            features = features[:, 1:]
-        return features.to(self.multi_modal_projector.dtype)
-
-    def budget_per_image(self, num_images: int, num_visual_tokens: VisualTokens = None) -> list[int]:
+    def num_visual_tokens_per_image(self, num_images: int, num_visual_tokens: VisualTokens = None) -> list[int]:
         """`num_visual_tokens` as one number per image.
 
         Raises:
-            ValueError: if there are not as many numbers as images, or they are no whole numbers.
+            ValueError: if there are not as many numbers as images, or they are not integers.
         """
         if num_visual_tokens is None:
             num_visual_tokens = self.config.num_visual_tokens
@@ -243,8 +207,8 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             num_visual_tokens = num_visual_tokens.flatten().tolist()
         if isinstance(num_visual_tokens, (str, bool, float)):
             raise ValueError(
-                f"num_visual_tokens={num_visual_tokens!r}: give the model whole numbers; 'auto' is an argument of the "
-                "processor, which knows the pictures and passes on what it picks."
+                f"num_visual_tokens={num_visual_tokens!r}: give the model integers; 'auto' is an argument of the "
+                "processor, which looks at the images and passes on what it picks."
             )
         if isinstance(num_visual_tokens, int):
             return [num_visual_tokens] * num_images
@@ -255,29 +219,33 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             )
         return list(num_visual_tokens)
 
-    def _embed_images(
-        self, features: torch.Tensor, levels: list[torch.Tensor], budgets: list[int]
+    def project_features(
+        self, features: torch.Tensor, levels: list[torch.Tensor], num_visual_tokens: list[int]
     ) -> list[torch.Tensor]:
-        """What the projector makes of patch features, as it enters the language model: see `_project`."""
-        visual_tokens = self._project(features, levels, budgets)
+        """Patch features as they enter the language model: one (visual tokens, hidden_size) tensor per image.
+
+        Args:
+            features, levels: of `get_patch_features`.
+            num_visual_tokens: one number per image. Images with the same number go through the projector together.
+
+        Raises:
+            ValueError: if a number is not one of `config.visual_token_budgets`.
+        """
+        visual_tokens: list[torch.Tensor] = [features] * len(num_visual_tokens)
+        for number in dict.fromkeys(num_visual_tokens):
+            images: Any = [image for image, own in enumerate(num_visual_tokens) if own == number]
+            # Usually all have one number; a slice does not copy the features.
+            rows = slice(None) if len(images) == len(num_visual_tokens) else images
+            projected = self.multi_modal_projector(
+                features[rows], [level[rows] for level in levels], self.config.scale_factor_for(number)
+            )
+            for image, tokens in zip(images, projected):
+                visual_tokens[image] = tokens
         # Gemma multiplies its embeddings by a constant. When Delta-LLaVA was released it did so to all that entered
         # the model, visual tokens too; now the embedding layer does it, and only to text.
         embed_scale = getattr(self.get_input_embeddings(), "embed_scale", None)
         if embed_scale is not None:
             visual_tokens = [tokens * embed_scale.to(tokens) for tokens in visual_tokens]
-        return visual_tokens
-
-    def _project(self, features: torch.Tensor, levels: list[torch.Tensor], budgets: list[int]) -> list[torch.Tensor]:
-        """One (budget, hidden_size) tensor per image; images of one budget go through the projector together."""
-        visual_tokens: list[torch.Tensor] = [features] * len(budgets)
-        for budget in dict.fromkeys(budgets):
-            scale_factor = self.config.scale_factor_for(budget)
-            images = [image for image in range(len(budgets)) if budgets[image] == budget]
-            if len(images) == len(budgets):  # the usual case, without a copy of the features
-                return list(self.multi_modal_projector(features, levels, scale_factor))
-            projected = self.multi_modal_projector(features[images], [level[images] for level in levels], scale_factor)
-            for image, tokens in zip(images, projected):
-                visual_tokens[image] = tokens
         return visual_tokens
 
     def get_placeholder_mask(
@@ -289,8 +257,8 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
-    def _budgets_in_text(self, mask: torch.Tensor, num_placeholders: int, num_images: int) -> list[int] | None:
-        """Budgets of images from the text, for callers that drop `num_visual_tokens` (TRL's GRPOTrainer); `None` if
+    def _count_in_text(self, mask: torch.Tensor, num_placeholders: int, num_images: int) -> list[int] | None:
+        """Visual tokens per image from the text, for callers that drop `num_visual_tokens` (TRL's GRPOTrainer); `None` if
         the config's default fits, or the text does not tell."""
         if num_placeholders == num_images * self.config.num_visual_tokens:
             return None
@@ -319,7 +287,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             pixel_values: (images of the whole batch, 3, height, width), row by row in the order of their placeholders.
             attention_mask, position_ids, inputs_embeds: as in every decoder of transformers.
             cache, past_key_values: two names of one argument; which one transformers uses depends on its version.
-            num_visual_tokens: budget of all images, or one per image. When `None`: the config's default, or where the text
+            num_visual_tokens: of all images, or one number per image. When `None`: the config's default, or where the text
                 has other numbers of placeholders in a row, one such number for each image, these.
             mm_token_type_ids: accepted because processors emit it; not used.
             mm_encoder_outputs: `{"image": output of get_image_features}`, instead of `pixel_values`. Prompts that show
@@ -341,7 +309,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             num_placeholders = None if torch.compiler.is_compiling() else int(mask.sum())
         if pixel_values is not None:
             if num_visual_tokens is None and num_placeholders is not None:
-                num_visual_tokens = self._budgets_in_text(mask, num_placeholders, len(pixel_values))
+                num_visual_tokens = self._count_in_text(mask, num_placeholders, len(pixel_values))
             image_outputs = self.get_image_features(pixel_values, num_visual_tokens, return_dict=True)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -506,14 +474,6 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, DeltaLlavaGe
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
         return self._tuple_or_dict(output, return_dict)
-
-
-def _has_known_layers(tower: nn.Module) -> bool:
-    """Whether a tower can be run layer by layer: it has the parts, and its layers the signature, of CLIP and SigLIP."""
-    layers = getattr(getattr(tower, "encoder", None), "layers", None)
-    if tower.config.model_type not in SELECT_STRATEGIES or not layers or not hasattr(tower, "embeddings"):
-        return False
-    return list(inspect.signature(layers[0].forward).parameters)[:2] == ["hidden_states", "attention_mask"]
 
 
 # transformers' Trainer shifts labels before it smooths them for the classes listed here, and for no other: without this
