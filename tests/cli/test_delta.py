@@ -73,7 +73,7 @@ def test_warns_of_what_deltas_cannot_hold(call, tmp_path):
         (("truncate", "repo", "out"), "either a rank or an energy"),
         (("truncate", "repo", "out", "--rank", "9"), "rank=9"),
         (("apply", "repo", "repo", "out"), "Expected a model and a delta repo"),
-        (("apply", "repo", "strange", "out"), "--force"),
+        (("apply", "repo", "other", "out"), "--force"),
         (("merge", "repo", "out", "--rank", "-1"), "rank=-1"),
         (("merge", "repo", "out", "--max-shard-size", "big"), "max_shard_size"),
         (("stats", "repo", "--plot", "plot.png"), "plot.svg"),
@@ -82,7 +82,7 @@ def test_warns_of_what_deltas_cannot_hold(call, tmp_path):
 def test_bad_input_is_one_sentence(call, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     make().save_pretrained("repo")
-    make(1).save_deltas("strange")
+    make(1).save_deltas("other")
     before = sorted(path.name for path in tmp_path.iterdir())
     code, out, err = call(*arguments)
     assert (code, out, err.count("\n")) == (2, "", 1), err

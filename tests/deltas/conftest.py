@@ -1,4 +1,4 @@
-"""Repos, delta repos and checkpoints for the tests of the analysis."""
+"""Repos, delta repos and checkpoints for the tests of deltas."""
 
 from pathlib import Path
 
@@ -35,14 +35,14 @@ def repo(model, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def released_repo(tmp_path_factory) -> Path:
-    """A repo in the released layout, and beside it `deltas` and `strange-deltas` (of another base). Only to be read."""
+    """A repo in the released layout, and beside it `deltas` and `other-deltas` (of another base). Only to be read."""
     folder = tmp_path_factory.mktemp("released")
     released = make()
     released.save_pretrained(folder / "repo", max_shard_size="300KB")
     (folder / "repo" / "README.md").write_text("# A card\n")
     released.load_delta_state_dict({name: t * 2 for name, t in released.delta_state_dict().items()})
     released.save_deltas(folder / "deltas")
-    make(seed=1).save_deltas(folder / "strange-deltas")
+    make(seed=1).save_deltas(folder / "other-deltas")
     return folder / "repo"
 
 

@@ -11,7 +11,7 @@ from tests.deltas.conftest import LAYOUTS, make
 from tests.tiny import prompt
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.conversion import convert_checkpoint, inspect_model
-from transformers_delta_llava.deltas import apply_deltas, extract_deltas, merge_deltas, truncate_deltas
+from transformers_delta_llava.deltas import apply_deltas, extract_deltas, merge_into_base, truncate_deltas
 from transformers_delta_llava.modeling.delta_projection_delta_llava import delta_weight
 
 
@@ -160,11 +160,11 @@ def test_truncate_a_delta_repo_keeps_its_base(repo, tmp_path):
 def test_apply_is_what_loading_does(model, repo, tmp_path):
     model.load_delta_state_dict({n: t * 2 for n, t in model.delta_state_dict().items()})
     model.save_deltas(tmp_path / "deltas")
-    report = apply_deltas(repo, tmp_path / "deltas", tmp_path / "out")
+    report = apply_deltas(repo, tmp_path / "out", tmp_path / "deltas")
     assert report.rank == 4
     assert torch.equal(logits(load(tmp_path / "out")), logits(model))
     truncate_deltas(tmp_path / "deltas", tmp_path / "low", rank=1)
-    apply_deltas(repo, tmp_path / "low", tmp_path / "low out")
+    apply_deltas(repo, tmp_path / "low out", tmp_path / "low")
     low = load(tmp_path / "low out")
     assert low.config.delta_rank == 1
     model.load_deltas(tmp_path / "low")
@@ -172,7 +172,7 @@ def test_apply_is_what_loading_does(model, repo, tmp_path):
 
 
 def test_apply_leaves_the_rest_to_the_bit(released_repo, tmp_path):
-    apply_deltas(released_repo, released_repo.parent / "deltas", tmp_path / "out", max_shard_size="200KB")
+    apply_deltas(released_repo, tmp_path / "out", released_repo.parent / "deltas", max_shard_size="200KB")
     before, after = (
         {n: t for f in folder.glob("*.safetensors") for n, t in load_file(f).items()}
         for folder in (released_repo, tmp_path / "out")
@@ -186,7 +186,7 @@ def test_apply_leaves_the_rest_to_the_bit(released_repo, tmp_path):
 @pytest.mark.parametrize("rank", [0, 4])
 def test_merge_adds_once(released_repo, tmp_path, rank):
     original = load(released_repo)
-    report = merge_deltas(released_repo, tmp_path / "merged", rank=rank)
+    report = merge_into_base(released_repo, tmp_path / "merged", rank=rank)
     merged = load(tmp_path / "merged")
     assert report.rank == rank
     torch.testing.assert_close(logits(merged), logits(original))
@@ -205,14 +205,14 @@ def test_merge_adds_once(released_repo, tmp_path, rank):
 
 def test_merge_other_deltas(released_repo, tmp_path):
     deltas = released_repo.parent / "deltas"
-    merge_deltas(released_repo, tmp_path / "merged", deltas=deltas)
+    merge_into_base(released_repo, tmp_path / "merged", deltas=deltas)
     model = load(released_repo)
     model.load_deltas(deltas)
     torch.testing.assert_close(logits(load(tmp_path / "merged")), logits(model))
 
 
 def test_merged_bases_go_back_as_a_difference(released_repo, tmp_path):
-    merge_deltas(released_repo, tmp_path / "merged")
+    merge_into_base(released_repo, tmp_path / "merged")
     report = extract_deltas(tmp_path / "merged", tmp_path / "deltas", base=released_repo, rank=4)
     assert report.energy == pytest.approx(1, abs=1e-9)
     model = load(released_repo)
@@ -225,7 +225,7 @@ def test_shared_bases_are_not_merged_on_disk(tmp_path):
     for number, layout in enumerate(("paper", "paper, one base")):
         make(**LAYOUTS[layout]).save_pretrained(tmp_path / str(number))
         with pytest.raises(ValueError, match="one base for several levels"):
-            merge_deltas(tmp_path / str(number), tmp_path / "out")
+            merge_into_base(tmp_path / str(number), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -238,7 +238,7 @@ def broken(source, target, **tensors) -> str:
 
 
 def test_bad_input_is_one_error_and_no_output(released_repo, checkpoint, tmp_path):
-    deltas, strange = released_repo.parent / "deltas", released_repo.parent / "strange-deltas"
+    deltas, other = released_repo.parent / "deltas", released_repo.parent / "other-deltas"
     paper = tmp_path / "paper"
     make(**LAYOUTS["paper"]).save_pretrained(paper)
     extract_deltas(paper, tmp_path / "paper-deltas")
@@ -250,19 +250,19 @@ def test_bad_input_is_one_error_and_no_output(released_repo, checkpoint, tmp_pat
     narrow = broken(deltas, tmp_path / "narrow", **{"v_proj.delta_v": torch.ones(4, 32)})
     out = tmp_path / "out"
     cases = [
-        (lambda: apply_deltas(released_repo, strange, out), "strange-deltas belongs to another base"),
-        (lambda: merge_deltas(released_repo, out, deltas=strange), "strange-deltas belongs to another base"),
-        (lambda: apply_deltas(released_repo, tmp_path / "paper-deltas", out), "projector_layout='paper'"),
-        (lambda: apply_deltas(released_repo, nan, out), "q_proj.delta_v holds NaN or Inf"),
-        (lambda: apply_deltas(released_repo, extra, out), "q_proj.weight: this projector has no such deltas"),
-        (lambda: apply_deltas(released_repo, missing, out), "there is no q_proj.delta_v"),
-        (lambda: apply_deltas(released_repo, mixed, out), "q_proj.delta_v is"),
-        (lambda: apply_deltas(released_repo, narrow, out), r"v_proj.delta_v is \(4, 32\)"),
-        (lambda: apply_deltas(deltas, deltas, out), "Expected a model and a delta repo"),
-        (lambda: apply_deltas(released_repo, released_repo, out), "Expected a model and a delta repo"),
-        (lambda: merge_deltas(deltas, out), "deltas holds deltas only"),
-        (lambda: merge_deltas(tmp_path / "none", out), "none has no deltas"),
-        (lambda: merge_deltas(released_repo, out, rank=65), "rank=65"),
+        (lambda: apply_deltas(released_repo, out, other), "other-deltas belongs to another base"),
+        (lambda: merge_into_base(released_repo, out, deltas=other), "other-deltas belongs to another base"),
+        (lambda: apply_deltas(released_repo, out, tmp_path / "paper-deltas"), "projector_layout='paper'"),
+        (lambda: apply_deltas(released_repo, out, nan), "q_proj.delta_v holds NaN or Inf"),
+        (lambda: apply_deltas(released_repo, out, extra), "q_proj.weight: this projector has no such deltas"),
+        (lambda: apply_deltas(released_repo, out, missing), "there is no q_proj.delta_v"),
+        (lambda: apply_deltas(released_repo, out, mixed), "q_proj.delta_v is"),
+        (lambda: apply_deltas(released_repo, out, narrow), r"v_proj.delta_v is \(4, 32\)"),
+        (lambda: apply_deltas(deltas, out, deltas), "Expected a model and a delta repo"),
+        (lambda: apply_deltas(released_repo, out, released_repo), "Expected a model and a delta repo"),
+        (lambda: merge_into_base(deltas, out), "deltas holds deltas only"),
+        (lambda: merge_into_base(tmp_path / "none", out), "none has no deltas"),
+        (lambda: merge_into_base(released_repo, out, rank=65), "rank=65"),
         (lambda: extract_deltas(deltas, out), "deltas holds deltas only"),
         (lambda: extract_deltas(tmp_path / "none", out), "none has no deltas"),
         (lambda: extract_deltas(released_repo, out, rank=2), "A rank needs a base"),
@@ -270,7 +270,7 @@ def test_bad_input_is_one_error_and_no_output(released_repo, checkpoint, tmp_pat
         (lambda: extract_deltas(released_repo, out, base=deltas), "deltas holds deltas only"),
         (
             lambda: extract_deltas(released_repo, out, base=checkpoint),
-            r"k_proj.weight is \(64, 192\) in repo and \(128, 512\) in llava-tiny",
+            r"q_proj.weight is \(64, 64\) in repo and \(128, 128\) in llava-tiny",
         ),
         (lambda: extract_deltas(released_repo, out, base=released_repo, rank=99), "rank=99"),
         (lambda: extract_deltas(tmp_path, out), "holds neither deltas nor a model"),
@@ -285,12 +285,12 @@ def test_bad_input_is_one_error_and_no_output(released_repo, checkpoint, tmp_pat
         with pytest.raises(ValueError, match=message):
             call()
         assert not out.exists(), message
-    apply_deltas(released_repo, strange, out, force=True)
+    apply_deltas(released_repo, out, other, force=True)
     for call in (
         lambda: extract_deltas(released_repo, out),
         lambda: truncate_deltas(deltas, out, rank=1),
-        lambda: apply_deltas(released_repo, deltas, out),
-        lambda: merge_deltas(released_repo, out),
+        lambda: apply_deltas(released_repo, out, deltas),
+        lambda: merge_into_base(released_repo, out),
     ):
         with pytest.raises((FileExistsError, ValueError), match="exists"):
             call()
@@ -307,7 +307,7 @@ def test_factors_of_other_dimensions_are_refused(released_repo, tmp_path, factor
     save_file(tensors, path)
     for use in (
         lambda: truncate_deltas(deltas, tmp_path / "out", rank=1),
-        lambda: apply_deltas(released_repo, deltas, tmp_path / "out"),
+        lambda: apply_deltas(released_repo, tmp_path / "out", deltas),
     ):
         with pytest.raises(ValueError, match="deltas: .* is .* and should be .* of a float dtype"):
             use()

@@ -12,7 +12,7 @@ from examples.easy_vqa_data import write_rows as write_questions
 from tests.training.tiny_run import write_data
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from transformers_delta_llava.conversion import convert_checkpoint
-from transformers_delta_llava.deltas import extract_deltas, merge_deltas
+from transformers_delta_llava.deltas import extract_deltas, merge_into_base
 from transformers_delta_llava.evaluation import answer_questions, draw_test_questions, score_answers
 from transformers_delta_llava.training import load_recipe
 from transformers_delta_llava.training.run import make_trainer, train
@@ -28,7 +28,7 @@ def base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("deltas")
     checkpoint = EXAMPLES / "easy-vqa"
     convert_checkpoint(checkpoint, folder / "repo")
-    merge_deltas(folder / "repo", folder / "base", rank=3)
+    merge_into_base(folder / "repo", folder / "base", rank=3)
     return folder / "base"
 
 

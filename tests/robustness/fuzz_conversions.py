@@ -199,7 +199,7 @@ def check_nothing(source: Path, output: Path) -> list[str]:
 
 def apply(source: Path, output: Path) -> None:
     """Put deltas into the model beside them."""
-    apply_deltas(source.parent / "model", source, output / "out")
+    apply_deltas(source.parent / "model", output / "out", source)
 
 
 def check_applied(source: Path, output: Path) -> list[str]:

@@ -88,7 +88,7 @@ def apply(
     """Write a model's repo with these deltas in the place of its own."""
     from ..deltas import apply_deltas
 
-    _print_report(apply_deltas(repo, deltas, output, force, max_shard_size), as_json)
+    _print_report(apply_deltas(repo, output, deltas, force, max_shard_size), as_json)
 
 
 @delta.command()
@@ -102,9 +102,9 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Write a model's repo with the deltas added to its bases."""
-    from ..deltas import merge_deltas
+    from ..deltas import merge_into_base
 
-    _print_report(merge_deltas(repo, output, deltas, rank, force, max_shard_size), as_json)
+    _print_report(merge_into_base(repo, output, deltas, rank, force, max_shard_size), as_json)
 
 
 @delta.command()

@@ -1,6 +1,6 @@
 """Delta repos and the DeltaProjections of stored models: read, re-rank, apply and merge without running the model."""
 
-from .edit import DeltaReport, apply_deltas, extract_deltas, merge_deltas, truncate_deltas
+from .edit import DeltaReport, apply_deltas, extract_deltas, merge_into_base, truncate_deltas
 from .stats import DeltaRow, delta_stats, write_plot
 
 
@@ -10,7 +10,7 @@ __all__ = [
     "apply_deltas",
     "delta_stats",
     "extract_deltas",
-    "merge_deltas",
+    "merge_into_base",
     "truncate_deltas",
     "write_plot",
 ]

@@ -2,27 +2,26 @@
 
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 
 from ..conversion.checkpoint import Checkpoint, LazyTensor, parse_size, read_checkpoint, write_shards
 from ..conversion.export import read_repo_config
-from ..hub.repo_files import write_code, write_config
-from ..modeling.delta_projection_delta_llava import (
-    FACTORS,
-    DeltaProjection,
-    Factors,
-    ProjectionSpec,
-    delta_weight,
-    pick_update,
-)
+from ..conversion.weight_mapping import PROJECTOR
+from ..hub.repo_files import WEIGHTS, is_published, write_code, write_config
+from ..modeling.delta_projection_delta_llava import FACTORS, DeltaProjection, Factors, Update
 from ..modeling.delta_repo_delta_llava import describe_deltas, hashes_of_base, is_base, write_delta_repo
 from ..utils.errors import format_names
 from ..utils.files import atomic_folder, check_output, public_name
 from .algebra import Decomposition, decompose, decompose_product, squared_error, squared_norm
-from .projections import PROJECTOR, Projections, effective, read_projections
+from .projections import Projections, read_projections
+
+
+# Squared Frobenius norms by projection and update: of the update, and of what was written minus the update.
+_Norms = dict[tuple[str, Update], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class DeltaReport:
         energy: share of the squared Frobenius norm that was kept, of all updates together; measured on what was
             written, after rounding to its dtype.
         energy_by_projection: the same by projection.
-        left_out: tensors of the projector that differ between two checkpoints and are no deltas.
+        left_out: tensors of the projector that differ between two checkpoints and are not deltas.
     """
 
     output: str
@@ -57,8 +56,8 @@ def extract_deltas(
     """Write the deltas of a model as a delta repo.
 
     With `base`, deltas that turn that base into `source`, as well as rank `rank` can: the best approximation, by
-    singular values, of what `source` (bases and deltas) has more than the bases of `base`. They take the place of
-    the deltas of `base`.
+    singular values, of the difference between `source` (bases and deltas) and the bases of `base`. They take the place
+    of the deltas of `base`.
 
     Args:
         source: folder or Hub id of a repo, or of a checkpoint in the authors' layout.
@@ -75,34 +74,30 @@ def extract_deltas(
     if base is None:
         if rank is not None:
             raise ValueError("A rank needs a base: deltas of one model have the rank they have; see `truncate`.")
-        found = read_projections(source)
-        if not found.weights:
-            raise ValueError(f"{found.name} holds deltas only; extract takes them out of a model.")
-        pairs = {name: _cast(pair, dtype) for name, pair in found.deltas.items()}
-        return _write(output, pairs, found, f"the deltas of {found.name}", _energies(found.deltas, pairs, found))
+        model = read_projections(source)
+        if not model.weights:
+            raise ValueError(f"{model.name} holds deltas only; extract takes them out of a model.")
+        deltas = _cast(model.deltas, dtype)
+        return _write_deltas(output, deltas, model, _compare(model, deltas), f"the deltas of {model.name}")
 
     tuned, start = read_projections(source, need_deltas=False), read_projections(base, need_deltas=False)
     _check_pair(tuned, start)
     rank = rank or tuned.rank or start.rank
-    parts = {
-        (name, update): decompose((effective(tuned, name, update) - start.weights[name].double()).T)
-        for name, spec in start.specs.items()
-        for update in spec.updates
+    # (in, out) in float64
+    differences = {
+        (name, update): (tuned.merged_weight(name, update) - start.weights[name].double()).T
+        for name, update in start.updates()
     }
-    dtype = dtype or next(iter(tuned.weights.values())).dtype
-    pairs = {name: _cast(pair, dtype) for name, pair in _best(parts, rank, start).items()}
-    energies = _kept(
-        {
-            (name, update): (
-                float(parts[name, update].values.square().sum()),
-                float((_whole(parts[name, update]) - delta_weight(*pairs[name], update).double().T).square().sum()),
-            )
-            for name, update in parts
-        }
-    )
-    text = f"the difference of {tuned.name} and {start.name}, rank {rank}, {energies[0]:.6f} of its energy"
-    report = _write(output, pairs, start, text, energies)
-    return DeltaReport(**{**vars(report), "left_out": _differing(tuned, start)})
+    deltas = _approximate({key: decompose(matrix) for key, matrix in differences.items()}, rank, start)
+    deltas = _cast(deltas, dtype or next(iter(tuned.weights.values())).dtype)
+    written = replace(start, deltas=deltas)
+    norms: _Norms = {}
+    for (name, update), matrix in differences.items():
+        u, v = written.factors(name, update)
+        norms[name, update] = float(matrix.square().sum()), float((matrix - u.double() @ v.double()).square().sum())
+    note = f"the difference of {tuned.name} and {start.name}, rank {rank}, {_energy(norms.values()):.6f} of its energy"
+    report = _write_deltas(output, deltas, start, norms, note)
+    return replace(report, left_out=_differing(tuned, start))
 
 
 def truncate_deltas(
@@ -129,145 +124,36 @@ def truncate_deltas(
     _refuse_existing(output)
     if (rank is None) == (energy is None):
         raise ValueError("Give either a rank or an energy to truncate to.")
-    found = read_projections(source)
-    parts = {key: decompose_product(*pair) for key, pair in found.pairs().items()}
+    model = read_projections(source)
+    parts = {(name, update): decompose_product(*model.factors(name, update)) for name, update in model.updates()}
     if energy is not None:
         if not 0 < energy <= 1:
             raise ValueError(f"energy={energy}: use a share above 0, and at most 1.")
-        rank = max(
-            -(-part.rank_for(energy) // found.specs[name].num_summed(update)) for (name, update), part in parts.items()
-        )
-        rank = min(rank, found.rank)
+        # A sum of n updates has n times the rank.
+        ranks = (-(-part.rank_for(energy) // model.specs[name].num_summed(u)) for (name, u), part in parts.items())
+        rank = min(max(ranks), model.rank)
     assert rank is not None
-    if not 1 <= rank <= found.rank:
-        raise ValueError(f"rank={rank}: the deltas of {found.name} have rank {found.rank}; use 1 to {found.rank}.")
-    best = _best(parts, rank, found)
-    pairs = {name: _cast(pair, dtype or found.deltas[name][0].dtype) for name, pair in best.items()}
-    energies = _energies(found.deltas, pairs, found)
-    return _write(
-        output, pairs, found, f"{found.name}, truncated to rank {rank}, {energies[0]:.6f} of its energy", energies
-    )
-
-
-def _refuse_existing(output: str | Path) -> None:
-    if Path(output).exists() or Path(output).is_symlink():
-        raise FileExistsError(f"The output {output} exists; choose another one, or remove it yourself.")
-
-
-def _cast(pair: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
-    return pair if dtype is None else (pair[0].to(dtype), pair[1].to(dtype))
-
-
-def _check_pair(tuned: Projections, start: Projections) -> None:
-    for one in (tuned, start):
-        if not one.weights:
-            raise ValueError(f"{one.name} holds deltas only; extract compares two models.")
-    if (tuned.layout, tuned.sharing, tuned.specs.keys()) != (start.layout, start.sharing, start.specs.keys()):
-        raise ValueError(
-            f"{tuned.name} and {start.name} have projectors of other layouts or levels, so they have no difference."
-        )
-    for name, weight in tuned.weights.items():
-        if weight.shape != start.weights[name].shape:
-            raise ValueError(
-                f"{name}.weight is {tuple(weight.shape)} in {tuned.name} and {tuple(start.weights[name].shape)} in "
-                f"{start.name}."
-            )
-        for one in (tuned, start):
-            if not torch.isfinite(one.weights[name]).all():
-                raise ValueError(f"{one.name}: {name}.weight holds NaN or Inf.")
-
-
-def _whole(part: Decomposition) -> torch.Tensor:
-    return (part.left * part.values) @ part.right
-
-
-def _best(
-    parts: dict[tuple[str, tuple[int, ...]], Decomposition], rank: int, like: Projections
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Deltas of a rank from decomposed updates; a sum of n updates has n times the rank to be dealt out to them."""
-    if rank < 1:
-        raise ValueError(f"rank={rank}: use at least 1.")
-    widest = min(min(part.left.shape[0], part.right.shape[1]) for part in parts.values())
-    if rank > widest:
-        raise ValueError(f"rank={rank}: the bases are {widest} wide; use 1 to {widest}.")
-    deltas = {}
-    for name, spec in like.specs.items():
-        u, v = (torch.zeros(shape, dtype=torch.float64) for shape in spec.factor_shapes(rank))
-        for update in spec.updates:
-            members = spec.num_summed(update)
-            left, right = parts[name, update].factors(rank * members)
-            if members > 1 or u[update].dim() == 3:
-                u[update] = left.unflatten(1, (members, rank)).transpose(0, 1)
-                v[update] = right.unflatten(0, (members, rank))
-            else:
-                u[update], v[update] = left, right
-        deltas[name] = (u, v)
-    return deltas
-
-
-def _energies(
-    before: dict[str, tuple[torch.Tensor, torch.Tensor]],
-    after: dict[str, tuple[torch.Tensor, torch.Tensor]],
-    like: Projections,
-) -> tuple[float, dict[str, float]]:
-    found = {}
-    for name, spec in like.specs.items():
-        for update in spec.updates:
-            old, new = pick_update(*before[name], update), pick_update(*after[name], update)
-            found[name, update] = squared_norm(*old), squared_error(old, new)
-    return _kept(found)
-
-
-def _kept(parts: dict[tuple[str, tuple[int, ...]], tuple[float, float]]) -> tuple[float, dict[str, float]]:
-    """Energy kept, in all and by projection, from squared norms and squared errors."""
-
-    def share(values: Iterable[tuple[float, float]]) -> float:
-        norms, errors = (sum(column) for column in zip(*values))
-        return 1 - errors / norms if norms else 1.0
-
-    names = dict.fromkeys(name for name, _ in parts)
-    by_projection = {name: share(value for key, value in parts.items() if key[0] == name) for name in names}
-    return share(parts.values()), by_projection
-
-
-def _differing(tuned: Projections, start: Projections) -> list[str]:
-    names = tuned.others.keys() & start.others.keys()
-    differing = [n for n in names if not torch.equal(tuned.others[n].load(), start.others[n].load())]
-    return sorted([*differing, *(tuned.others.keys() ^ start.others.keys())])
-
-
-def _write(
-    output: str | Path,
-    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]],
-    base: Projections,
-    source: str,
-    energies: tuple[float, dict[str, float]],
-) -> DeltaReport:
-    """A delta repo for the bases of `base`, or where that is a delta repo itself, for the same bases."""
-    tensors = {f"{n}.{f}": t for n, pair in pairs.items() for f, t in zip(FACTORS, pair)}
-    rank = next(iter(tensors.values())).shape[-1]
-    hashes = hashes_of_base(base.weights) if base.weights else base.config["base_sha256"]
-    base_name = base.name if base.weights else base.config.get("base_model_name_or_path")
-    config = describe_deltas(tensors, rank, base.layout, base.sharing, hashes, base_name, source)
-    config["energy"] = round(energies[0], 9)
-    write_delta_repo(output, tensors, config)
-    return DeltaReport(str(output), rank, config["parameters"], energies[0], energies[1])
-
-
-# What a repo has besides its weights; anything else in the folder (checkpoints, logs of the trainer) stays behind.
-_COPIED = {".json", ".py", ".jinja", ".md", ".txt", ".model"}
-_NOT_COPIED = {"trainer_state.json", "train_results.json", "all_results.json", "model.safetensors.index.json"}
+    if not 1 <= rank <= model.rank:
+        raise ValueError(f"rank={rank}: the deltas of {model.name} have rank {model.rank}; use 1 to {model.rank}.")
+    deltas = _cast(_approximate(parts, rank, model), dtype or next(iter(model.deltas.values()))[0].dtype)
+    norms = _compare(model, deltas)
+    note = f"{model.name}, truncated to rank {rank}, {_energy(norms.values()):.6f} of its energy"
+    return _write_deltas(output, deltas, model, norms, note)
 
 
 def apply_deltas(
-    repo: str | Path, deltas: str | Path, output: str | Path, force: bool = False, max_shard_size: int | str = "2GB"
+    repo: str | Path,
+    output: str | Path,
+    deltas: str | Path,
+    force: bool = False,
+    max_shard_size: int | str = "2GB",
 ) -> DeltaReport:
-    """Write a repo with other deltas in it; the bases and all else stay as they are, to the bit.
+    """Write a model's repo with other deltas in the place of its own; all else stays as it is, to the bit.
 
     Args:
         repo: folder or Hub id of a Delta-LLaVA repo.
-        deltas: folder or Hub id of a delta repo.
         output: folder to write; must not exist.
+        deltas: folder or Hub id of a delta repo; cast to the model's dtype.
         force: take deltas that belong to another base.
         max_shard_size: most bytes per weight file.
 
@@ -275,13 +161,16 @@ def apply_deltas(
         ValueError: deltas that do not fit, or belong to another base.
         OSError: a folder that exists, or cannot be read or written.
     """
-    model, found = _model_and_deltas(repo, deltas, force)
-    tensors = {n: (u.to(model.weights[n].dtype), v.to(model.weights[n].dtype)) for n, (u, v) in found.deltas.items()}
-    note = f"These are the weights of {model.name} with the deltas of {found.name} in the place of its own."
-    return _write_model(model, output, tensors, {}, found.rank, note, max_shard_size, [found.folder])
+    model, other = _read_model_and_deltas(repo, deltas, force)
+    cast = {
+        name: (u.to(model.weights[name].dtype), v.to(model.weights[name].dtype))
+        for name, (u, v) in other.deltas.items()
+    }
+    note = f"These are the weights of {model.name} with the deltas of {other.name} in the place of its own."
+    return _write_model(model, output, cast, {}, note, max_shard_size, other.folder)
 
 
-def merge_deltas(
+def merge_into_base(
     repo: str | Path,
     output: str | Path,
     deltas: str | Path | None = None,
@@ -312,15 +201,14 @@ def merge_deltas(
         OSError: a folder that exists, or cannot be read or written.
     """
     if deltas is None:
-        model = found = read_projections(repo)
+        model = other = read_projections(repo)
         if not model.weights:
             raise ValueError(
-                f"{model.name} holds deltas only; merge them into a model: merge REPO OUTPUT --deltas ..."
+                f"{model.name} holds deltas only; merge them into a model, and pass them as `deltas=...`."
             )
     else:
-        model, found = _model_and_deltas(repo, deltas, force)
-    shared = sorted(name for name, spec in model.specs.items() if len(spec.updates) > 1)
-    if shared:
+        model, other = _read_model_and_deltas(repo, deltas, force)
+    if shared := sorted(name for name, spec in model.specs.items() if len(spec.updates) > 1):
         raise ValueError(
             f"{model.name}: {format_names(shared)} is one base for several levels (projector_layout='paper'), each with a "
             "delta of its own: they cannot be merged on disk; merge_deltas() of a loaded model keeps a sum for each."
@@ -328,85 +216,159 @@ def merge_deltas(
     width = min(min(weight.shape) for weight in model.weights.values())
     if not 0 <= rank <= width:
         raise ValueError(f"rank={rank}: use 0 for a model without deltas, or 1 to {width}.")
-    weights = {
-        name: effective(found, name, found.specs[name].updates[0], weight).to(weight.dtype)
-        for name, weight in model.weights.items()
-    }
-    new = {name: _new_deltas(model.specs[name], rank, weight.dtype) for name, weight in weights.items()}
-    note = f"These are the weights of {model.name} with the deltas of {found.name} merged into their bases."
-    return _write_model(model, output, new if rank else {}, weights, rank, note, max_shard_size, [found.folder])
+    weights, new = {}, {}
+    for name, update in model.updates():
+        weight = model.weights[name]
+        weights[name] = other.merged_weight(name, update, weight).to(weight.dtype)
+        if rank:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                u, v = (DeltaProjection(model.specs[name], rank).get_parameter(factor).detach() for factor in FACTORS)
+            new[name] = u.to(weight.dtype), torch.zeros_like(v, dtype=weight.dtype)
+    note = f"These are the weights of {model.name} with the deltas of {other.name} merged into their bases."
+    return _write_model(model, output, new, weights, note, max_shard_size, other.folder)
 
 
-def _model_and_deltas(repo: str | Path, deltas: str | Path, force: bool) -> tuple[Projections, Projections]:
-    model, found = read_projections(repo, need_deltas=False), read_projections(deltas)
-    if not model.weights or not found.config:
-        raise ValueError(f"Expected a model and a delta repo, but got {model.name} and {found.name}.")
-    if (model.layout, model.sharing) != (found.layout, found.sharing):
+def _refuse_existing(output: str | Path) -> None:
+    if Path(output).exists() or Path(output).is_symlink():
+        raise FileExistsError(f"The output {output} exists; choose another one, or remove it yourself.")
+
+
+def _cast(deltas: dict[str, Factors], dtype: torch.dtype | None) -> dict[str, Factors]:
+    return {name: (u.to(dtype or u.dtype), v.to(dtype or v.dtype)) for name, (u, v) in deltas.items()}
+
+
+def _check_pair(tuned: Projections, start: Projections) -> None:
+    """Refuse two sources that have no difference."""
+    for model in (tuned, start):
+        if not model.weights:
+            raise ValueError(f"{model.name} holds deltas only; extract compares two models.")
+    if (tuned.layout, tuned.sharing, tuned.specs.keys()) != (start.layout, start.sharing, start.specs.keys()):
         raise ValueError(
-            f"{found.name} has deltas for projector_layout={found.layout!r} and delta_sharing={found.sharing!r}, but "
+            f"{tuned.name} and {start.name} have projectors of other layouts or levels, so they have no difference."
+        )
+    for name, weight in tuned.weights.items():
+        if weight.shape != start.weights[name].shape:
+            raise ValueError(
+                f"{name}.weight is {tuple(weight.shape)} in {tuned.name} and {tuple(start.weights[name].shape)} in "
+                f"{start.name}."
+            )
+        for model in (tuned, start):
+            if not torch.isfinite(model.weights[name]).all():
+                raise ValueError(f"{model.name}: {name}.weight holds NaN or Inf.")
+
+
+def _differing(tuned: Projections, start: Projections) -> list[str]:
+    """Other tensors of the projector that are in one only, or differ."""
+    names = tuned.others.keys() & start.others.keys()
+    differing = [n for n in names if not torch.equal(tuned.others[n].load(), start.others[n].load())]
+    return sorted([*differing, *(tuned.others.keys() ^ start.others.keys())])
+
+
+def _approximate(parts: dict[tuple[str, Update], Decomposition], rank: int, like: Projections) -> dict[str, Factors]:
+    """The best deltas of a rank, in float64; a sum of n updates has n times the rank to be shared out among them."""
+    widest = min(min(part.left.shape[0], part.right.shape[1]) for part in parts.values())
+    if not 1 <= rank <= widest:
+        raise ValueError(f"rank={rank}: the bases are {widest} wide; use 1 to {widest}.")
+    deltas = {}
+    for name, spec in like.specs.items():
+        u, v = (torch.zeros(shape, dtype=torch.float64) for shape in spec.factor_shapes(rank))
+        for update in spec.updates:
+            left, right = parts[name, update].factors(rank * spec.num_summed(update))
+            u[update] = left.unflatten(1, (-1, rank)).transpose(0, 1).reshape(u[update].shape)
+            v[update] = right.reshape(v[update].shape)
+        deltas[name] = (u, v)
+    return deltas
+
+
+def _compare(model: Projections, deltas: dict[str, Factors]) -> _Norms:
+    """`deltas` beside those of `model`."""
+    after, norms = replace(model, deltas=deltas), {}
+    for name, update in model.updates():
+        factors = model.factors(name, update)
+        norms[name, update] = squared_norm(*factors), squared_error(factors, after.factors(name, update))
+    return norms
+
+
+def _energy(norms: Iterable[tuple[float, float]]) -> float:
+    """The share of the squared norm that was kept."""
+    total, lost = (sum(column) for column in zip(*norms))
+    return 1 - lost / total if total else 1.0
+
+
+def _write_deltas(
+    output: str | Path, deltas: dict[str, Factors], base: Projections, norms: _Norms, source: str
+) -> DeltaReport:
+    """A delta repo for the bases of `base`, or where that is a delta repo itself, for the same bases."""
+    energy = _energy(norms.values())
+    by_projection = {name: _energy(n for key, n in norms.items() if key[0] == name) for name in deltas}
+    tensors = {f"{name}.{f}": factor for name, factors in deltas.items() for f, factor in zip(FACTORS, factors)}
+    rank = next(iter(tensors.values())).shape[-1]
+    hashes = hashes_of_base(base.weights) if base.weights else base.config["base_sha256"]
+    base_name = base.name if base.weights else base.config.get("base_model_name_or_path")
+    config = describe_deltas(tensors, rank, base.layout, base.sharing, hashes, base_name, source)
+    config["energy"] = round(energy, 9)
+    write_delta_repo(output, tensors, config)
+    return DeltaReport(str(output), rank, config["parameters"], energy, by_projection)
+
+
+def _read_model_and_deltas(repo: str | Path, deltas: str | Path, force: bool) -> tuple[Projections, Projections]:
+    model, other = read_projections(repo, need_deltas=False), read_projections(deltas)
+    if not model.weights or not other.config:
+        raise ValueError(f"Expected a model and a delta repo, but got {model.name} and {other.name}.")
+    if (model.layout, model.sharing) != (other.layout, other.sharing):
+        raise ValueError(
+            f"{other.name} has deltas for projector_layout={other.layout!r} and delta_sharing={other.sharing!r}, but "
             f"{model.name} has {model.layout!r} and {model.sharing!r}."
         )
-    for name, (u, v) in found.deltas.items():
-        out, width = model.weights[name].shape
-        if (u.shape[-2], v.shape[-1]) != (width, out) or len(found.level_names) != len(model.level_names):
+    for name, spec in model.specs.items():
+        if spec != other.specs[name]:
+            u, v = (tuple(factor.shape) for factor in other.deltas[name])
             raise ValueError(
-                f"{found.name}: {name}.delta_u is {tuple(u.shape)} and delta_v {tuple(v.shape)}, which does not fit "
-                f"the base {(out, width)} and {len(model.level_names)} levels of {model.name}."
+                f"{other.name}: {name}.delta_u is {u} and delta_v {v}, which does not fit the base "
+                f"{(spec.out_features, spec.in_features)} and {len(model.levels)} levels of {model.name}."
             )
-    if not force and not is_base(model.weights, found.config["base_sha256"]):
+    if not force and not is_base(model.weights, other.config["base_sha256"]):
+        base = other.config.get("base_model_name_or_path") or "unnamed"
         raise ValueError(
-            f"{found.name} belongs to another base ({found.config.get('base_model_name_or_path') or 'unnamed'}) than {model.name}; "
-            "pass `force=True` to take it nevertheless."
+            f"{other.name} belongs to another base ({base}) than {model.name}; pass `force=True` to take it nevertheless."
         )
-    return model, found
-
-
-def _new_deltas(spec: ProjectionSpec, rank: int, dtype: torch.dtype) -> Factors:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        new = DeltaProjection(spec, max(rank, 1))
-    u, v = new.get_parameter("delta_u").detach(), new.get_parameter("delta_v").detach()
-    return u.to(dtype), torch.zeros_like(v, dtype=dtype)
+    return model, other
 
 
 def _write_model(
     model: Projections,
     output: str | Path,
-    deltas: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    deltas: dict[str, Factors],
     weights: dict[str, torch.Tensor],
-    rank: int,
     note: str,
     max_shard_size: int | str,
-    inputs: list[Path],
+    deltas_folder: Path,
 ) -> DeltaReport:
     """The repo of `model` with other deltas (none: without) and, where given, other bases."""
     output, size = Path(output), parse_size(max_shard_size)
-    check_output(output, [model.folder, *inputs], overwrite=False)
+    check_output(output, [model.folder, deltas_folder], overwrite=False)
     config = read_repo_config(model.folder)
     checkpoint = read_checkpoint(model.folder)
     new = {f"{PROJECTOR}{name}.weight": weight for name, weight in weights.items()}
-    for name, (u, v) in deltas.items():
-        new |= {f"{PROJECTOR}{name}.delta_u": u, f"{PROJECTOR}{name}.delta_v": v}
+    new |= {f"{PROJECTOR}{name}.{f}": factor for name, pair in deltas.items() for f, factor in zip(FACTORS, pair)}
+    rank = next(iter(deltas.values()))[0].shape[-1] if deltas else 0
     config.use_delta_projection = bool(deltas)
     config.delta_rank = rank or config.delta_rank
-    with atomic_folder(output) as growing:
-        _copy_files(model.folder, growing, checkpoint)
-        write_code(growing)
-        write_config(config, growing)
-        write_shards(_replaced(checkpoint, new), growing, size)
-        card = growing / "README.md"
+    with atomic_folder(output) as tmp_dir:
+        for file in sorted(model.folder.iterdir()):
+            if file.is_file() and is_published(file.name) and not fnmatch(file.name, WEIGHTS):
+                shutil.copyfile(file, tmp_dir / file.name)
+        write_code(tmp_dir)
+        write_config(config, tmp_dir)
+        write_shards(_replace_tensors(checkpoint, new), tmp_dir, size)
+        card = tmp_dir / "README.md"
         text = card.read_text(encoding="utf-8") if card.is_file() else f"# {public_name(str(output))}\n"
         card.write_text(f"{text.rstrip()}\n\n## Deltas\n\n{note}\n", encoding="utf-8")
     return DeltaReport(str(output), rank, sum(u.numel() + v.numel() for u, v in deltas.values()))
 
 
-def _copy_files(source: Path, target: Path, checkpoint: Checkpoint) -> None:
-    for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix in _COPIED and file.name not in _NOT_COPIED and file not in checkpoint.files:
-            shutil.copyfile(file, target / file.name)
-
-
-def _replaced(checkpoint: Checkpoint, new: dict[str, torch.Tensor]) -> dict[str, LazyTensor]:
+def _replace_tensors(checkpoint: Checkpoint, new: dict[str, torch.Tensor]) -> dict[str, LazyTensor]:
     """The tensors of a repo in their order, some with other values, deltas that are not in `new` left out."""
     old = {
         name: tensor

@@ -1,11 +1,12 @@
 """The DeltaProjections of a repo, of a checkpoint in the authors' layout, or of a delta repo; no model is built."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from ..conversion.checkpoint import Checkpoint, LazyTensor, open_weights, read_checkpoint
+from ..conversion.checkpoint import LazyTensor, open_weights, read_checkpoint
 from ..conversion.config_mapping import DEFAULTS
 from ..conversion.export import read_repo_config
 from ..conversion.sources import PROJECTOR_FILE, open_trained
@@ -21,26 +22,26 @@ from ..modeling.delta_projection_delta_llava import (
 )
 from ..modeling.delta_repo_delta_llava import DELTA_CONFIG, DELTA_WEIGHTS, read_delta_config
 from ..utils.errors import format_names
-from ..utils.files import local_folder, public_name, read_json
+from ..utils.files import local_folder, public_name, read_optional_json
 
 
 _FILES = ("*.json", "*.safetensors", "pytorch_model*.bin", PROJECTOR_FILE)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Projections:
-    """What belongs to the DeltaProjections of one projector.
+    """The DeltaProjections of one projector.
 
     Attributes:
         name: Hub id, or the folder's last part.
         folder: where the files lie.
         layout, sharing: `projector_layout` and `delta_sharing` of the config.
-        deltas: `delta_u` and `delta_v` by projection.
-        rank: of the deltas; 0 where there are none.
-        weights: the bases by projection; none in a delta repo.
-        others: the projector's other tensors.
+        levels: which hidden states of the tower the levels are; 0, 1, ... where the source does not say.
         specs: of `projection_specs`.
-        level_names: which hidden states of the tower the levels are; their positions, where nobody says.
+        deltas: `delta_u` and `delta_v` by projection; empty where there are none.
+        rank: of the deltas; 0 where there are none.
+        weights: the bases by projection, (out, in); empty in a delta repo.
+        others: the projector's other tensors.
         config: of a delta repo, its `delta_config.json`.
     """
 
@@ -48,89 +49,67 @@ class Projections:
     folder: Path
     layout: str
     sharing: str
+    levels: list[int]
+    specs: dict[str, ProjectionSpec]
     deltas: dict[str, Factors]
     rank: int
     weights: dict[str, torch.Tensor]
     others: dict[str, LazyTensor]
-    specs: dict[str, ProjectionSpec]
-    level_names: list[int]
     config: dict = field(default_factory=dict)
 
-    @property
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The deltas by the names they have in a delta repo."""
-        pairs = ((name, pair) for name, pair in self.deltas.items())
-        return {f"{n}.{f}": tensor for n, pair in pairs for f, tensor in zip(FACTORS, pair)}
+    def updates(self) -> list[tuple[str, Update]]:
+        """Every update that the projector applies, with the name of its projection."""
+        return [(name, update) for name, spec in self.specs.items() for update in spec.updates]
 
-    def pairs(self) -> dict[tuple[str, Update], Factors]:
-        """The factor pair of every update that the projector applies; of a sum over levels, one pair."""
-        return {
-            (name, update): pick_update(*self.deltas[name], update)
-            for name, spec in self.specs.items()
-            for update in spec.updates
-        }
+    def factors(self, name: str, update: Update) -> Factors:
+        """The factors (in, r) and (r, out) of an update; of a sum over levels, one pair."""
+        return pick_update(*self.deltas[name], update)
+
+    def merged_weight(self, name: str, update: Update, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """Base (by default its own) and update together, (out, in) in float64."""
+        weight = (self.weights[name] if weight is None else weight).double()
+        if not self.deltas:
+            return weight
+        u, v = self.factors(name, update)
+        return weight + (u.double() @ v.double()).T
 
 
-def read_projections(spec: str | Path, need_deltas: bool = True) -> Projections:
+def read_projections(model_id: str | Path, need_deltas: bool = True) -> Projections:
     """Read a repo, a checkpoint in the authors' layout (whole, or its `mm_projector.bin`), or a delta repo.
 
     Args:
-        spec: folder or Hub id.
+        model_id: folder or Hub id.
         need_deltas: refuse a source without them.
 
     Raises:
-        ValueError: what is there is none of these, or not whole.
+        ValueError: the source is none of these, or not complete.
     """
-    folder = local_folder(str(spec), "model", _FILES)
-    name = public_name(str(spec))
+    folder, name = local_folder(str(model_id), "model", _FILES), public_name(str(model_id))
     if (folder / DELTA_CONFIG).is_file():
-        found = _read_delta_repo(folder, name)
-    elif (folder / "config.json").is_file() and read_json(folder / "config.json").get("model_type") == "delta_llava":
-        found = _read_repo(folder, name)
+        result = _read_delta_repo(folder, name)
+    elif read_optional_json(folder / "config.json").get("model_type") == "delta_llava":
+        config = read_repo_config(folder)
+        tensors = _strip_prefix(read_checkpoint(folder).tensors, PROJECTOR)
+        levels = config.vision_feature_levels
+        result = _collect(name, folder, config.projector_layout, config.delta_sharing, levels, tensors)
     else:
-        found = _read_checkpoint(folder, name)
-    if need_deltas and not found.deltas:
+        result = _read_checkpoint(folder, name)
+    if need_deltas and not result.deltas:
         raise ValueError(f"{name} has no deltas (use_delta_projection=False).")
-    return found
-
-
-def effective(
-    model: Projections, name: str, update: tuple[int, ...], weight: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Base (the model's own by default) and update together, (out, in) in float64."""
-    weight = (model.weights[name] if weight is None else weight).double()
-    if not model.deltas:
-        return weight
-    u, v = model.pairs()[name, update]
-    return weight + (u.double() @ v.double()).T
+    return result
 
 
 def _read_delta_repo(folder: Path, name: str) -> Projections:
     config = read_delta_config(folder)
-    tensors = {n: tensor.load() for n, tensor in open_weights(folder / DELTA_WEIGHTS).items()}
-    layout, sharing = str(config["projector_layout"]), str(config.get("delta_sharing", "levels"))
-    one = tensors.get("qkv_proj.delta_u" if sharing == "all" else "k_proj.delta_u")
-    query = tensors.get("q_proj.delta_u")
-    levels = 1  # where the factors have other dimensions, `_assemble` says so
-    if layout == "released" and one is not None and query is not None and one.dim() == query.dim() == 2:
-        levels = one.shape[0] // query.shape[0]
-    elif layout == "paper" and one is not None and one.dim() > 2:
-        levels = one.shape[-3]
-    found = _assemble(name, folder, layout, sharing, list(range(levels)), tensors, {})
-    if found.rank != config["delta_rank"]:
+    tensors = open_weights(folder / DELTA_WEIGHTS)
+    layout, sharing = config["projector_layout"], config.get("delta_sharing", "levels")
+    levels = range(_count_levels(tensors, layout))
+    result = _collect(name, folder, layout, sharing, levels, tensors, config)
+    if result.rank != config["delta_rank"]:
         raise ValueError(
-            f"{name}: delta_rank={config['delta_rank']!r} in its config, but its tensors have rank {found.rank}."
+            f"{name}: delta_rank={config['delta_rank']!r} in its config, but its tensors have rank {result.rank}."
         )
-    found.config = config
-    return found
-
-
-def _read_repo(folder: Path, name: str) -> Projections:
-    config = read_repo_config(folder)
-    tensors = _below(read_checkpoint(folder), PROJECTOR)
-    return _assemble(
-        name, folder, config.projector_layout, config.delta_sharing, config.vision_feature_levels, {}, tensors
-    )
+    return result
 
 
 def _read_checkpoint(folder: Path, name: str) -> Projections:
@@ -141,54 +120,60 @@ def _read_checkpoint(folder: Path, name: str) -> Projections:
         )
     source = {n: tensor for n, tensor in checkpoint.tensors.items() if n.startswith(SOURCE_PROJECTOR)}
     if not source:
-        raise ValueError(f"{name} is no Delta-LLaVA: no tensor in it is called {SOURCE_PROJECTOR}...")
+        raise ValueError(f"{name} is not a Delta-LLaVA: no tensor in it is called {SOURCE_PROJECTOR}...")
     tensors = {target.removeprefix(PROJECTOR): source[n] for n, (target, _) in map_names(source).rules.items()}
-    wide, narrow = tensors.get("k_proj.weight"), tensors.get("q_proj.weight")
-    levels = 1
-    if wide is not None and narrow is not None and len(wide.shape) > 1 and len(narrow.shape) > 1:
-        levels = wide.shape[1] // narrow.shape[1]
-    settings = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    named = settings.get("mm_vision_feature_levels", list(DEFAULTS["vision_feature_levels"]))
-    names = named if isinstance(named, list) and len(named) == levels else list(range(levels))
-    return _assemble(name, folder, "released", "levels", names, {}, tensors)
+    count = _count_levels(tensors, "released")
+    settings = read_optional_json(folder / "config.json")
+    levels = settings.get("mm_vision_feature_levels", list(DEFAULTS["vision_feature_levels"]))
+    if not isinstance(levels, list) or len(levels) != count:
+        levels = range(count)
+    return _collect(name, folder, "released", "levels", levels, tensors)
 
 
-def _below(checkpoint: Checkpoint, prefix: str) -> dict[str, LazyTensor]:
-    return {n.removeprefix(prefix): tensor for n, tensor in checkpoint.tensors.items() if n.startswith(prefix)}
+def _strip_prefix(tensors: Mapping[str, LazyTensor], prefix: str) -> dict[str, LazyTensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _assemble(
+def _count_levels(tensors: Mapping[str, LazyTensor], layout: str) -> int:
+    """How many levels a projector reads, by its shapes; 1 where they do not fit, which `_collect` refuses."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    try:
+        if layout == "paper":
+            return shapes.get("qkv_proj.delta_u", shapes.get("k_proj.delta_u", ()))[-3]
+        if "k_proj.weight" in shapes:
+            return shapes["k_proj.weight"][1] // shapes["q_proj.weight"][1]
+        return shapes["k_proj.delta_u"][-2] // shapes["q_proj.delta_u"][-2]
+    except (KeyError, IndexError):
+        return 1
+
+
+def _collect(
     name: str,
     folder: Path,
     layout: str,
     sharing: str,
-    level_names: list[int],
-    deltas: dict[str, torch.Tensor],
-    lazy: dict[str, LazyTensor],
+    levels: Sequence[int],
+    tensors: Mapping[str, LazyTensor],
+    config: dict | None = None,
 ) -> Projections:
-    """Sort the tensors: `deltas` as they are in a delta repo, or everything in the projector (`lazy`)."""
+    """Check and load the tensors of a projector, or with the `config` of a delta repo those of its deltas alone."""
     query = "qkv_proj" if sharing == "all" else "q_proj"
-    known = lazy.get(f"{query}.weight", deltas.get(f"{query}.delta_v"))
-    width = (
-        known.shape[-1] if known is not None and known.shape else 0
-    )  # what is missing or misshapen is refused below
-    specs = projection_specs(layout, sharing, len(level_names), width)
-    bases = {f"{projection}.weight": projection for projection in specs}
-    factors = {f"{projection}.{factor}" for projection in specs for factor in FACTORS}
-    if lazy and (missing := sorted(bases.keys() - lazy.keys())):
+    known = tensors.get(f"{query}.delta_v" if config else f"{query}.weight")
+    width = known.shape[-1] if known is not None and known.shape else 0  # a tensor that is missing is refused below
+    specs = projection_specs(layout, sharing, len(levels), width)
+    bases = {} if config else {f"{projection}.weight": spec for projection, spec in specs.items()}
+    if missing := sorted(bases.keys() - tensors.keys()):
         raise ValueError(f"{name}: there is no {format_names(missing)}.")
-    deltas = deltas or {n: tensor.load() for n, tensor in lazy.items() if n in factors}
-    weights = {bases[n]: tensor.load() for n, tensor in lazy.items() if n in bases}
+    factors = {f"{projection}.{factor}" for projection in specs for factor in FACTORS}
+    loaded = {n: tensor.load() for n, tensor in tensors.items() if config or n in factors or n in bases}
+    weights = {n.removesuffix(".weight"): loaded.pop(n) for n in bases}
     for projection, weight in weights.items():
         expected = specs[projection].out_features, specs[projection].in_features
         if weight.shape != expected:
             raise ValueError(f"{name}: {projection}.weight is {tuple(weight.shape)}, and should be {expected}.")
-    others = {n: tensor for n, tensor in lazy.items() if n not in factors and n not in bases}
-    pairs: dict[str, Factors] = {}
-    rank = 0
-    if deltas:
-        pairs, rank = check_deltas(deltas, specs, f"{name}: ")
-        for n, tensor in deltas.items():
-            if not torch.isfinite(tensor).all():
-                raise ValueError(f"{name}: {n} holds NaN or Inf.")
-    return Projections(name, folder, layout, sharing, pairs, rank, weights, others, specs, list(level_names))
+    deltas, rank = check_deltas(loaded, specs, f"{name}: ") if loaded or config else ({}, 0)
+    for n, tensor in loaded.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name}: {n} holds NaN or Inf.")
+    others = {n: tensor for n, tensor in tensors.items() if n not in factors and n not in bases}
+    return Projections(name, folder, layout, sharing, list(levels), specs, deltas, rank, weights, others, config or {})

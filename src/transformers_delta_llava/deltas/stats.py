@@ -53,39 +53,39 @@ def delta_stats(source: str | Path, base: str | Path | None = None) -> list[Delt
     Raises:
         ValueError: a source that cannot be used, or a base that does not fit.
     """
-    found = read_projections(source)
-    bases = found.weights
+    model = read_projections(source)
+    bases = model.weights
     if base is not None:
         other = read_projections(base, need_deltas=False)
         if not other.weights:
             raise ValueError(f"{other.name} holds deltas only; the base is a model.")
         bases = other.weights
-        for name, (u, v) in found.deltas.items():
+        for name, (u, v) in model.deltas.items():
             if name not in bases or tuple(bases[name].shape) != (v.shape[-1], u.shape[-2]):
-                raise ValueError(f"{other.name} has no base of the shape that {name} of {found.name} needs.")
+                raise ValueError(f"{other.name} has no base of the shape that {name} of {model.name} needs.")
     rows = []
-    for (name, update), (u, v) in found.pairs().items():
-        weight = bases.get(name)
-        if found.layout == "released":
-            rows.append(_row(name, None, found.rank, u, v, weight))
-            levels = len(found.level_names) if name != "q_proj" else 1
+    for name, update in model.updates():
+        (u, v), weight = model.factors(name, update), bases.get(name)
+        if model.layout == "released":
+            rows.append(_row(name, None, model.rank, u, v, weight))
+            levels = len(model.levels) if name != "q_proj" else 1
             if levels > 1:  # the levels are side by side in what the projection reads
                 width = u.shape[0] // levels
                 parts = weight.split(width, dim=1) if weight is not None else [None] * levels
                 rows += [
-                    _row(name, level, found.rank, part, v, base_part)
-                    for level, part, base_part in zip(found.level_names, u.split(width), parts)
+                    _row(name, level, model.rank, part, v, base_part)
+                    for level, part, base_part in zip(model.levels, u.split(width), parts)
                 ]
         else:
-            rows.append(_row(*_label(found, name, update), found.rank, u, v, weight))
+            rows.append(_row(*_label(model, name, update), model.rank, u, v, weight))
     return rows
 
 
-def _label(found: Projections, name: str, update: tuple[int, ...]) -> tuple[str, int | None]:
+def _label(model: Projections, name: str, update: tuple[int, ...]) -> tuple[str, int | None]:
     """Projection and level of an update of the `"paper"` layout."""
     if name == "qkv_proj":
-        return "qkv"[update[0]], found.level_names[update[1]] if len(update) > 1 else None
-    return name, found.level_names[update[0]] if update else None
+        return "qkv"[update[0]], model.levels[update[1]] if len(update) > 1 else None
+    return name, model.levels[update[0]] if update else None
 
 
 def _row(

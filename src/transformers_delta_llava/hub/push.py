@@ -15,11 +15,9 @@ from huggingface_hub.utils import get_session
 
 from ..utils.errors import CONNECTION_ERRORS, DeltaLlavaError, causes, describe_hub_error, format_names, one_line
 from ..utils.files import check_repo_id
-from .repo_files import check_repo, repo_files
+from .repo_files import WEIGHTS, check_repo, repo_files
 
 
-# Weights of an earlier model that would be loaded in place of, or stay beside, the new ones.
-WEIGHTS = "model*.safetensors*"
 # About ten minutes in all, of which a restart of the Hub or of a router needs two or three.
 ATTEMPTS = 24
 LONGEST_WAIT = 30.0
@@ -175,6 +173,7 @@ class _Upload:
     def _commit(self) -> tuple[str, str]:
         """Upload what the Hub lacks, and commit; a commit of unchanged files is skipped by huggingface_hub."""
         names = {operation.path_in_repo for operation in self.operations}
+        # Weights of an earlier model, which would be loaded in place of the new ones, or stay beside them.
         stale = [name for name in self._tree(self.branch) if fnmatch(name, WEIGHTS) and name not in names]
         commit = self.api.create_commit(
             self.repo_id,

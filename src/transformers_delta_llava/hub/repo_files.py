@@ -39,6 +39,7 @@ HUB_FILES = {
     for file in sorted(Path(str(package.__file__)).parent.glob("[!_]*.py"))
 }
 # What else a model repo has. Logs, data, keys and whatever else lies in the folder stay there.
+WEIGHTS = "model*.safetensors*"
 PUBLISHED = (
     *("README.md", "LICENSE*", "NOTICE*", ".gitattributes", REPORT_FILE, "recipe.yaml"),
     *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
@@ -265,6 +266,11 @@ def _write_update(folder: Path, contents: dict[str, bytes], deleted: Iterable[st
         (folder / name).unlink()
 
 
+def is_published(name: str) -> bool:
+    """Whether a model repo has a file of this name."""
+    return name in HUB_FILES or any(fnmatch(name, pattern) for pattern in PUBLISHED)
+
+
 def repo_files(folder: Path, include: Sequence[str] = ()) -> tuple[dict[str, Path], list[str]]:
     """The files to publish, by their path in the repo, and the names of those that stay.
 
@@ -288,7 +294,7 @@ def repo_files(folder: Path, include: Sequence[str] = ()) -> tuple[dict[str, Pat
             continue  # `.git` and `.env` are not expected in a repo, so they are not reported either
         included = {pattern for pattern in include if fnmatch(name, pattern)}
         matched |= included
-        if included or name in HUB_FILES or any(fnmatch(name, pattern) for pattern in PUBLISHED):
+        if included or is_published(name):
             files[name] = path
         else:
             left_out.append(name)
