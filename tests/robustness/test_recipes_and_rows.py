@@ -78,20 +78,20 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *(place for key, inner in items for place in places(inner, (*path, key)))]
 
 
-def mutate(value: Any, chance: random.Random) -> Any:
+def mutate(value: Any, rng: random.Random) -> Any:
     """`value` with something that does not belong there in one place, or without that place."""
     value = copy.deepcopy(value)
-    place = chance.choice(places(value)[1:])
+    place = rng.choice(places(value)[1:])
     owner = value
     for key in place[:-1]:
         owner = owner[key]
-    kind = chance.random()
+    kind = rng.random()
     if kind < 0.15:
         del owner[place[-1]]
     elif kind < 0.3 and isinstance(owner, dict):
-        owner[chance.choice(["extra", "", "None", place[-1] + "s"])] = owner.pop(place[-1])
+        owner[rng.choice(["extra", "", "None", place[-1] + "s"])] = owner.pop(place[-1])
     else:
-        owner[place[-1]] = chance.choice([*VALUES, owner[place[-1]], [owner[place[-1]]], {"a": owner[place[-1]]}])
+        owner[place[-1]] = rng.choice([*VALUES, owner[place[-1]], [owner[place[-1]]], {"a": owner[place[-1]]}])
     return value
 
 
@@ -113,22 +113,20 @@ def folder(tmp_path_factory: Any) -> Path:
 def test_a_recipe_trains_or_says_why_not(
     folder: Path, tmp_path: Path, seed: int, logged_deprecations: list[str]
 ) -> None:
-    chance = random.Random(f"recipe {seed}")
+    rng = random.Random(f"recipe {seed}")
     content = recipe_content(folder, arguments={"output_dir": str(tmp_path / "out"), "max_steps": 1})
-    if chance.random() < 0.5:
+    if rng.random() < 0.5:
         content |= {"train": ["projector", "lora"], "lora": {"r": 2, "target_modules": ["q_proj"], "lora_alpha": 4}}
         content["lora"] |= {"lora_dropout": 0.0, "bias": "none", "modules_to_save": None, "projector_lr": 1e-3}
         content["projector_lr"] = content["lora"].pop("projector_lr")
-    for _ in range(chance.randint(0, 1)):
-        content["arguments"][chance.choice(ARGUMENTS)] = chance.choice(VALUES)
-    content = mutate(content, chance)
-    text = yaml.safe_dump(content, allow_unicode=chance.random() < 0.5).encode("utf-8", "replace")
-    if chance.random() < 0.15:
-        cut = chance.randrange(len(text))
+    for _ in range(rng.randint(0, 1)):
+        content["arguments"][rng.choice(ARGUMENTS)] = rng.choice(VALUES)
+    content = mutate(content, rng)
+    text = yaml.safe_dump(content, allow_unicode=rng.random() < 0.5).encode("utf-8", "replace")
+    if rng.random() < 0.15:
+        cut = rng.randrange(len(text))
         text = (
-            text[:cut]
-            + chance.choice([b"", b"\xff", b"\0", b"&a [*a]", b"{{", b"\t- ", b"!!binary x"])
-            + text[cut + 1 :]
+            text[:cut] + rng.choice([b"", b"\xff", b"\0", b"&a [*a]", b"{{", b"\t- ", b"!!binary x"]) + text[cut + 1 :]
         )
     (tmp_path / "recipe.yaml").write_bytes(text)
     with limited():
@@ -157,24 +155,24 @@ ROW_TEXTS = [
 @pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + CASES))
 def test_a_row_is_encoded_or_named_with_its_reason(folder: Path, tmp_path: Path, seed: int) -> None:
     """Eight broken rows between two whole ones, which stay."""
-    chance = random.Random(f"rows {seed}")
+    rng = random.Random(f"rows {seed}")
     whole = make_rows(4)
-    suffix = chance.choice([".json", ".jsonl"])
+    suffix = rng.choice([".json", ".jsonl"])
     lines = [json.dumps(whole[0])]
     for _ in range(8):
-        row = chance.choice(whole)
-        if chance.random() < 0.3:
+        row = rng.choice(whole)
+        if rng.random() < 0.3:
             row = {"images": [row["image"]] if "image" in row else [], "messages": messages_of(row)}
-        row = mutate(row, chance)
-        if chance.random() < 0.3:
-            row["system"] = chance.choice([*ROW_TEXTS, *VALUES])
+        row = mutate(row, rng)
+        if rng.random() < 0.3:
+            row["system"] = rng.choice([*ROW_TEXTS, *VALUES])
         text = json.dumps(row, default=str)
-        if chance.random() < 0.4:
-            text = text.replace("What is", json.dumps(chance.choice(ROW_TEXTS))[1:-1], 1)
-        if chance.random() < 0.1:
+        if rng.random() < 0.4:
+            text = text.replace("What is", json.dumps(rng.choice(ROW_TEXTS))[1:-1], 1)
+        if rng.random() < 0.1:
             text = text.replace("{", '{"deep": ' + "[" * 5000 + "]" * 5000 + ", ", 1)
-        if suffix == ".jsonl" and chance.random() < 0.1:  # in an array it would leave the others' borders open
-            text = text[: chance.randrange(len(text))] + chance.choice('"{]\\')
+        if suffix == ".jsonl" and rng.random() < 0.1:  # in an array it would leave the others' borders open
+            text = text[: rng.randrange(len(text))] + rng.choice('"{]\\')
         lines.append(text)
     lines.append(json.dumps(whole[1]))
     file = tmp_path / f"rows{suffix}"
@@ -190,13 +188,13 @@ def test_a_row_is_encoded_or_named_with_its_reason(folder: Path, tmp_path: Path,
         encoder = ConversationEncoder(make_processor(), 512)
         for on_error in ("fail", "skip"):
             dataset = TrainingDataset(rows, encoder, on_error, tmp_path / "skipped.jsonl")
-            for place in range(len(rows)):
-                encode(dataset, place)
+            for row in range(len(rows)):
+                encode(dataset, row)
 
 
-def encode(dataset: TrainingDataset, place: int) -> None:
+def encode(dataset: TrainingDataset, row: int) -> None:
     try:
-        assert (dataset[Request(place, 4)]["labels"] != -100).any()
+        assert (dataset[Request(row, 4)]["labels"] != -100).any()
     except DataError as error:
         assert_one_sentence(error)
 

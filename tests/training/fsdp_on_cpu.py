@@ -1,21 +1,21 @@
 """
-Runs `delta-llava` with FSDP2 over gloo on CPU.
+Runs recipes one after the other with FSDP2 over gloo on CPU.
 
-accelerate switches FSDP on for accelerators only; here it is told to do so for CPUs too. All that follows (sharding,
-mixed precision, gathering, saving) is accelerate's own code, as on GPUs.
+accelerate enables FSDP on accelerators only; here it is enabled on CPUs too. Everything else (sharding, mixed precision,
+gathering, saving) is accelerate's own code, as on GPUs.
 """
 
 import sys
 from typing import Any
 
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 
-from transformers_delta_llava.cli.main import main
+from transformers_delta_llava.training import load_recipe, train
 
 
-def switch_on() -> None:
-    """Make accelerate take MULTI_CPU for FSDP where the launcher asks for FSDP."""
+def enable_fsdp() -> None:
+    """Make accelerate use FSDP for MULTI_CPU where the launcher asks for FSDP."""
     original = AcceleratorState.__init__
 
     def patched(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
@@ -31,5 +31,9 @@ def switch_on() -> None:
 
 
 if __name__ == "__main__":
-    switch_on()
-    sys.exit(main())
+    enable_fsdp()
+    for recipe in sys.argv[1:]:
+        train(load_recipe(recipe))
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU

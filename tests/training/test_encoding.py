@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.tiny_run import BUDGETS, make_model, make_picture, make_processor, write_data
+from tests.training.tiny_run import BUDGETS, make_image, make_model, make_processor, write_data
 from transformers_delta_llava.processing import CHAT_TEMPLATES
 from transformers_delta_llava.training import DataError
 from transformers_delta_llava.training.conversations import IGNORED, ConversationEncoder, RowError, to_messages
@@ -37,7 +37,7 @@ def conversation(template: str) -> list[dict[str, Any]]:
     if template != "plain":
         turns += [("human", "Sure?"), ("gpt", "Yes: 100 %.")]
     row = {"image": ["a", "b"], "conversations": [{"from": who, "value": value} for who, value in turns]}
-    return to_messages(row, [make_picture(0), make_picture(1)])
+    return to_messages(row, [make_image(0), make_image(1)])
 
 
 @pytest.mark.parametrize("budget", [1, 9])
@@ -73,7 +73,7 @@ def test_an_image_after_the_cut_is_left_out() -> None:
     row = {"image": ["a", "b"], "conversations": []}
     for question, answer in (("<image>", "One."), ("<image>", "Two.")):
         row["conversations"] += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    messages = to_messages(row, [make_picture(0), make_picture(1)])
+    messages = to_messages(row, [make_image(0), make_image(1)])
     processor = make_processor()
     ids = ConversationEncoder(processor, 2048)(messages, 16)["input_ids"]
     second = int((ids == processor.image_token_id).nonzero()[16])
@@ -107,19 +107,9 @@ def test_rows_become_a_batch() -> None:
 def test_a_blank_image_changes_nothing_but_gives_every_parameter_a_gradient(extra: int) -> None:
     """`extra`: tokens of a second, longer row, so that the blank image fits into the padding or does not."""
     encoder = ConversationEncoder(make_processor(), 2048)
-    rows = [
-        {
-            **encoder(
-                to_messages(
-                    {"conversations": [{"from": "human", "value": "Hi" + "!" * more}, {"from": "gpt", "value": "Ho"}]}
-                ),
-                4,
-            ),
-            "budget": 4,
-            "num_skipped": 0,
-        }
-        for more in (0, extra)
-    ]
+    turns = [[{"from": "human", "value": "Hi" + "!" * n}, {"from": "gpt", "value": "Ho"}] for n in (0, extra)]
+    encoded = [encoder(to_messages({"conversations": conversation}), 4) for conversation in turns]
+    rows = [{**sample, "budget": 4, "num_skipped": 0} for sample in encoded]
     plain = Collator(256, 259)(rows)
     with_blank = Collator(256, 259, encoder.blank_image(), min(BUDGETS))(rows)
     assert "pixel_values" not in plain and with_blank["pixel_values"].shape == (1, 3, 24, 24)
@@ -168,6 +158,6 @@ def test_a_corrupt_image_is_fatal_where_the_recipe_says_so(dataset: TrainingData
 
 def test_data_without_a_usable_image_ends(dataset: TrainingDataset, tmp_path: Path) -> None:
     for file in tmp_path.glob("*.png"):
-        file.write_bytes(b"no picture")
+        file.write_bytes(b"not an image")
     with pytest.raises(DataError, match=r"6 rows from row 2 \(id r2\) on cannot be used"):
         dataset[Request(2, 4)]

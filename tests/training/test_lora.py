@@ -1,43 +1,21 @@
-"""LoRA in recipes: what is trained is saved, resumed and merged, or refused; every gradient is there in every step."""
+"""LoRA in recipes: what is trained is saved, resumed and merged, or refused; every parameter has a gradient in every step."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from tests.training.tiny_run import recipe_content, write_data, write_model
-from transformers_delta_llava.training import RecipeError, make_recipe, train
+from tests.training.tiny_run import assert_same_weights, modalities_with_gradients, recipe_for, run, weights
+from transformers_delta_llava.training import RecipeError, make_recipe
 from transformers_delta_llava.training.run import make_trainer
+from transformers_delta_llava.training.trainer import merge_adapter
 
 
 SMALL = {"r": 2, "lora_alpha": 8, "lora_dropout": 0.0}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: Any) -> Path:
-    """A model, the same with a tied head, and data that no test changes."""
-    folder = tmp_path_factory.mktemp("lora")
-    write_model(folder / "model")
-    write_model(folder / "tied", tie_word_embeddings=True)
-    write_data(folder / "data", 12)
-    return folder
-
-
-def content(folder: Path, out: Path, names: list[str], lora: dict[str, Any], **arguments: Any) -> dict[str, Any]:
-    arguments = {"output_dir": str(out), "save_strategy": "steps", "save_steps": 2, **arguments}
-    return recipe_content(folder, train=names, lora={**SMALL, **lora}, arguments=arguments)
-
-
-def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == two.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], msg=name, atol=1e-6, rtol=1e-5)
-
-
 LANGUAGE, TOWER, PROJECTOR = "language_model.layers", "vision_tower", "multi_modal_projector"
 
 
@@ -57,34 +35,30 @@ LANGUAGE, TOWER, PROJECTOR = "language_model.layers", "vision_tower", "multi_mod
             {LANGUAGE, TOWER, "embed_tokens"},
         ),
         ("model", ["vision_tower", "deltas", "lora"], {"bias": "all"}, {LANGUAGE, TOWER, PROJECTOR}),
+        ("model", ["projector", "lora"], {}, {LANGUAGE, PROJECTOR}),
         ("tied", ["lora"], {"modules_to_save": ["lm_head"]}, {LANGUAGE, "lm_head"}),
         ("tied", ["lora"], {"modules_to_save": ["embed_tokens"]}, {LANGUAGE, "embed_tokens"}),
     ],
-    ids=["modules", "tokens", "biases", "tied head", "tied embeddings"],
+    ids=["modules", "tokens", "biases", "default", "tied head", "tied embeddings"],
 )
 def test_what_lora_trains_is_saved_resumed_and_merged(
     folder: Path, tmp_path: Path, model: str, names: list[str], lora: dict[str, Any], changed: set[str]
 ) -> None:
-    recipe = content(folder, tmp_path / "whole", names, lora)
-    recipe["model"]["path"] = str(folder / model)
-    whole = train(make_recipe(recipe))
-    trained = AutoModelForImageTextToText.from_pretrained(whole).state_dict()
-    before = AutoModelForImageTextToText.from_pretrained(folder / model).state_dict()
-    differ = {name for name in before if not torch.equal(before[name], trained[name])}
-    assert {
-        part for part in (LANGUAGE, TOWER, PROJECTOR, "embed_tokens", "lm_head") if any(part in n for n in differ)
-    } == changed
-
+    changes: dict[str, Any] = {"train": names, "lora": {**SMALL, **lora}, "model": {"path": str(folder / model)}}
+    out = run(folder, tmp_path / "out", arguments={"save_steps": 1}, **changes)
+    trained = AutoModelForImageTextToText.from_pretrained(out).state_dict()
     base = AutoModelForImageTextToText.from_pretrained(folder / model)
-    adapted = PeftModel.from_pretrained(base, whole / "adapter").merge_and_unload()
-    assert_equal(adapted.state_dict(), trained)
+    different = [name for name, tensor in base.state_dict().items() if not torch.equal(tensor, trained[name])]
+    parts = (LANGUAGE, TOWER, PROJECTOR, "embed_tokens", "lm_head")
+    assert {part for part in parts if any(part in name for name in different)} == changed
 
-    recipe["arguments"] |= {
-        "output_dir": str(tmp_path / "resumed"),
-        "resume_from_checkpoint": str(whole / "checkpoint-2"),
-    }
-    resumed = train(make_recipe(recipe))
-    assert_equal(load_file(resumed / "model.safetensors"), load_file(whole / "model.safetensors"))
+    adapted = PeftModel.from_pretrained(base, out / "adapter")
+    # Without `lora` as under FSDP, where the model in memory is sharded.
+    merged = adapted.merge_and_unload() if lora else merge_adapter(adapted, str(out / "adapter"), None)
+    assert_same_weights(merged.state_dict(), trained, rtol=1e-5)
+
+    arguments = {"save_steps": 1, "resume_from_checkpoint": str(out / "checkpoint-1")}
+    assert_same_weights(run(folder, tmp_path / "resumed", arguments=arguments, **changes), out, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -95,26 +69,17 @@ def test_what_lora_trains_is_saved_resumed_and_merged(
         {"target_modules": "all-linear"},
         {},
     ],
-    ids=["q_proj and v_proj", "fc1 and fc2", "all-linear", "by default"],
+    ids=["q_proj and v_proj", "fc1 and fc2", "all-linear", "default"],
 )
-def test_adapters_lie_beside_the_projector_and_have_gradients_in_every_step(
+def test_adapters_leave_the_projector_alone_and_have_gradients_in_every_step(
     folder: Path, tmp_path: Path, lora: dict[str, Any]
 ) -> None:
-    """With and without images in the batch: DDP waits for all of them."""
-    trainer = make_trainer(make_recipe(content(folder, tmp_path, ["lora"], lora)))
+    """Also in batches without images: DDP waits for all gradients."""
+    trainer = make_trainer(recipe_for(folder, tmp_path, train=["lora"], lora={**SMALL, **lora}))
+    assert modalities_with_gradients(trainer) == {True, False}
     names = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
-    assert names and not any(
-        "multi_modal_projector" in name or "vision_tower.encoder.layers.3" in name for name in names
-    )
+    assert not any(PROJECTOR in name or "vision_tower.encoder.layers.3" in name for name in names)
     assert any("vision_tower" in name for name in names) == bool(lora)
-    kinds = set()
-    for batch in trainer.get_train_dataloader():
-        counts = {name: batch.pop(name) for name in ("num_tokens", "num_images", "num_skipped")}
-        kinds.add(counts["num_images"] > 0)
-        trainer.model.zero_grad()
-        trainer.compute_loss(trainer.model, batch).backward()
-        assert [name for name in names if trainer.model.get_parameter(name).grad is None] == []
-    assert kinds == {True, False}
 
 
 @pytest.mark.parametrize(
@@ -132,4 +97,29 @@ def test_what_cannot_be_trained_and_saved_is_refused(
     folder: Path, tmp_path: Path, lora: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RecipeError, match=message):
-        make_trainer(make_recipe(content(folder, tmp_path, ["lora"], lora)))
+        make_trainer(recipe_for(folder, tmp_path, train=["lora"], lora={**SMALL, **lora}))
+
+
+def test_lora_needs_a_model_to_adapt(folder: Path, tmp_path: Path) -> None:
+    content = recipe_for(folder, tmp_path).to_dict()
+    content |= {"model": {"vision": "org/clip", "language": "org/llama"}, "train": ["lora"]}
+    with pytest.raises(RecipeError, match="name it as model.path"):
+        make_recipe(content)
+
+
+def test_qlora_trains_beside_a_quantized_language_model_and_ends_in_a_full_one(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    changes: dict[str, Any] = {"train": ["projector", "lora"], "lora": SMALL}
+    changes["model"] = {"quantization_config": {"load_in_4bit": True}}
+    trainer = make_trainer(recipe_for(folder, tmp_path, **changes))
+    parameters = {name: parameter for name, parameter in trainer.model.named_parameters() if "lora_" not in name}
+    quantized = {name.split(".")[3] for name, p in parameters.items() if type(p).__name__ == "Params4bit"}
+    assert quantized == {"language_model"}
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters() if p.requires_grad)
+    out = run(folder, tmp_path / "out", arguments={"save_steps": 1}, **changes)
+    old, new = weights(folder / "model"), weights(out)
+    different = {name.split(".")[1] for name in old if not torch.equal(old[name], new[name])}
+    assert old.keys() == new.keys() and different == {PROJECTOR, "language_model"}
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    arguments = {"resume_from_checkpoint": str(out / "checkpoint-1")}
+    assert_same_weights(out, run(folder, tmp_path / "again", arguments=arguments, **changes))

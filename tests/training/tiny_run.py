@@ -1,4 +1,4 @@
-"""Everything that a training run needs, tiny: tokenizer, image processor, model folder, rows with pictures, recipes."""
+"""Everything that a tiny training run needs: tokenizer, image processor, model folder, rows with images, recipes."""
 
 import json
 from pathlib import Path
@@ -7,12 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from tests.tiny import TEXT, VISION
 from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.processing import DeltaLlavaProcessor, load_chat_template
+from transformers_delta_llava.training import Recipe, make_recipe, train
+from transformers_delta_llava.training.trainer import COUNTS
 
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -64,7 +67,7 @@ def write_model(folder: Path, **config: Any) -> Path:
     return folder
 
 
-def make_picture(seed: int, width: int = 30, height: int = 24) -> Image.Image:
+def make_image(seed: int, width: int = 30, height: int = 24) -> Image.Image:
     """Noise."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
@@ -89,12 +92,12 @@ def make_rows(count: int, text_only_every: int = 4) -> list[dict[str, Any]]:
 
 
 def write_data(folder: Path, count: int = 24, suffix: str = ".json", text_only_every: int = 4) -> Path:
-    """Rows and their pictures in `folder`; returns the file of rows."""
+    """Rows and their images in `folder`; returns the file of rows."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = make_rows(count, text_only_every)
     for number, row in enumerate(rows):
         if "image" in row:
-            make_picture(number).save(folder / row["image"])
+            make_image(number).save(folder / row["image"])
     return write_rows(folder / f"rows{suffix}", rows)
 
 
@@ -108,7 +111,7 @@ def write_rows(file: Path, rows: list[Any]) -> Path:
 
 
 def recipe_content(folder: Path, **changes: Any) -> dict[str, Any]:
-    """A recipe for `write_model` and `write_data` in `folder`, as a YAML file would hold it."""
+    """A recipe for `write_model` and `write_data` in `folder`; dictionaries in `changes` are merged into its sections."""
     content: dict[str, Any] = {
         "model": {"path": str(folder / "model")},
         "data": {
@@ -122,7 +125,7 @@ def recipe_content(folder: Path, **changes: Any) -> dict[str, Any]:
             "output_dir": str(folder / "out"),
             "use_cpu": True,
             "per_device_train_batch_size": 2,
-            "max_steps": 4,
+            "max_steps": 2,
             "save_strategy": "no",
             "learning_rate": 1e-3,
             "logging_steps": 1,
@@ -133,3 +136,48 @@ def recipe_content(folder: Path, **changes: Any) -> dict[str, Any]:
     for key, value in changes.items():
         content[key] = {**content[key], **value} if isinstance(value, dict) and key in content else value
     return content
+
+
+def recipe_for(folder: Path, out: Path, arguments: dict[str, Any] | None = None, **changes: Any) -> Recipe:
+    """The recipe of `recipe_content` that writes to `out`; `save_steps` in `arguments` also sets the strategy."""
+    arguments = {"output_dir": str(out), **(arguments or {})}
+    if "save_steps" in arguments:
+        arguments["save_strategy"] = "steps"
+    return make_recipe(recipe_content(folder, arguments=arguments, **changes))
+
+
+def run(folder: Path, out: Path, resume: bool = False, **changes: Any) -> Path:
+    """Train `recipe_for` the same arguments."""
+    return train(recipe_for(folder, out, **changes), resume)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a model's folder, by name."""
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(one: Any, other: Any, atol: float = 1e-6, rtol: float = 0.0) -> None:
+    """`one` and `other` are folders or state dicts."""
+    first, second = (weights(x) if isinstance(x, Path) else x for x in (one, other))
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=atol, rtol=rtol, msg=name)
+
+
+def losses(folder: Path) -> list[float]:
+    """The loss of every step of a finished run."""
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in log if "loss" in entry]
+
+
+def modalities_with_gradients(trainer: Any) -> set[bool]:
+    """Runs all batches backward, each must give every trained parameter a gradient; whether they have images."""
+    seen = set()
+    for batch in trainer.get_train_dataloader():
+        counts = {name: batch.pop(name) for name in COUNTS}
+        seen.add(counts["num_images"] > 0)
+        trainer.model.zero_grad()
+        trainer.compute_loss(trainer.model, batch).backward()
+        trained = {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+        assert trained and not [name for name, parameter in trained.items() if parameter.grad is None]
+    return seen
