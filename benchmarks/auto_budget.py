@@ -1,11 +1,11 @@
 """What `num_visual_tokens="auto"` spends and what it answers, beside fixed numbers of visual tokens, on easy-VQA.
 
-    python benchmarks/auto_budget.py [--limit 500] [--pictures photo.jpg ...]
+    python benchmarks/auto_budget.py [--limit 500] [--images photo.jpg ...]
 
 Every question is answered once at every fixed budget. A row of auto takes, image by image, the answer at the budget that is
 picked; the last one is also run for real, in batches of mixed budgets, and the script fails if that answers otherwise in more
 than 1 of 1,000 questions. Two sets of budgets are looked at: those that the shipped checkpoint was trained at, and all that its grid
-has. Below it: what auto picks for pictures on the 24 x 24 grid of CLIP-L/336, where no model is asked, and what the rule costs.
+has. Below it: what auto picks for images on the 24 x 24 grid of CLIP-L/336, where no model is asked, and what the rule costs.
 
 Nothing here is drawn by chance: questions, picks and answers are the same in every run; the milliseconds are not.
 """
@@ -45,7 +45,7 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description="Auto budgets against fixed ones.")
     parser.add_argument("--limit", type=int, help="ask only so many test questions, always the same")
-    parser.add_argument("--pictures", type=Path, nargs="*", default=[ROOT / "examples" / "images" / "chelsea.jpg"])
+    parser.add_argument("--images", type=Path, nargs="*", default=[ROOT / "examples" / "images" / "chelsea.jpg"])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "auto_budget.json")
     arguments = parser.parse_args()
 
@@ -69,7 +69,7 @@ def main() -> None:
             "pillow": Image.__version__,
         },
         **measure(model, processor, questions),
-        "pictures": [row for path in arguments.pictures for row in variants(path)] + synthetic(),
+        "other_images": [row for path in arguments.images for row in variants(path)] + synthetic(),
         "milliseconds_of_the_rule_at_336": time_rule(),
     }
     show(report)
@@ -112,13 +112,13 @@ def measure(model: Any, processor: Any, questions: list[Question]) -> dict[str, 
 
 
 def variants(path: Path) -> list[dict[str, Any]]:
-    """What auto picks for a picture, and for it with less and less detail."""
+    """What auto picks for an image, and for it with less and less detail."""
     image = Image.open(path).convert("RGB")
     soft = {"": image} | {
         f", blurred by {blur} %": image.filter(ImageFilter.GaussianBlur(max(image.size) * blur / 100))
         for blur in (2, 8)
     }
-    return [picks(path.name + name, picture) for name, picture in soft.items()]
+    return [picks(path.name + name, image) for name, image in soft.items()]
 
 
 def synthetic() -> list[dict[str, Any]]:
@@ -131,7 +131,7 @@ def synthetic() -> list[dict[str, Any]]:
 
 
 def picks(name: str, image: Image.Image) -> dict[str, Any]:
-    """Losses and picks of a picture on the grid of CLIP-L/336, padded to a square as the processor does."""
+    """Losses and picks of an image on the grid of CLIP-L/336, padded to a square as the processor does."""
     width, height = (round(336 * side / max(image.size)) for side in image.size)
     levels = np.zeros((3, 336, 336), np.int64)
     top, left = (336 - height) // 2, (336 - width) // 2
@@ -141,14 +141,14 @@ def picks(name: str, image: Image.Image) -> dict[str, Any]:
     ).transpose(2, 0, 1)
     losses = budget_losses(levels, CLIP_BUDGETS, box)
     return {
-        "picture": name,
+        "image": name,
         "losses": {str(budget): round(loss, 3) for budget, loss in losses.items()},
         "picked": {f"{max_loss:g}": pick_budget(losses, max_loss) for max_loss in (0.1, 0.3, 0.5)},
     }
 
 
 def time_rule(repeats: int = 50) -> float:
-    """Milliseconds of CPU time that the rule takes for one picture of 336 x 336 and eight budgets, at the median."""
+    """Milliseconds of CPU time that the rule takes for one image of 336 x 336 and eight budgets, at the median."""
     levels = np.random.default_rng(0).integers(0, 256, (3, 336, 336))
     times = []
     for _ in range(repeats):
@@ -174,15 +174,13 @@ def show(report: dict[str, Any]) -> None:
             f"auto among {among}; loss up to {row['auto_max_loss']:g}", f"{row['mean_visual_tokens']:.2f}", cell(row)
         )
     console.print(table)
-    pictures = Table(
-        "picture", *map(str, CLIP_BUDGETS), "0.1", "0.3", "0.5", title="Losses, and picks at three limits"
-    )
-    for row in report["pictures"]:
+    images = Table("image", *map(str, CLIP_BUDGETS), "0.1", "0.3", "0.5", title="Losses, and picks at three limits")
+    for row in report["other_images"]:
         losses = (f"{loss:.2f}" for loss in row["losses"].values())
-        pictures.add_row(row["picture"], *losses, *(str(pick) for pick in row["picked"].values()))
-    console.print(pictures)
+        images.add_row(row["image"], *losses, *(str(pick) for pick in row["picked"].values()))
+    console.print(images)
     console.print(
-        f"The rule takes {report['milliseconds_of_the_rule_at_336']} ms of CPU time for a picture of 336 x 336 pixels."
+        f"The rule takes {report['milliseconds_of_the_rule_at_336']} ms of CPU time for an image of 336 x 336 pixels."
     )
 
 

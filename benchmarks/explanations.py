@@ -1,16 +1,16 @@
-"""Whether heat lies where the answer is to be seen: easy-VQA's test pictures, on whose plain ground there is one shape.
+"""Whether heat lies where the answer is to be seen: easy-VQA's test images, on whose plain ground there is one shape.
 
-    python benchmarks/explanations.py [--pictures 200]
+    python benchmarks/explanations.py [--images 200]
 
-For every place and budget the script looks at the first token of one answer per picture, once with the heat that
+For every place and budget the script looks at the first token of one answer per image, once with the heat that
 `delta-llava explain` draws (gradient times activation at each position), once with Grad-CAM's (gradients averaged over the
 positions first). It prints, and writes to `benchmarks/results/explanations.md`:
 
-- none: pictures for which no heat is left, as nothing speaks for the token; the other columns leave them out;
+- none: images for which no heat is left, as nothing speaks for the token; the other columns leave them out;
 - on the shape: mean share of the heat in the cells that the shape reaches into;
 - cells: mean share of the cells that it reaches into, which is what heat spread evenly would have there;
-- hottest: pictures whose hottest cell is one of them;
-- denser: pictures with more heat per area on the shape than beside it.
+- hottest: images whose hottest cell is one of them;
+- denser: images with more heat per area on the shape than beside it.
 
 Nothing is drawn by chance.
 """
@@ -41,38 +41,38 @@ HEAD = "| heat at | visual tokens | method | none | on the shape | cells | hotte
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description="Where heat lies on pictures of which we know it.")
-    parser.add_argument("--pictures", type=int, default=200)
+    parser = argparse.ArgumentParser(description="Where heat lies on images of which we know it.")
+    parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "explanations.md")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         repo = Path(folder) / "easy-vqa"
         convert_checkpoint(CHECKPOINT, repo)
         model, processor = load_repo(str(repo))
-    questions = one_per_picture(load_questions("test"), arguments.pictures)
+    questions = one_per_image(load_questions("test"), arguments.images)
     rows = [HEAD]
     for on, budget in LOOKS:
         found: dict[str, list[Any]] = {"as drawn": [], "Grad-CAM": []}
         for question in track(questions, f"{on}, {budget}", transient=True):
             with Image.open(question.image) as file:
-                picture = file.convert("RGB")
-            inputs = encode_question(processor, picture, question.text, budget)
+                image = file.convert("RGB")
+            inputs = encode_question(processor, image, question.text, budget)
             said = answer_ids(model, inputs, 1)
             activations, gradients = token_gradients(model, inputs, said, on)
-            shape = shape_mask(picture)
+            shape = shape_mask(image)
             found["as drawn"].append(judge(heat_map(activations, gradients).numpy(), shape))
             averaged = gradients.mean(0, keepdim=True).expand_as(gradients)
             found["Grad-CAM"].append(judge(heat_map(activations, averaged).numpy(), shape))
         rows += [f"| {on} | {budget} | {method} | {summary(judged)} |" for method, judged in found.items()]
     table = "\n".join(rows)
     print(table)
-    command = f"python benchmarks/explanations.py --pictures {arguments.pictures}"
+    command = f"python benchmarks/explanations.py --images {arguments.images}"
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(f"`{command}`: {len(questions)} pictures, percent.\n\n{table}\n", encoding="utf-8")
+    arguments.output.write_text(f"`{command}`: {len(questions)} images, percent.\n\n{table}\n", encoding="utf-8")
 
 
-def one_per_picture(questions: Sequence[Question], count: int) -> list[Question]:
-    """A question on each of `count` pictures, as far apart in their order as there are pictures; kinds of questions take turns."""
+def one_per_image(questions: Sequence[Question], count: int) -> list[Question]:
+    """A question on each of `count` images, as far apart in their order as there are images; kinds of questions take turns."""
     asked: dict[int, list[Question]] = {}
     for question in questions:
         asked.setdefault(question.image_id, []).append(question)
@@ -80,9 +80,9 @@ def one_per_picture(questions: Sequence[Question], count: int) -> list[Question]
     return [asked[image][index % len(asked[image])] for index, image in enumerate(images)]
 
 
-def shape_mask(picture: Image.Image) -> np.ndarray:
+def shape_mask(image: Image.Image) -> np.ndarray:
     """(height, width) of booleans: what is not the ground; a shape covers one corner at most."""
-    pixels = np.asarray(picture, int)
+    pixels = np.asarray(image, int)
     corners = [tuple(pixels[y, x]) for y in (0, -1) for x in (0, -1)]
     return np.abs(pixels - np.array(max(corners, key=corners.count))).sum(-1) > 30
 

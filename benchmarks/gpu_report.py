@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_parts import LIMITS, write_json
-from tables import Rows, table
+from tables import Rows, goals_table, table
 from training_step import TABLE_4
 from transformers_delta_llava.analysis import line_plot
 
@@ -101,22 +101,6 @@ def grouped(rows: Rows, keys: tuple[str, ...], columns: tuple[str, ...]) -> list
     return parts
 
 
-def verdicts(goals: list[tuple[str, float, float | None]]) -> str:
-    """A table of goals, bounds (from below where positive, else from above) and what was measured."""
-    rows = []
-    for name, bound, value in goals:
-        met = None if value is None else value >= bound if bound > 0 else value <= -bound
-        rows.append(
-            {
-                "goal": name,
-                "wanted": f"{'>=' if bound > 0 else '<='} {abs(bound):g}",
-                "measured": value,
-                "": "not measured" if met is None else "met" if met else "**missed**",
-            }
-        )
-    return table(rows)
-
-
 # ---------------------------------------------------------------------------- sections
 
 
@@ -155,7 +139,7 @@ def end_to_end(report: Report) -> list[str]:
     drifts = [
         f"{name.removeprefix('drift, ')}: {value:.3f}" for name, value in report.items() if name.startswith("drift")
     ]
-    parts = [*heading(report), verdicts(goals), *grouped(shown, ("batch", "way"), (*ANSWERS, "Fig. 3, tokens/s"))]
+    parts = [*heading(report), goals_table(goals), *grouped(shown, ("batch", "way"), (*ANSWERS, "Fig. 3, tokens/s"))]
     if report.get("profile"):
         shown = [
             row | {"kernel": "`" + row["kernel"].replace("|", "/").replace("`", "'") + "`"}

@@ -61,7 +61,7 @@ def main() -> None:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Words of one vocabulary, and the image token."""
-    words = {word: index for index, word in enumerate(["<unk>", "<pad>", "what", "is", "in", "this", "picture", "?"])}
+    words = {word: index for index, word in enumerate(["<unk>", "<pad>", "what", "is", "in", "this", "image", "?"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>")
@@ -73,11 +73,11 @@ def processing(arguments) -> dict[str, dict[str, float]]:
     """Seconds per call of both processors, with and without padding."""
     size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
     generator = torch.Generator().manual_seed(0)
-    pictures = [
+    images = [
         Image.fromarray(torch.randint(0, 256, (480, 640, 3), generator=generator, dtype=torch.uint8).numpy())
         for _ in range(arguments.images)
     ]
-    texts = ["<image> what is in this picture ?"] * arguments.images
+    texts = ["<image> what is in this image ?"] * arguments.images
     options = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     results = {}
     for what, pad in (("padded to a square", True), ("cropped", False)):
@@ -87,7 +87,7 @@ def processing(arguments) -> dict[str, dict[str, float]]:
         )
         llava = LlavaProcessor(image_processor, make_tokenizer(), **options)
         calls = {
-            name: partial(processor, images=pictures, text=texts, return_tensors="pt")
+            name: partial(processor, images=images, text=texts, return_tensors="pt")
             for name, processor in (("LLaVA", llava), ("ours", ours))
         }
         assert torch.equal(calls["LLaVA"]()["input_ids"], calls["ours"]()["input_ids"])

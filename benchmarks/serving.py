@@ -4,7 +4,7 @@
     python benchmarks/serving.py [--size small] [--requests 48] [--concurrency 8] [--output serving.json]
 
 Both models have the same vision tower and the same language model, of random weights, and run in the same engine with the same
-settings through the same code path (transformers' modelling backend). Each request brings a picture of its own, so that no
+settings through the same code path (transformers' modelling backend). Each request brings an image of its own, so that no
 cache helps, and wants a fixed number of tokens, streamed. What differs is what stands between tower and language model.
 """
 
@@ -223,7 +223,7 @@ def measure(port: int, budget: int | None, requests: int, concurrency: int, new_
 
 
 def _body(budget: int | None, new_tokens: int) -> bytes:
-    """A request with a picture that nobody has sent before."""
+    """A request with an image that nobody has sent before."""
     buffer = io.BytesIO()
     noise = np.frombuffer(os.urandom(42 * 42 * 3), dtype=np.uint8).reshape(42, 42, 3)
     Image.fromarray(noise).resize((336, 336)).save(buffer, "PNG")

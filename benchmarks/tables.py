@@ -12,6 +12,17 @@ def table(rows: Rows) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def goals_table(goals: list[tuple[str, float, float | None]]) -> str:
+    """A table of (name, bound, measured value); a negative bound is an upper one. None: not measured."""
+    rows: Rows = []
+    for name, bound, value in goals:
+        met = value is not None and (value >= bound if bound > 0 else value <= -bound)
+        verdict = "not measured" if value is None else "met" if met else "**missed**"
+        wanted = f"{'>=' if bound > 0 else '<='} {abs(bound):g}"
+        rows.append({"goal": name, "wanted": wanted, "measured": value, "": verdict})
+    return table(rows)
+
+
 def number(value: Any) -> str:
     """Three figures of a float, without an exponent where it is not tiny; nothing for None."""
     if value is None:

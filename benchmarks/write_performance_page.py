@@ -1,4 +1,4 @@
-"""Puts the figures of `benchmarks/results/*.json` into `docs/performance.md`, and says which targets are met.
+"""Puts the figures of `benchmarks/results/*.json` into `docs/performance.md`, and says which goals are met.
 
     python benchmarks/write_performance_page.py
     python benchmarks/write_performance_page.py --gpu OUT
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_report import GPU_SECTIONS, take_over
-from tables import Rows, table
+from tables import Rows, goals_table, table
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,10 +69,10 @@ def hardware(report: dict[str, Any]) -> str:
 
 
 def projector(report: dict[str, Any]) -> list[str]:
-    """Targets, then the figures of one image at every scale factor."""
+    """Goals, then the figures of one image at every scale factor."""
     rows, training = report["inference"], report["training"]
     columns = ("s", "released", "ours", "token packer", "mlp", "released/ours", "share of peak", "share of products")
-    parts = [table(targets(rows, training))]
+    parts = [goals_table(projector_goals(rows, training))]
     for batch in dict.fromkeys(row["batch"] for row in rows):
         figures = [
             {name: row[name] for name in (*columns, "memory ratio", "error")} for row in rows if row["batch"] == batch
@@ -83,8 +83,8 @@ def projector(report: dict[str, Any]) -> list[str]:
     return parts
 
 
-def targets(inference: Rows, training: Rows) -> Rows:
-    """What was aimed at, what was measured, and whether it is met, on what was measured."""
+def projector_goals(inference: Rows, training: Rows) -> list[tuple[str, float, float | None]]:
+    """(name, bound, measured value) of what was measured, as `goals_table` takes them."""
 
     def among(
         rows: Rows, field: str, worst: Callable[..., float] = min, batch: int | None = None, s: Any = None
@@ -92,32 +92,19 @@ def targets(inference: Rows, training: Rows) -> Rows:
         values = [r[field] for r in rows if batch in (None, r["batch"]) and (s is None or r["s"] in s)]
         return worst(values) if values else None
 
-    speed, many = "released/ours", (6, 8, 12, 24)
-    wanted = [
+    speed, peak = "released/ours", "share of peak"
+    goals = [
         ("forward, batch 1, s = 2: times faster than released", 1.45, among(inference, speed, batch=1, s=(2,))),
-        ("forward, batch 1, s >= 6", 1.8, among(inference, speed, batch=1, s=many)),
+        ("forward, batch 1, s >= 6", 1.8, among(inference, speed, batch=1, s=(6, 8, 12, 24))),
         ("forward, batch 1, s = 1", 2.0, among(inference, speed, batch=1, s=(1,))),
         ("forward, batch 4, s = 2", 1.3, among(inference, speed, batch=4, s=(2,))),
         ("forward, slowest of all", 1.0, among(inference, speed)),
         ("forward and backward, batch 1, s = 2", 1.3, among(training, speed, batch=1, s=(2,))),
-        (
-            "share of the matrix-multiply peak, batch 1, s = 2",
-            0.85,
-            among(inference, "share of peak", batch=1, s=(2,)),
-        ),
+        ("share of the matrix-multiply peak, batch 1, s = 2", 0.85, among(inference, peak, batch=1, s=(2,))),
         ("peak memory at inference, share of released, most", -0.6, among(inference, "memory ratio", max)),
         ("relative error, most", -1e-5, among(inference, "error", max)),
     ]
-    return [
-        {
-            "target": name,
-            "wanted": f"{'>=' if bound > 0 else '<='} {abs(bound):g}",
-            "measured": value,
-            "": "met" if (value - bound >= 0 if bound > 0 else value <= -bound) else "**missed**",
-        }
-        for name, bound, value in wanted
-        if value is not None
-    ]
+    return [goal for goal in goals if goal[2] is not None]
 
 
 def rows_only(report: dict[str, Any]) -> list[str]:

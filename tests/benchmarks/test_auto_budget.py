@@ -1,29 +1,17 @@
 """The benchmark of auto: its numbers are those of its parts."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
-import pytest
 from PIL import Image
 
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "auto_budget.py"
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("auto_budget", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+import auto_budget
 
 
-def test_it_measures_what_it_says(script, tmp_path, monkeypatch, capsys) -> None:
+def test_it_measures_what_it_says(tmp_path, monkeypatch, capsys) -> None:
     output = tmp_path / "results" / "auto.json"
-    monkeypatch.setattr(sys, "argv", ["auto_budget.py", "--limit", "6", "--pictures", "--output", str(output)])
-    script.main()
+    monkeypatch.setattr(sys, "argv", ["auto_budget.py", "--limit", "6", "--images", "--output", str(output)])
+    auto_budget.main()
     report = json.loads(output.read_text())
     assert (report["questions"], report["command"].split()[1]) == (6, "benchmarks/auto_budget.py")
     assert [row["visual_tokens"] for row in report["fixed"]] == [64, 16, 4, 1]
@@ -36,8 +24,8 @@ def test_it_measures_what_it_says(script, tmp_path, monkeypatch, capsys) -> None
     assert "auto among 16, 4, 1; loss up" in capsys.readouterr().out
 
 
-def test_pictures_with_less_detail_get_fewer_tokens(script, tmp_path) -> None:
-    synthetic = {row["picture"]: row["picked"]["0.3"] for row in script.synthetic()}
+def test_images_with_less_detail_get_fewer_tokens(tmp_path) -> None:
+    synthetic = {row["image"]: row["picked"]["0.3"] for row in auto_budget.synthetic()}
     assert synthetic == {
         "plain": 1,
         "slope": 4,
@@ -47,8 +35,8 @@ def test_pictures_with_less_detail_get_fewer_tokens(script, tmp_path) -> None:
         "chessboard 8 x 8": 64,
         "chessboard 24 x 24": 576,
     }
-    photo = SCRIPT.parents[1] / "examples" / "images" / "chelsea.jpg"
-    sharp, soft, softer = (row["picked"]["0.3"] for row in script.variants(photo))
+    photo = auto_budget.ROOT / "examples" / "images" / "chelsea.jpg"
+    sharp, soft, softer = (row["picked"]["0.3"] for row in auto_budget.variants(photo))
     assert sharp >= soft > softer > 1
     Image.new("RGB", (90, 30), "red").save(tmp_path / "red.png")
-    assert [row["picked"]["0.1"] for row in script.variants(tmp_path / "red.png")] == [1, 1, 1]
+    assert [row["picked"]["0.1"] for row in auto_budget.variants(tmp_path / "red.png")] == [1, 1, 1]

@@ -57,7 +57,7 @@ def read(output: Path, name: str) -> dict:
     return json.loads((output / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("failing", LIMITS)
+@pytest.mark.parametrize("failing", [list(LIMITS)[0], list(LIMITS)[-1]])
 def test_a_part_that_fails_leaves_the_others_whole(
     failing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

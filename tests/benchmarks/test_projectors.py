@@ -1,29 +1,10 @@
 """The projectors that benchmarks compare with: they do what their papers say."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+import projectors
 from tests.tiny import tiny_config
-
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def projectors():
-    spec = importlib.util.spec_from_file_location(
-        "projectors",
-        BENCHMARKS / "projectors" / "__init__.py",
-        submodule_search_locations=[str(BENCHMARKS / "projectors")],
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["projectors"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -32,13 +13,13 @@ def tokens():
     return [torch.randn(2, 144, 64, generator=generator, requires_grad=True) for _ in range(4)]
 
 
-def test_mlp_keeps_every_patch(projectors, tokens):
+def test_mlp_keeps_every_patch(tokens):
     projector = projectors.MLPProjector(tiny_config())
     assert projector(tokens[0], tokens[1:], 6).shape == (2, 144, 48)
 
 
 @pytest.mark.parametrize("scale_factor", [1, 2, 6, 12])
-def test_average_pooling_is_the_mlp_of_the_mean_of_each_cell(projectors, tokens, scale_factor):
+def test_average_pooling_is_the_mlp_of_the_mean_of_each_cell(tokens, scale_factor):
     projector = projectors.AveragePoolingProjector(tiny_config())
     side = 12 // scale_factor
     result = projector(tokens[0], tokens[1:], scale_factor).reshape(2, side, side, 48)
@@ -50,7 +31,7 @@ def test_average_pooling_is_the_mlp_of_the_mean_of_each_cell(projectors, tokens,
             torch.testing.assert_close(result[:, row, column], projector.mlp(cell.mean((1, 2))))
 
 
-def test_token_packer_attends_to_the_patches_under_a_query_and_to_no_others(projectors, tokens):
+def test_token_packer_attends_to_the_patches_under_a_query_and_to_no_others(tokens):
     torch.manual_seed(0)
     projector = projectors.TokenPackerStyleProjector(tiny_config())
     result = projector(tokens[0], tokens[1:], 3)
@@ -63,7 +44,7 @@ def test_token_packer_attends_to_the_patches_under_a_query_and_to_no_others(proj
         assert torch.equal(seen, expected)
 
 
-def test_token_packer_follows_a_plain_attention(projectors, tokens):
+def test_token_packer_follows_a_plain_attention(tokens):
     """Query by query, with the softmax written out."""
     torch.manual_seed(0)
     projector = projectors.TokenPackerStyleProjector(tiny_config(projector_num_attention_heads=1))
