@@ -14,7 +14,7 @@ from transformers_delta_llava.conversion import convert_checkpoint
 CHECKPOINT = Path(__file__).parents[1] / "examples" / "easy-vqa"
 COUNTS = "The number of <image> tokens in the prompts should be the same as the number of images: the text holds"
 MESSAGES = {
-    "unknown budget": "`num_visual_tokens=7` is not a budget of this model; it has 64, 16, 4, 1.",
+    "unknown budget": "num_visual_tokens=7: this model cannot give it; use one of 64, 16, 4, 1.",
     "no picture": "Image 0 cannot be used: cannot identify image file",
     "unreachable": "Image 0 cannot be used: ",
     "roles out of order": "The chat template refuses the conversation: Roles must alternate user, assistant",

@@ -129,7 +129,7 @@ def test_times_are_medians_without_the_warm_up(model: Any, processor: Any, photo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budgets": [5]}, "`num_visual_tokens=5` is not a budget"),
+        ({"budgets": [5]}, "num_visual_tokens=5: this model cannot give it"),
         ({"budgets": ["many"]}, "not 'many'"),
         ({"auto_max_loss": 2}, "`auto_max_loss` must be"),
         ({"repeats": 0}, "repeats=0: use at least 1"),
@@ -318,7 +318,7 @@ def test_a_repo_that_is_none_is_one_sentence(
         ({0: "nowhere/at/all"}, "nowhere/at/all is not a folder, and not a Hub id (owner/name) either."),
         ({1: "nowhere.jpg"}, "nowhere.jpg: there is no such image."),
         ({1: __file__}, f"{__file__} is not an image that can be read: "),
-        ({3: "--num-visual-tokens=5"}, "`num_visual_tokens=5` is not a budget of this model; it has 144, 36, 16"),
+        ({3: "--num-visual-tokens=5"}, "num_visual_tokens=5: this model cannot give it; use one of 144, 36, 16"),
         (
             {3: "--num-visual-tokens=-4"},
             "`num_visual_tokens` must be an integer or 'auto', or one per image, not '-4'",

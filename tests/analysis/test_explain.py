@@ -248,7 +248,7 @@ def test_a_token_is_found_by_place_and_by_text(trained: Any) -> None:
         ({"prompt": " \n"}, "The prompt is empty"),
         ({"on": "pixels"}, "on='pixels': use 'visual_tokens' or 'patches'"),
         ({"max_new_tokens": 0}, "max_new_tokens=0: use at least 1"),
-        ({"num_visual_tokens": 5}, "`num_visual_tokens=5` is not a budget"),
+        ({"num_visual_tokens": 5}, "num_visual_tokens=5: this model cannot give it"),
         ({"token": 2, "max_new_tokens": 2}, "token=2: the answer with 36 visual tokens does not have it"),
         ({"token": "cat", "max_new_tokens": 2}, "token='cat': the answer with 36 visual tokens does not have it"),
         ({"picture": Image.new("RGB", (0, 4))}, "Image 0 cannot be used: it is empty"),

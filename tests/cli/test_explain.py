@@ -63,7 +63,7 @@ def test_json_holds_the_heat(call, repo, photo, on, side) -> None:
         ({1: "nowhere.jpg"}, "nowhere.jpg: there is no such image."),
         ({1: __file__}, f"{__file__} is not an image that can be read: "),
         ({2: "  "}, "The prompt is empty: ask something about the picture."),
-        ({4: "--num-visual-tokens=5"}, "`num_visual_tokens=5` is not a budget of this model; it has 144, 36, 16"),
+        ({4: "--num-visual-tokens=5"}, "num_visual_tokens=5: this model cannot give it; use one of 144, 36, 16"),
         ({4: "--num-visual-tokens=many"}, "`num_visual_tokens` must be an integer or 'auto'"),
         ({4: "--token=2"}, "token=2: the answer with 36 visual tokens does not have it; its tokens are 0 "),
         (

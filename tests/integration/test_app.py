@@ -128,7 +128,7 @@ def test_bad_questions_are_answered_with_a_sentence(engine, server, photo, no_ph
         "There is no picture: upload one first.": [None, question, 16],
         "This file is not a picture that can be read.": [no_photo, question, 16],
         "There is no question.": [photo, " \n", 16],
-        "`num_visual_tokens=7` is not a budget of this model; it has 64, 16, 4, 1.": [photo, question, 7],
+        "num_visual_tokens=7: this model cannot give it; use one of 64, 16, 4, 1.": [photo, question, 7],
     }
     *refused, good = ask(engine, server, *bad.values(), [photo, question, 16])
     for words, said in zip(bad, refused, strict=True):
@@ -206,5 +206,5 @@ def test_a_budget_that_the_model_does_not_have_is_refused_at_once(engine, repo):
     environment = engine.environment(PYTHONPATH=SOURCE)
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
-    sentence = "num_visual_tokens=7 is not a budget of this model; it has 1, 4, 16, 64."
+    sentence = "num_visual_tokens=7: this model cannot give it; use one of 1, 4, 16, 64."
     assert result.stderr.splitlines()[-1] == f"delta-llava: {sentence}"

@@ -114,7 +114,7 @@ class TestNumberOfVisualTokens:
     @pytest.mark.parametrize("number", [99, 36.0, True, "36", [36]])
     def test_what_the_grid_cannot_give_is_refused(self, name, number, tmp_path):
         tiny_config().save_pretrained(tmp_path)
-        match = "the patch grid cannot give it; use one of 144, 36, 16, 9, 4, 1"
+        match = "this model cannot give it; use one of 144, 36, 16, 9, 4, 1"
         with pytest.raises(ValueError, match=match):
             tiny_config(**{name: number})
         with pytest.raises(ValueError, match=match):

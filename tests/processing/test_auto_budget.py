@@ -14,7 +14,7 @@ from transformers.pipelines.image_text_to_text import ImageTextToTextPipeline
 from transformers.utils.chat_template_utils import Chat
 
 from transformers_delta_llava.processing import DeltaLlavaProcessor, load_chat_template
-from transformers_delta_llava.processing.auto_budget_delta_llava import FAINT, budget_losses, pick_budget
+from transformers_delta_llava.processing.auto_budget_delta_llava import NOISE_LEVEL, budget_losses, pick_budget
 
 
 BUDGETS = (576, 144, 64, 36, 16, 9, 4, 1)
@@ -64,7 +64,7 @@ def slow_losses(levels: np.ndarray, budgets: Any, box: tuple[int, int, int, int]
         return total / (size * channels)
 
     largest = variance(max(budgets))
-    return {b: max(Fraction(0), (largest - variance(b)) / (largest + Fraction(FAINT) ** 2)) for b in budgets}
+    return {b: max(Fraction(0), (largest - variance(b)) / (largest + Fraction(NOISE_LEVEL) ** 2)) for b in budgets}
 
 
 # The rule.

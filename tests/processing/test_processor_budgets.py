@@ -57,10 +57,10 @@ def test_a_number_may_be_numpys_or_torchs(processor: Any, make_picture: Any, bud
 BAD_BUDGETS = {
     "not of this grid": (
         100,
-        r"`num_visual_tokens=100` is not a budget of this model; it has 576, 144, 64, 36, 16, 9",
+        r"num_visual_tokens=100: this model cannot give it; use one of 576, 144, 64, 36, 16, 9",
     ),
-    "zero": (0, "`num_visual_tokens=0` is not a budget"),
-    "negative": (-4, "`num_visual_tokens=-4` is not a budget"),
+    "zero": (0, "num_visual_tokens=0: this model cannot give it"),
+    "negative": (-4, "num_visual_tokens=-4: this model cannot give it"),
     "bool": (True, "must be an integer or 'auto', or one per image, not True"),
     "float": (4.0, "must be an integer or 'auto', or one per image, not 4.0"),
     "string": ("4", "must be an integer or 'auto', or one per image, not '4'"),
@@ -68,7 +68,7 @@ BAD_BUDGETS = {
     "too few": ([4], "has 1 entries for 2 images"),
     "too many": ([4, 4, 4], "has 3 entries for 2 images"),
     "none": ([], "has 0 entries for 2 images"),
-    "bad entry": ([4, 5], "`num_visual_tokens=5` is not a budget"),
+    "bad entry": ([4, 5], "num_visual_tokens=5: this model cannot give it"),
     "missing entry": ([4, None], "must be an integer or 'auto', or one per image, not None"),
     "float tensor": (torch.tensor([4.0, 4.0]), "must be an integer"),
     "bool tensor": (torch.tensor([True, True]), "must be an integer"),
@@ -81,7 +81,7 @@ BAD_BUDGETS = {
     "set": ({4}, "must be an integer"),
     "iterator": (iter([4, 4]), "must be an integer"),
     "generator": ((four for four in (4, 4)), "must be an integer"),
-    "very large": (2**70, "is not a budget"),
+    "very large": (2**70, "this model cannot give it"),
     "empty array": (np.array([], np.int64), "has 0 entries for 2 images"),
 }
 

@@ -280,7 +280,7 @@ def test_the_callers_picture_stays_as_it_is(processor: Any, make_picture: Any) -
 
 
 BAD_IMAGES = {
-    "a missing file": ("nowhere.png", "'nowhere.png' is no file, no URL and no base64 of an image"),
+    "a missing file": ("nowhere.png", "'nowhere.png' is not a file, a URL or an image in base64"),
     "a missing path": (Path("nowhere.png"), "No such file or directory"),
     "a folder": (".", "is not a file"),
     "an empty mapping": ({"bytes": None, "path": None}, "without `bytes`, `path` or `url`"),
@@ -409,7 +409,7 @@ def test_everything_that_a_call_takes_may_be_in_a_chat(processor: Any, make_pict
 )
 def test_sizes_that_the_tower_cannot_take_are_refused(processor: Any, make_picture: Any, options: Any) -> None:
     for given in (options, {"images_kwargs": options}):
-        with pytest.raises(ValueError, match="the vision tower takes|too large|whole numbers from 1 on"):
+        with pytest.raises(ValueError, match="the vision tower takes|too large|positive integers"):
             processor(images=make_picture(50, 20), **given)
 
 

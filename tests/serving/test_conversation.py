@@ -57,7 +57,7 @@ def test_the_answer_grows_to_what_generate_says(conversation, budget):
 def test_what_is_wrong_with_a_question_is_raised_to_who_asked(conversation):
     with pytest.raises(ValueError, match="no question"):
         next(conversation.ask(PICTURE, "  "))
-    with pytest.raises(ValueError, match="`num_visual_tokens=7` is not a budget"):
+    with pytest.raises(ValueError, match="num_visual_tokens=7: this model cannot give it"):
         next(conversation.ask(PICTURE, QUESTION, 7))
     with pytest.raises(ValueError, match="The prompt is too long: it has more than 2,048 tokens"):
         next(conversation.ask(PICTURE, "what? " * 10**5))

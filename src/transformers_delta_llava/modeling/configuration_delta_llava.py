@@ -235,9 +235,7 @@ class DeltaLlavaConfig(PreTrainedConfig):
             if budget == num_visual_tokens and not isinstance(num_visual_tokens, (bool, float)):
                 return scale_factor
         budgets = ", ".join(map(str, self.visual_token_budgets))
-        raise ValueError(
-            f"num_visual_tokens={num_visual_tokens}: the patch grid cannot give it; use one of {budgets}."
-        )
+        raise ValueError(f"num_visual_tokens={num_visual_tokens}: this model cannot give it; use one of {budgets}.")
 
     def _scale_factors(self) -> list[int]:
         return [s for s in range(1, self.grid_size + 1) if self.grid_size % (s * self.projector_window_size) == 0]

@@ -1,4 +1,4 @@
-"""Images before the image processor: whatever they come as, decoded to upright 8-bit RGB, and padded to a square."""
+"""Images before the image processor: loaded, decoded to upright 8-bit RGB, and padded to a square."""
 
 import base64
 import binascii
@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -24,13 +24,14 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 # Rows of a padded image are resized in strips of about this many pixels, whatever the shape of the image.
 STRIP_PIXELS = 2**22
 # Longer than LONG_SIDE pixels and LONG_RATIO times its short side, an image is averaged over blocks before it is resized,
-# BLOCKS of them for each pixel that the tower sees: its square would cost minutes and gigabytes, and hold next to nothing.
+# BLOCKS of them for each pixel that the tower sees: its square would cost minutes and gigabytes, nearly all of it padding.
 LONG_SIDE, LONG_RATIO, BLOCKS = 2**14, 4, 8
 # The most pixels that an image may have on its way to the tower. Only settings of a call ask for more.
 MAX_PIXELS = 2**26
-# Seconds that a URL may keep silent, and take in all; bytes that it may send. Without, a server could wait for ever.
+# Seconds between two packets and for the whole answer of a URL, and the bytes that it may send.
 URL_TIMEOUT, URL_TOTAL_TIMEOUT, URL_MAX_BYTES = 10.0, 30.0, 100 * 2**20
-# Set in `Image.info` of an image that came as floats in 0..1: it is rescaled even where `do_rescale=False` says that it was.
+# Set in `Image.info` of an image that was floats in 0..1: as 8 bits it has to be rescaled, even where `do_rescale=False` says of
+# the floats that they have been.
 RESCALED = "rescaled"
 
 
@@ -81,7 +82,7 @@ def open_image(source: Any) -> Image.Image:
 
     Raises:
         TypeError: it is none of these.
-        ValueError: it names no image, or the URL's server refuses it, takes longer than `URL_TOTAL_TIMEOUT` or sends more
+        ValueError: it does not name an image, or the URL's server refuses it, takes longer than `URL_TOTAL_TIMEOUT` or sends more
             than `URL_MAX_BYTES`.
         OSError: it cannot be read, or Pillow does not know it.
     """
@@ -110,12 +111,12 @@ def open_image(source: Any) -> Image.Image:
     try:
         return _open_bytes(base64.b64decode("".join(source.split()), validate=True))
     except ValueError as error:
-        raise ValueError(f"{source[:100]!r} is no file, no URL and no base64 of an image") from error
+        raise ValueError(f"{source[:100]!r} is not a file, a URL or an image in base64") from error
 
 
 def _open_file(path: str) -> Image.Image:
     path = os.path.expanduser(path)
-    if os.path.exists(path) and not os.path.isfile(path):  # a folder; a pipe could be waited at for ever
+    if os.path.exists(path) and not os.path.isfile(path):  # a folder; opening a pipe could block for ever
         raise ValueError(f"{path[:200]} is not a file")
     return Image.open(path)
 
@@ -128,10 +129,10 @@ def _open_bytes(data: bytes) -> Image.Image:
 
 
 def _from_data_url(url: str) -> bytes:
-    """What a `data:` URL holds. Its media type is not read: Pillow finds out by itself, and many name none or a wrong one."""
+    """The bytes of a `data:` URL. Its media type is ignored: Pillow looks at the bytes, and many URLs name none or a wrong one."""
     header, comma, payload = url.partition(",")
     if not comma:
-        raise ValueError("the data URL has no comma, after which its data would stand")
+        raise ValueError("the data URL has no comma before its data")
     data = urllib.parse.unquote_to_bytes(payload)
     if not header.lower().rstrip().endswith(";base64"):
         return data
@@ -144,10 +145,10 @@ def _from_data_url(url: str) -> bytes:
 
 def download(url: str, max_bytes: int | None = None) -> bytes:
     """
-    What is at an `http:` or `https:` URL.
+    The bytes at an `http:` or `https:` URL.
 
     Args:
-        url: it may lead to others.
+        url: redirects are followed.
         max_bytes: by default `URL_MAX_BYTES`.
 
     Raises:
@@ -176,7 +177,7 @@ def download(url: str, max_bytes: int | None = None) -> bytes:
         except Exception as error:
             errors.append(error)
 
-    # In a thread, as even headers can come byte by byte, each of which starts the time of the socket again.
+    # In a thread: even headers can arrive byte by byte, and each byte restarts the timeout of the socket.
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
     thread.join(URL_TOTAL_TIMEOUT)
@@ -188,7 +189,7 @@ def download(url: str, max_bytes: int | None = None) -> bytes:
 
 
 def _from_array(image: Any, layout: Any = None) -> Image.Image:
-    """An array or tensor, (H, W), (H, W, C) or (C, H, W), as an 8-bit image; in doubt tensors are (C, H, W)."""
+    """An array or tensor, (H, W), (H, W, C) or (C, H, W), as an 8-bit image; where both fit, tensors are (C, H, W)."""
     is_tensor = isinstance(image, torch.Tensor)
     if is_tensor:
         image = (image.float() if image.is_floating_point() else image).detach().cpu().numpy()
@@ -207,7 +208,7 @@ def _from_array(image: Any, layout: Any = None) -> Image.Image:
 
 
 def _to_image(values: np.ndarray, stretch: bool = False) -> Image.Image:
-    """An 8-bit image of (H, W) or (H, W, 3) `values`; see `_to_bytes`. It says so where they were floats in 0..1."""
+    """An 8-bit image of (H, W) or (H, W, 3) `values`; see `_to_bytes`. `RESCALED` marks floats in 0..1."""
     image = Image.fromarray(np.ascontiguousarray(_to_bytes(values, stretch)))
     if values.dtype.kind == "f" and values.min() >= 0 and values.max() <= 1:
         image.info[RESCALED] = True
@@ -248,7 +249,7 @@ def _to_bytes(values: np.ndarray, stretch: bool = False) -> np.ndarray:
 
 def pad_to_square(image: Image.Image, option: Callable[[str], Any]) -> Image.Image:
     """
-    `image` in the middle of a square of the mean colour, resized already where the image processor will do so.
+    `image` in the middle of a square of the mean colour, already resized where the image processor would resize it.
 
     Source: "pad" of the authors' code: colour `int(mean * 255)` per channel, offset rounded down. Pillow resizes
     horizontally, then vertically, with 8 bits in between. So the square can be resized strip by strip, to the same
@@ -313,7 +314,7 @@ def _average_blocks(image: Image.Image, factor: int, colour: Sequence[int]) -> t
 
 def cut_to_center(image: Image.Image, option: Callable[[str], Any]) -> Image.Image:
     """
-    What of an `image` that is not padded the image processor has to see, where it is too long to be resized whole.
+    The part of an unpadded `image` that the image processor has to see, where it is too long to be resized as a whole.
 
     `option` gives the image processor's settings by name. Where they cut the center out of an image resized by its short
     side, that is 16 times the short side; where they resize it to a given shape, `BLOCKS` pixels for each one of that. The
@@ -338,10 +339,10 @@ def cut_to_center(image: Image.Image, option: Callable[[str], Any]) -> Image.Ima
 
 def square_target(size: Any) -> tuple[int, int] | None:
     """
-    (width, height) that an image processor's `size` gives a square image; None where that takes more thought.
+    (width, height) that an image processor's `size` gives a square image; None for other kinds of `size`.
 
     Raises:
-        ValueError: it is not made of whole numbers from 1 on.
+        ValueError: it is not made of positive integers.
     """
     if isinstance(size, (int, np.integer)):
         pair: tuple = (size, size)
@@ -355,12 +356,12 @@ def square_target(size: Any) -> tuple[int, int] | None:
     if not all(
         isinstance(length, (int, np.integer)) and not isinstance(length, bool) and length > 0 for length in pair
     ):
-        raise ValueError(f"a size of {pair[0]} x {pair[1]}: use whole numbers from 1 on")
+        raise ValueError(f"a size of {pair[0]} x {pair[1]}: use positive integers")
     return int(pair[0]), int(pair[1])
 
 
 def _entries(size: Any) -> dict[str, Any]:
-    """What an image processor's `size` gives by name: nothing where it is a number or a pair."""
+    """The named entries of an image processor's `size`: none where it is a number or a pair."""
     if not hasattr(size, "__iter__") or isinstance(size, (str, list, tuple)):
         return {}
     return {name: value for name, value in dict(size).items() if value is not None}
@@ -368,10 +369,10 @@ def _entries(size: Any) -> dict[str, Any]:
 
 def output_size(option: Callable[[str], Any]) -> tuple[int, int] | None:
     """
-    (width, height) of what an image processor makes of a square, by its settings; None where the image decides.
+    (width, height) of a square image after the image processor, by its settings; None where they depend on the image.
 
     Raises:
-        ValueError: a size that is not made of whole numbers from 1 on.
+        ValueError: a size that is not made of positive integers.
     """
     if option("do_center_crop"):
         return square_target(option("crop_size"))
@@ -392,7 +393,7 @@ def levels_of(pixels: Any, option: Callable[[str], Any]) -> np.ndarray:
 def content_box(
     size: tuple[int, int], shape: Sequence[int], option: Callable[[str], Any]
 ) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) of a picture of (width, height) `size` in what is left of its square, (height, width)."""
+    """(top, bottom, left, right) of an image of (width, height) `size` in its processed square of (height, width) `shape`."""
     height, width = shape
     side = max(size)
     resized = width, height
@@ -405,9 +406,31 @@ def _visible(length: int, side: int, resized: int, shown: int) -> tuple[int, int
     """
     Where `length` pixels in the middle of `side` lie once these are `resized`, and `shown` in the middle of that.
 
-    Rounded inwards, as a resized picture bleeds into its padding; at least one pixel.
+    Rounded inwards, as a resized image bleeds into its padding; at least one pixel.
     """
     before = (side - length) // 2 * resized / side - (resized - shown) / 2
     after = before + length * resized / side
     start = min(max(math.ceil(before), 0), shown - 1)
     return start, max(start + 1, min(math.floor(after), shown))
+
+
+def to_lists(images: Any) -> Any:
+    """`images` with generators, columns of data sets and the like as lists, at every level."""
+    if isinstance(images, (str, bytes, bytearray, memoryview, Mapping, Image.Image)) or hasattr(images, "read"):
+        return images
+    is_array = hasattr(images, "dtype") and hasattr(images, "shape") and images.dtype != object
+    return images if is_array or not isinstance(images, Iterable) else [to_lists(entry) for entry in images]
+
+
+def is_nested(images: Any) -> bool:
+    """Whether images come as one list per text; None stands for an empty one."""
+    return isinstance(images, (list, tuple)) and any(row is None or isinstance(row, (list, tuple)) for row in images)
+
+
+def flatten_images(images: Any) -> list[Any]:
+    """All images of an image, a batch array, a list, or a list of lists; None is no image."""
+    if isinstance(images, (list, tuple)):
+        return [image for entry in images for image in flatten_images(entry)]
+    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+        return list(images)
+    return [] if images is None else [images]

@@ -1,7 +1,6 @@
-"""Processor of Delta-LLaVA: pictures become pixel values, each `<image>` as many placeholders as the model fills.
+"""Processor of Delta-LLaVA: images become pixel values, each `<image>` as many placeholders as the model fills.
 
-How many that is, is never computed here: it is data, saved with the processor and made by the configuration's
-one counting function.
+The numbers of visual tokens are data, saved with the processor; the model's configuration counts them.
 """
 
 import re
@@ -23,25 +22,28 @@ from .image_utils_delta_llava import (
     RESCALED,
     content_box,
     cut_to_center,
+    flatten_images,
+    is_nested,
     levels_of,
     output_size,
     pad_to_square,
     square_target,
+    to_lists,
     to_rgb,
 )
 
 
-# The word that leaves the number of visual tokens to the picture.
+# The value of `num_visual_tokens` that chooses the number by the image.
 AUTO = "auto"
 _OWN_OPTIONS = ("num_visual_tokens", "auto_max_loss", "do_pad")
 # From 5.23 on transformers allows for expanded placeholders in its assistant masks.
 MASKS_EXPANDED_PLACEHOLDERS = tuple(int(number) for number in __version__.split(".")[:2]) >= (5, 23)
-# Longer than any model reads: a text padded beyond would only fill the memory.
+# Longer than any context: padding beyond would only fill the memory.
 MAX_PADDING = 2**20
 
 
 class DeltaLlavaImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
-    """Arguments of a call that concern images. The processor checks its own ones itself, in clearer words."""
+    """Arguments of a call that concern images. The processor checks its own, with clearer messages."""
 
     num_visual_tokens: Any
     auto_max_loss: Any
@@ -62,34 +64,34 @@ class DeltaLlavaProcessor(ProcessorMixin):
     A call takes, besides the usual arguments, `num_visual_tokens` (an integer, `"auto"`, or one of these per image in the
     order of the placeholders: list, tuple, array or tensor), `auto_max_loss` and `do_pad`. It returns `input_ids`,
     `attention_mask`, `pixel_values` of shape (images, 3, height, width), float32, all images of the batch in order, and
-    `num_visual_tokens` of shape (images,), int64, only when some image's budget is picked or not the model's default.
+    `num_visual_tokens` of shape (images,), int64, only when the number of some image is picked or not the model's default.
 
-    `"auto"` takes for every image the smallest budget that loses at most `auto_max_loss` of it: see `image_losses`.
+    `"auto"` picks for every image the smallest number that loses at most `auto_max_loss` of it: see `image_losses`.
 
     Images may be of any size and mode: PIL images, arrays and tensors (grey, channels first or last; 8 or 16 bits, or
-    floats in 0..1 or 0..255), and what `open_image` reads: paths, URLs, base64, bytes, files, mappings. Each is turned as its EXIF tag says and brought to 8-bit RGB; 16-bit and
-    float pictures are scaled, not clipped. Transparency is dropped (`convert("RGB")`), as in the authors' code.
-    Padding of text is the tokenizer's affair (`padding_side`): generation wants it on the left.
+    floats in 0..1 or 0..255), and what `open_image` reads: paths, URLs, base64, bytes, files, mappings. Each is rotated by its
+    EXIF tag and converted to 8-bit RGB; 16-bit and float images are scaled, not clipped. Transparency is dropped
+    (`convert("RGB")`), as in the authors' code. Text is padded by the tokenizer: generation needs `padding_side="left"`.
 
     Args:
         image_processor: Any image processor of transformers (CLIP's, SigLIP's, ...).
         tokenizer: A tokenizer that has `image_token` as one token.
         chat_template (`str` or `dict[str, str]`, *optional*): Jinja template of the conversation format.
         num_visual_tokens (`int`, *optional*, defaults to 144): Visual tokens per image when a call does not say.
-            Whatever a call takes is taken, engines load the processor with the arguments of a request; other than a
-            single integer it needs `image_seq_length`.
-        visual_token_budgets (`list[int]`, *optional*): Budgets that the model's grid can give, or those of them that
-            are to be used. `"auto"` chooses among them.
+            All values of a call are accepted, because engines load the processor with the arguments of a request; other
+            values than a single integer need `image_seq_length`.
+        visual_token_budgets (`list[int]`, *optional*): The possible numbers of visual tokens: all that the model's grid
+            can give, or some of them. `"auto"` picks one of these.
         do_pad (`bool`, *optional*, defaults to `True`): Pad every image to a square with the mean colour.
         image_token (`str`, *optional*, defaults to `"<image>"`): Placeholder of an image.
         image_seq_length (`int`, *optional*): Visual tokens of an image when the model is not told their number: its
             `config.num_visual_tokens`. Defaults to `num_visual_tokens`. It is saved, so it stays what it was when
             `from_pretrained(..., num_visual_tokens=...)` overrides the processor's default.
-        auto_max_loss (`float`, *optional*, defaults to 0.3): What `"auto"` may lose of an image, from 0 (the largest
-            budget, unless a smaller one loses nothing) to 1 (the smallest).
+        auto_max_loss (`float`, *optional*, defaults to 0.3): The share of an image that `"auto"` may lose, from 0 (the
+            largest number, unless a smaller one loses nothing) to 1 (the smallest).
 
     Raises:
-        ValueError: For a budget the model does not have, images that do not fit the text, an image that is unreadable.
+        ValueError: For a number that the model does not have, images that do not fit the text, an unreadable image.
     """
 
     valid_processor_kwargs = DeltaLlavaProcessorKwargs
@@ -136,21 +138,21 @@ class DeltaLlavaProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """Names of what a call may return for the model, text first (the Trainer measures lengths by the first)."""
+        """Names of a call's possible outputs, text first (the Trainer measures lengths by the first)."""
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names, "num_visual_tokens"]
 
     def prepare_inputs_layout(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
     ) -> tuple[Any, Any, Any, Any]:
-        """Decode every image, whatever it came as, to 8-bit RGB, and keep BOS from being added twice."""
-        if _flatten(videos) or _flatten(audio):
+        """Decode every image to 8-bit RGB, and keep BOS from being added twice."""
+        if flatten_images(videos) or flatten_images(audio):
             raise ValueError("DeltaLlavaProcessor takes images and text, no videos and no audio.")
         layout = _call_option(kwargs, "images_kwargs", "input_data_format")
-        images = _to_lists(images)
-        decoded = [to_rgb(image, index, layout) for index, image in enumerate(_flatten(images))]
-        if _is_nested(images):
+        images = to_lists(images)
+        decoded = [to_rgb(image, index, layout) for index, image in enumerate(flatten_images(images))]
+        if is_nested(images):
             rest = iter(decoded)
-            images = [[next(rest) for _ in _flatten(row)] for row in images]
+            images = [[next(rest) for _ in flatten_images(row)] for row in images]
         else:
             images = decoded
         if isinstance(text, Iterable) and not isinstance(text, (str, bytes, Mapping)):
@@ -169,24 +171,24 @@ class DeltaLlavaProcessor(ProcessorMixin):
     def validate_inputs(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
     ) -> None:
-        """Refuse texts and images that do not belong together, and arguments that would do nothing without images."""
+        """Refuse texts and images that do not fit each other, and bad arguments, also of calls without images."""
         if text is not None:
             for row, sample in enumerate(text):
                 _check_text(sample, f"text {row}")
             wanted = [sample.count(self.image_token) for sample in text]
-            given = [len(row) for row in images] if _is_nested(images) else []
+            given = [len(row) for row in images] if is_nested(images) else []
             rule = f"The number of {self.image_token} tokens in the prompts should be the same as the number of images"
             if len(given) == len(wanted) and given != wanted:
                 row = next(row for row in range(len(wanted)) if given[row] != wanted[row])
                 raise ValueError(f"{rule}: text {row} holds {wanted[row]}, but {given[row]} images came for it.")
-            if sum(wanted) != len(_flatten(images)):
+            if sum(wanted) != len(flatten_images(images)):
                 raise ValueError(
-                    f"{rule}: the text holds {sum(wanted)}, but {len(_flatten(images))} images came with it."
+                    f"{rule}: the text holds {sum(wanted)}, but {len(flatten_images(images))} images came with it."
                 )
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
         budget, share, flag = (_call_option(kwargs, "images_kwargs", name) for name in _OWN_OPTIONS)
         if budget is not None:
-            self._resolve_budgets(budget, len(_flatten(images)) or None)
+            self._resolve_choices(budget, len(flatten_images(images)) or None)
         if share is not None:
             _check_share(share)
         if flag is not None:
@@ -205,8 +207,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> tuple[BatchFeature, list[str]]:
         kwargs.pop("input_data_format", None)  # of what the caller gave; by now every image is RGB
-        images = _flatten(images)
-        choices = self._resolve_budgets(num_visual_tokens, len(images))
+        images = flatten_images(images)
+        choices = self._resolve_choices(num_visual_tokens, len(images))
         max_loss = self.auto_max_loss if auto_max_loss is None else float(auto_max_loss)
         sizes = [image.size for image in images]
         padded = self.do_pad if do_pad is None else bool(do_pad)
@@ -215,24 +217,24 @@ class DeltaLlavaProcessor(ProcessorMixin):
         taken = self._check_sizes(option)
         images = [_prepare(image, index, padded, option, taken) for index, image in enumerate(images)]
         image_inputs = self.image_processor(images, **kwargs)
-        budgets = [
+        numbers = [
             pick_budget(self._losses(image_inputs["pixel_values"][index], sizes[index], padded, kwargs), max_loss)
             if choice == AUTO
             else choice
             for index, choice in enumerate(choices)
         ]
-        if AUTO in choices or any(budget != self.image_seq_length for budget in budgets):
-            # Not otherwise: a model that counts by its configuration alone compiles without a break in the graph. What
-            # is picked is always told, or the inputs of two calls could not be put together.
-            data = {**image_inputs, "num_visual_tokens": budgets}
+        if AUTO in choices or any(number != self.image_seq_length for number in numbers):
+            # Only then: without it the model counts by its configuration and compiles without a graph break. What "auto"
+            # picks is always returned, else the inputs of two calls could not be batched.
+            data = {**image_inputs, "num_visual_tokens": numbers}
             image_inputs = BatchFeature(data, tensor_type=kwargs.get("return_tensors"))
         return image_inputs, [self.replace_image_token(image_inputs, index) for index in range(len(images))]
 
     def _check_sizes(self, option: Any) -> tuple[int, int] | None:
         """
-        (width, height) that the vision tower takes, by the image processor's own settings; None where these leave it open.
+        (width, height) that the vision tower takes, by the image processor's own settings; None where they leave it open.
 
-        A call that asks for another size is refused here: in the model it would end an engine, and a huge one the machine.
+        A call that asks for another size is refused here: in the model it would crash an engine, and a huge one the machine.
         """
         taken = output_size(partial(self._image_option, {}))
         asked = output_size(option)
@@ -248,38 +250,38 @@ class DeltaLlavaProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
         """The placeholders of image number `image_idx` among the processed `image_inputs`."""
-        budgets = image_inputs.get("num_visual_tokens")
-        return self.image_token * (self.image_seq_length if budgets is None else int(budgets[image_idx]))
+        numbers = image_inputs.get("num_visual_tokens")
+        return self.image_token * (self.image_seq_length if numbers is None else int(numbers[image_idx]))
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
         """
-        Placeholders and rows of `pixel_values` for images of these (height, width): what engines plan with.
+        Placeholders and rows of `pixel_values` for images of these (height, width); engines plan with them.
 
-        The most that there can be: a size does not say what `"auto"` will pick.
+        For `"auto"` the largest possible number, as a size does not say what it will pick.
         """
         if image_sizes is None:
             return MultiModalData()
-        budgets = self._resolve_budgets(_call_option(kwargs, "images_kwargs", "num_visual_tokens"), len(image_sizes))
-        most = [max(self.visual_token_budgets) if budget == AUTO else budget for budget in budgets]
+        choices = self._resolve_choices(_call_option(kwargs, "images_kwargs", "num_visual_tokens"), len(image_sizes))
+        most = [max(self.visual_token_budgets) if choice == AUTO else choice for choice in choices]
         return MultiModalData(num_image_tokens=most, num_image_patches=[1] * len(image_sizes))
 
     def image_losses(self, images: Any, **kwargs: Any) -> list[dict[int, float]]:
         """
-        For each image what it would lose at every budget, as a share from 0 to 1: the numbers that `"auto"` goes by.
+        For each image the share, from 0 to 1, that it would lose at every number of visual tokens; `"auto"` decides by it.
 
-        The loss is the share of the variance between the windows of the largest budget, in mean colours, that is gone
+        The loss is the share of the variance between mean colours of the windows of the largest number that is gone
         between the larger windows of this one. Padding does not count. See `budget_losses` for the formula.
 
         Args:
-            images: as in a call, and `kwargs` what a call takes that concerns images (`do_pad`, ...).
+            images: as in a call; `kwargs` are a call's arguments that concern images (`do_pad`, ...).
 
         Raises:
-            ValueError: for an image that is unreadable.
+            ValueError: for an unreadable image.
         """
         images, *_ = self.prepare_inputs_layout(images=images, **kwargs)
         if images is None:
             return []
-        images = _flatten(images)
+        images = flatten_images(images)
         pixels = self(images=images, **{**kwargs, "num_visual_tokens": max(self.visual_token_budgets)})["pixel_values"]
         options = _with_rescaling(images, {**kwargs, **(kwargs.get("images_kwargs") or {})})
         padded = self.do_pad if options.get("do_pad") is None else bool(options["do_pad"])
@@ -296,8 +298,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
         """An argument of the image processor: of this call, or else its own. `kwargs` are the call's."""
         return kwargs[name] if kwargs.get(name) is not None else getattr(self.image_processor, name, None)
 
-    def _resolve_budgets(self, num_visual_tokens: Any, num_images: int | None) -> list[int | str]:
-        """One choice per image; of how many entries there are is no account taken where `num_images` is None."""
+    def _resolve_choices(self, num_visual_tokens: Any, num_images: int | None) -> list[int | str]:
+        """One number or `"auto"` per image; a list may have any length where `num_images` is None."""
         if num_visual_tokens is None:
             num_visual_tokens = self.num_visual_tokens
         if isinstance(num_visual_tokens, (np.ndarray, torch.Tensor)):
@@ -312,23 +314,22 @@ class DeltaLlavaProcessor(ProcessorMixin):
         return [self._check_choice(choice) for choice in num_visual_tokens]
 
     def _check_choice(self, choice: Any) -> int | str:
-        return AUTO if isinstance(choice, str) and choice == AUTO else self._check_budget(choice)
-
-    def _check_budget(self, budget: Any) -> int:
-        if isinstance(budget, bool) or not isinstance(budget, (int, np.integer)):
-            raise ValueError(f"`num_visual_tokens` must be an integer or 'auto', or one per image, not {budget!r}.")
-        if budget not in self.visual_token_budgets:
-            choices = ", ".join(str(choice) for choice in self.visual_token_budgets)
-            raise ValueError(f"`num_visual_tokens={budget}` is not a budget of this model; it has {choices}.")
-        return int(budget)
+        if isinstance(choice, str) and choice == AUTO:
+            return AUTO
+        if isinstance(choice, bool) or not isinstance(choice, (int, np.integer)):
+            raise ValueError(f"`num_visual_tokens` must be an integer or 'auto', or one per image, not {choice!r}.")
+        if choice not in self.visual_token_budgets:
+            budgets = ", ".join(map(str, self.visual_token_budgets))
+            raise ValueError(f"num_visual_tokens={choice}: this model cannot give it; use one of {budgets}.")
+        return int(choice)
 
     def apply_chat_template(
         self, conversation: Any, chat_template: str | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As in transformers. Where that leaves expanded images out of the assistant mask, the mask is made here.
+        """As in transformers; on releases whose assistant masks ignore expanded placeholders, the mask is computed here.
 
         Raises:
-            ValueError: as a call, and for a conversation that is empty, holds no messages, or that the template refuses.
+            ValueError: as a call, and for a conversation that is empty, has no messages, or that the template refuses.
         """
         if isinstance(conversation, Iterable) and not isinstance(conversation, (list, tuple, str, bytes, Mapping)):
             conversation = list(conversation)  # a generator would be read twice
@@ -347,7 +348,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
         wanted = all(kwargs.get(name) for name in ("return_assistant_tokens_mask", "tokenize", "return_dict"))
         if not wanted or MASKS_EXPANDED_PLACEHOLDERS:
             return super().apply_chat_template(conversation, chat_template, *args, **kwargs)
-        # Imported by the releases alone that need it.
+        # Only the older releases reach this import.
         from transformers.utils.chat_template_utils import render_jinja_template
 
         options = {**kwargs, **(kwargs.pop("processor_kwargs", None) or {}), "processor_kwargs": None}
@@ -358,13 +359,14 @@ class DeltaLlavaProcessor(ProcessorMixin):
         batch = conversation if isinstance(conversation[0], (list, tuple)) else [conversation]
         variables = {**self.tokenizer.special_tokens_map, **kwargs, "conversations": batch}
         prompts, spans = render_jinja_template(**variables, chat_template=chat_template or self.chat_template)
-        budgets = iter(inputs.get("num_visual_tokens", repeat(self.image_seq_length)))
+        numbers = iter(inputs.get("num_visual_tokens", repeat(self.image_seq_length)))
         inputs["assistant_masks"] = []
         for prompt, row, offsets in zip(prompts, spans, inputs.pop("offset_mapping"), strict=True):
-            # Every placeholder that ends before a character of the prompt has moved it by what the placeholder grew.
+            # The spans are in the prompt before its placeholders were expanded. A character moves by the growth of every
+            # placeholder that ends before it.
             ends = [match.end() for match in re.finditer(re.escape(self.image_token), prompt)]
-            grown = [(end, (next(budgets) - 1) * len(self.image_token)) for end in ends]
-            row = [[place + sum(growth for end, growth in grown if end <= place) for place in span] for span in row]
+            growths = [(end, (next(numbers) - 1) * len(self.image_token)) for end in ends]
+            row = [[i + sum(growth for end, growth in growths if end <= i) for i in span] for span in row]
             mask = [int(any(left < stop and right > start for start, stop in row)) for left, right in offsets]
             inputs["assistant_masks"].append(mask)
         return inputs.convert_to_tensors(kwargs.get("return_tensors"))
@@ -391,9 +393,9 @@ def _prepare(image: Image.Image, index: int, padded: bool, option: Any, taken: t
 
 def _with_rescaling(images: list[Image.Image], kwargs: dict[str, Any]) -> dict[str, Any]:
     """
-    `kwargs`, with `do_rescale` as the `images` need it, which are 8 bits by now.
+    `kwargs`, with the `do_rescale` that the `images` need as 8 bits.
 
-    `do_rescale=False` says of floats in 0..1 that they need none; but here they are 8 bits like all others.
+    A caller's `do_rescale=False` means that floats are in 0..1 already; here they are 8 bits like all others.
     """
     floats = [image.info.get(RESCALED, False) for image in images]
     if kwargs.get("do_rescale") is not False or not any(floats):
@@ -407,9 +409,9 @@ def _with_rescaling(images: list[Image.Image], kwargs: dict[str, Any]) -> dict[s
 
 
 def _check_conversations(conversation: Any) -> None:
-    """Refuse what is no conversation, nor several, before transformers or a template stumbles over it."""
+    """Refuse malformed conversations before transformers or a template fails on them."""
     if hasattr(conversation, "messages"):
-        return  # an object that transformers knows
+        return  # transformers' own Chat
     if not isinstance(conversation, (list, tuple)):
         raise ValueError(f"A conversation is a list of messages, not of type {type(conversation).__name__}.")
     if not conversation:
@@ -420,30 +422,33 @@ def _check_conversations(conversation: Any) -> None:
                 raise ValueError("Each conversation of a batch must be a list of messages, and not empty.")
             _check_conversations(entry)
         return
-    for place, message in enumerate(conversation):
+    for index, message in enumerate(conversation):
         if isinstance(message, Mapping):
-            _check_message(message, place)
+            _check_message(message, index)
         elif not hasattr(message, "role"):
-            raise ValueError(f"Message {place} must have a role and content, but is of type {type(message).__name__}.")
+            raise ValueError(f"Message {index} must have a role and content, but is of type {type(message).__name__}.")
 
 
-def _check_message(message: Mapping, place: int) -> None:
+def _check_message(message: Mapping, index: int) -> None:
     if not isinstance(message.get("role"), str):
-        raise ValueError(f"Message {place} has no `role`, such as 'user'.")
+        raise ValueError(f"Message {index} has no `role`, such as 'user'.")
     content = message.get("content")
     if not isinstance(content, (str, list, tuple)) and not (content is None and message.get("tool_calls")):
-        needed = "Message content must be a string or a list of text and image items."
-        raise ValueError(f"The chat template refuses the conversation: {needed}")
+        raise ValueError(
+            "The chat template refuses the conversation: Message content must be a string or a list of text and image items."
+        )
     if isinstance(content, str):
-        _check_text(content, f"the content of message {place}")
+        _check_text(content, f"the content of message {index}")
     if not isinstance(content, (list, tuple)):
         return
     for item in content:
         if not isinstance(item, Mapping) or not isinstance(item.get("type"), str):
-            known = "Only content of type text and image is known"
-            raise ValueError(f"The chat template refuses the conversation: {known}, not: {str(item)[:200]}")
+            raise ValueError(
+                "The chat template refuses the conversation: Only content of type text and image is known, "
+                f"not: {str(item)[:200]}"
+            )
         if item["type"] == "text":
-            _check_text(item.get("text"), f"a text of message {place}")
+            _check_text(item.get("text"), f"a text of message {index}")
 
 
 def _check_text(text: Any, name: str) -> None:
@@ -452,7 +457,7 @@ def _check_text(text: Any, name: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{name[0].upper()}{name[1:]} holds half a character: {error.reason}.") from error
+        raise ValueError(f"{name[0].upper()}{name[1:]} holds half a character (a lone surrogate).") from error
 
 
 def _check_budgets(budgets: Any) -> list[int]:
@@ -479,25 +484,3 @@ def _check_share(share: Any) -> float:
     if isinstance(share, bool) or not isinstance(share, (int, float, np.number)) or not 0 <= share <= 1:
         raise ValueError(f"`auto_max_loss` must be a number from 0 to 1, not {share!r}.")
     return float(share)
-
-
-def _to_lists(images: Any) -> Any:
-    """`images` with generators, columns of data sets and the like as lists, at every level."""
-    if isinstance(images, (str, bytes, bytearray, memoryview, Mapping, Image.Image)) or hasattr(images, "read"):
-        return images
-    is_array = hasattr(images, "dtype") and hasattr(images, "shape") and images.dtype != object
-    return images if is_array or not isinstance(images, Iterable) else [_to_lists(entry) for entry in images]
-
-
-def _is_nested(images: Any) -> bool:
-    """Whether images come as one list per text; None stands for an empty one."""
-    return isinstance(images, (list, tuple)) and any(row is None or isinstance(row, (list, tuple)) for row in images)
-
-
-def _flatten(images: Any) -> list[Any]:
-    """All images of an image, a batch array, a list, or a list of lists; None is no image."""
-    if isinstance(images, (list, tuple)):
-        return [image for entry in images for image in _flatten(entry)]
-    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
-        return list(images)
-    return [] if images is None else [images]

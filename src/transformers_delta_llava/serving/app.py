@@ -39,7 +39,7 @@ def choose_budgets(processor: DeltaLlavaProcessor, num_visual_tokens: int | None
         return budgets, next(budget for budget in usual if budget in budgets)
     if num_visual_tokens not in budgets:
         choices = ", ".join(map(str, budgets))
-        raise ValueError(f"num_visual_tokens={num_visual_tokens} is not a budget of this model; it has {choices}.")
+        raise ValueError(f"num_visual_tokens={num_visual_tokens}: this model cannot give it; use one of {choices}.")
     return budgets, num_visual_tokens
 
 
