@@ -1,4 +1,4 @@
-"""Answer many questions about pictures with a Delta-LLaVA repo. Only transformers is imported: the repo brings its own code.
+"""Answer many questions about images with a Delta-LLaVA repo. Only transformers is imported: the repo brings its own code.
 
     python examples/answer.py REPO QUESTIONS.json [--num-visual-tokens 16]
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 def main() -> None:
     """Load the repo once, ask everything through the pipeline."""
-    parser = argparse.ArgumentParser(description="Answer questions about pictures with a Delta-LLaVA repo.")
+    parser = argparse.ArgumentParser(description="Answer questions about images with a Delta-LLaVA repo.")
     parser.add_argument("repo", help="folder or Hub id")
     parser.add_argument("questions", type=Path, help="JSON file")
     parser.add_argument("--num-visual-tokens", type=int, help="default: the repo's own")

@@ -1,6 +1,6 @@
-"""Ask a Delta-LLaVA repo about a picture. Only transformers is imported: the repo brings its own code.
+"""Ask a Delta-LLaVA repo about an image. Only transformers is imported: the repo brings its own code.
 
-    python examples/ask.py REPO PICTURE QUESTION [--num-visual-tokens 144 36 ...]
+    python examples/ask.py REPO IMAGE QUESTION [--num-visual-tokens 144 36 ...]
 
 Prints one JSON object: where the model's code came from, the seconds for loading, and per token budget what was said.
 """
@@ -13,9 +13,9 @@ import time
 
 def main() -> None:
     """Load the repo once, ask once per budget."""
-    parser = argparse.ArgumentParser(description="Ask a Delta-LLaVA repo about a picture.")
+    parser = argparse.ArgumentParser(description="Ask a Delta-LLaVA repo about an image.")
     parser.add_argument("repo", help="folder or Hub id")
-    parser.add_argument("picture", help="path or URL")
+    parser.add_argument("image", help="path or URL")
     parser.add_argument("question")
     parser.add_argument("--num-visual-tokens", type=int, nargs="*", default=[None], help="default: the repo's own")
     parser.add_argument("--max-new-tokens", type=int, default=24)
@@ -34,7 +34,7 @@ def main() -> None:
     # The projector's output (images, visual tokens, hidden size) says what the language model really gets.
     shapes = []
     pipe.model.model.multi_modal_projector.register_forward_hook(lambda _, __, output: shapes.append(output.shape))
-    content = [{"type": "image", "url": arguments.picture}, {"type": "text", "text": arguments.question}]
+    content = [{"type": "image", "url": arguments.image}, {"type": "text", "text": arguments.question}]
     answers = []
     for budget in arguments.num_visual_tokens:
         start = time.perf_counter()

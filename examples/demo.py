@@ -1,8 +1,8 @@
-"""The main job, end to end: a trained checkpoint in the authors' format becomes a repo that answers about pictures.
+"""The main job, end to end: a trained checkpoint in the authors' format becomes a repo that answers about images.
 
     make demo
 
-The checkpoint is `examples/easy-vqa/`: small, but really trained. The pictures are test images of easy-VQA, which it has
+The checkpoint is `examples/easy-vqa/`: small, but really trained. The images are test images of easy-VQA, which it has
 never seen, and the answers come from a process in which this package cannot be imported.
 """
 

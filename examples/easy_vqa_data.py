@@ -12,7 +12,7 @@ No answer depends on the place, and 4,000 places are few for a vision tower that
 the questions on the image are shuffled and dealt into conversations, each question once. A caption, "a red circle", is
 what the questions on an image and their answers say together; images for which they do not tell both have none.
 
-With `--swap-red-and-blue` the pictures are as a camera gives them that has its channels the other way round, and the
+With `--swap-red-and-blue` the images are as a camera gives them that has its channels the other way round, and the
 answers what they were: the new task of `easy-vqa-deltas.yaml`.
 """
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--versions", type=int, default=8, help="of each image, the original among them")
     parser.add_argument("--questions-per-row", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--swap-red-and-blue", action="store_true", help="in all pictures")
+    parser.add_argument("--swap-red-and-blue", action="store_true", help="in all images")
     arguments = parser.parse_args()
     questions = load_questions("train")
     rows = write_rows(
@@ -62,10 +62,10 @@ def write_rows(
     questions: list[Question],
     versions: int,
     per_row: int,
-    chance: random.Random,
+    rng: random.Random,
     change: Callable[[Image.Image], Image.Image] | None = None,
 ) -> int:
-    """Write `train.json` and `images/`, each picture changed by `change`; returns the number of rows."""
+    """Write `train.json` and `images/`, each image changed by `change`; returns the number of rows."""
     by_image: dict[int, list[Question]] = {}
     for question in questions:
         by_image.setdefault(question.image_id, []).append(question)
@@ -77,8 +77,8 @@ def write_rows(
             original = file.convert("RGB") if change is None else change(file.convert("RGB"))
         for version in range(versions):
             name = f"{image_id}-{version}.png"
-            (original if version == 0 else move_shape(original, chance)).save(folder / name)
-            shuffled = chance.sample(asked, len(asked))
+            (original if version == 0 else move_shape(original, rng)).save(folder / name)
+            shuffled = rng.sample(asked, len(asked))
             for start in range(0, len(shuffled), per_row):
                 turns = conversation(shuffled[start : start + per_row])
                 rows.append({"id": f"{image_id}-{version}-{start}", "image": name, "conversations": turns})
@@ -124,7 +124,7 @@ def conversation(questions: list[Question]) -> list[dict[str, str]]:
     return turns
 
 
-def move_shape(image: Image.Image, chance: random.Random) -> Image.Image:
+def move_shape(image: Image.Image, rng: random.Random) -> Image.Image:
     """The image with its shape, whole, somewhere else on its ground, and mirrored every second time."""
     corners = [image.getpixel((x, y)) for x in (0, image.width - 1) for y in (0, image.height - 1)]
     ground = Image.new("RGB", image.size, max(corners, key=corners.count))  # a shape covers one corner at most
@@ -132,9 +132,9 @@ def move_shape(image: Image.Image, chance: random.Random) -> Image.Image:
     if box is None:
         return image.copy()
     shape = image.crop(box)
-    if chance.random() < 0.5:
+    if rng.random() < 0.5:
         shape = ImageOps.mirror(shape)
-    ground.paste(shape, (chance.randint(0, image.width - shape.width), chance.randint(0, image.height - shape.height)))
+    ground.paste(shape, (rng.randint(0, image.width - shape.width), rng.randint(0, image.height - shape.height)))
     return ground
 
 

@@ -1,9 +1,9 @@
-"""One model, two sets of deltas, two kinds of pictures: what each set is worth on each.
+"""One model, two sets of deltas, two kinds of images: what each set is worth on each.
 
     python examples/easy_vqa_deltas.py MODEL DELTAS [--limit 500] [--output numbers.json]
 
 MODEL is a repo that `delta-llava delta merge --rank 3` made of the shipped checkpoint, DELTAS what the recipe
-`easy-vqa-deltas.yaml` trained on pictures with red and blue swapped. The model is loaded once; the sets are swapped.
+`easy-vqa-deltas.yaml` trained on images with red and blue swapped. The model is loaded once; the sets are swapped.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from transformers_delta_llava.evaluation import Question, answer_questions, draw
 
 def main() -> None:
     """Ask, swap, ask again, print."""
-    parser = argparse.ArgumentParser(description="Measure two sets of deltas on two kinds of pictures.")
+    parser = argparse.ArgumentParser(description="Measure two sets of deltas on two kinds of images.")
     parser.add_argument("model")
     parser.add_argument("deltas")
     parser.add_argument("--limit", type=int, help="ask only so many test questions, always the same")
@@ -40,16 +40,16 @@ def main() -> None:
     table.title = f"{len(questions)} test questions, percent right; the deltas are {trained:,} numbers, {share:.2%} of the projector"
     report = []
     with tempfile.TemporaryDirectory() as folder:
-        pictures = {"as they are": questions, "red and blue swapped": swap_pictures(questions, Path(folder))}
+        images = {"as they are": questions, "red and blue swapped": swap_images(questions, Path(folder))}
         for name in ("default", "swapped"):
             start = time.perf_counter()
             model.set_deltas(name)
             seconds = time.perf_counter() - start
             cells = []
-            for kind, asked in pictures.items():
+            for kind, asked in images.items():
                 score = score_answers([q.answer for q in asked], answer_questions(model, processor, asked))["overall"]
                 cells.append(f"{score.accuracy:.2f} ({score.interval[0]:.2f} to {score.interval[1]:.2f})")
-                report.append({"deltas": name, "pictures": kind, "overall": score.to_dict()})
+                report.append({"deltas": name, "images": kind, "overall": score.to_dict()})
             table.add_row(name, *cells, f"{seconds * 1e3:.1f} ms")
     Console().print(table)
     if arguments.output is not None:
@@ -57,8 +57,8 @@ def main() -> None:
         arguments.output.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
 
 
-def swap_pictures(questions: list[Question], folder: Path) -> list[Question]:
-    """The same questions on pictures with red and blue swapped, which are written to `folder`."""
+def swap_images(questions: list[Question], folder: Path) -> list[Question]:
+    """The same questions on images with red and blue swapped, which are written to `folder`."""
     for question in {question.image_id: question for question in questions}.values():
         with Image.open(question.image) as file:
             swap_red_and_blue(file.convert("RGB")).save(folder / f"{question.image_id}.png")

@@ -15,13 +15,13 @@ CHECKPOINT = Path(__file__).parents[1] / "examples" / "easy-vqa"
 COUNTS = "The number of <image> tokens in the prompts should be the same as the number of images: the text holds"
 MESSAGES = {
     "unknown budget": "num_visual_tokens=7: this model cannot give it; use one of 64, 16, 4, 1.",
-    "no picture": "Image 0 cannot be used: cannot identify image file",
+    "no image": "Image 0 cannot be used: cannot identify image file",
     "unreachable": "Image 0 cannot be used: ",
     "roles out of order": "The chat template refuses the conversation: Roles must alternate user, assistant",
     "unknown role": "The chat template refuses the conversation: Unknown role: wizard",
-    "picture without a place": f"{COUNTS} 0, but 1 images came with it.",
-    "place without a picture": f"{COUNTS} 1, but 0 images came with it.",
-    "too many pictures": f"{COUNTS} 1, but 3 images came with it.",
+    "image without a place": f"{COUNTS} 0, but 1 images came with it.",
+    "place without an image": f"{COUNTS} 1, but 0 images came with it.",
+    "too many images": f"{COUNTS} 1, but 3 images came with it.",
 }
 
 
@@ -30,11 +30,11 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str
     """What was said to every fault."""
     folder = tmp_path_factory.mktemp("bad")
     convert_checkpoint(CHECKPOINT, folder / "repo")
-    Image.new("RGB", (20, 30)).save(folder / "picture.png")
+    Image.new("RGB", (20, 30)).save(folder / "image.png")
     model = DeltaLlavaForConditionalGeneration.from_pretrained(folder / "repo").eval()
     processor = DeltaLlavaProcessor.from_pretrained(folder / "repo")
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
-    return refusals(processor, pipe, str(folder / "picture.png"))
+    return refusals(processor, pipe, str(folder / "image.png"))
 
 
 @pytest.mark.parametrize("fault", MESSAGES)

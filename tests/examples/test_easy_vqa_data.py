@@ -24,11 +24,11 @@ def scene(box: tuple[int, int, int, int], colour=(200, 0, 0)) -> Image.Image:
 
 @pytest.mark.parametrize("box", [(10, 20, 30, 40), (0, 0, 20, 12), (44, 50, 64, 64)])
 def test_a_moved_shape_is_whole_and_nothing_else_changes(box):
-    original, chance = scene(box), random.Random(0)
+    original, rng = scene(box), random.Random(0)
     colours = Counter(map(tuple, np.asarray(original).reshape(-1, 3).tolist()))
     places, mirrored = set(), 0
     for _ in range(20):
-        moved = move_shape(original, chance)
+        moved = move_shape(original, rng)
         assert (
             Counter(map(tuple, np.asarray(moved).reshape(-1, 3).tolist())) == colours
         )  # as many pixels of the shape, as many of the ground
@@ -49,7 +49,7 @@ def test_an_image_of_ground_alone_stays_as_it_is():
 
 def test_every_version_of_an_image_asks_each_of_its_questions_once(tmp_path):
     questions = [question for question in load_questions("train") if question.image_id in (0, 1, 5)]
-    count = write_rows(tmp_path, questions, versions=3, per_row=4, chance=random.Random(0))
+    count = write_rows(tmp_path, questions, versions=3, per_row=4, rng=random.Random(0))
     rows = json.loads((tmp_path / "train.json").read_text())
     assert len(rows) == count and len({row["id"] for row in rows}) == count
     asked: Counter = Counter()
@@ -85,7 +85,7 @@ def test_captions_contradict_no_question():
 
 
 def test_the_tokenizer_reads_prompts_without_loss_and_answers_in_one_token(tmp_path):
-    questions = load_questions("train")
+    questions = list({(q.text, q.answer): q for q in load_questions("train")}.values())
     size = write_tokenizer(tmp_path, questions)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert size == len(tokenizer) < 512

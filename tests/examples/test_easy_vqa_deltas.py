@@ -1,6 +1,7 @@
 """The recipe that trains deltas on the shipped model, and the deltas that it made."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tests.training.tiny_run import write_data
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from transformers_delta_llava.conversion import convert_checkpoint
 from transformers_delta_llava.deltas import extract_deltas, merge_into_base
-from transformers_delta_llava.evaluation import answer_questions, draw_test_questions, score_answers
+from transformers_delta_llava.evaluation import answer_questions, draw_test_questions, load_questions, score_answers
 from transformers_delta_llava.training import load_recipe
 from transformers_delta_llava.training.run import make_trainer, train
 
@@ -63,8 +64,8 @@ def test_what_the_recipe_trains_goes_onto_the_base(base, tmp_path):
 
 
 def test_shipped_deltas_are_worth_what_their_card_says(base, tmp_path):
-    """150 questions on one model, which swaps its deltas and keeps its answers on other pictures."""
-    questions = draw_test_questions(150)
+    """100 questions on one model, which swaps its deltas and keeps its answers on other images."""
+    questions = draw_test_questions(100)
     swapped = []
     for question in questions:
         path = tmp_path / f"{question.image_id}.png"
@@ -87,12 +88,8 @@ def test_shipped_deltas_are_worth_what_their_card_says(base, tmp_path):
     )
 
 
-def test_pictures_are_swapped_and_answers_stay(tmp_path):
-    from transformers_delta_llava.evaluation import load_questions
-
+def test_images_are_swapped_and_answers_stay(tmp_path):
     questions = [question for question in load_questions("train") if question.image_id in (0, 1)]
-    import random
-
     for folder, change in (("plain", None), ("swapped", swap_red_and_blue)):
         write_questions(tmp_path / folder, questions, 2, 5, random.Random(0), change)
     plain, swapped = ((tmp_path / folder / "train.json").read_bytes() for folder in ("plain", "swapped"))

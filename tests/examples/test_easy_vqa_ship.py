@@ -29,9 +29,9 @@ def data(tmp_path_factory) -> Path:
     """Training data of ten images."""
     folder = tmp_path_factory.mktemp("easy-vqa-data")
     questions = load_questions("train")
-    write_tokenizer(folder / "tokenizer", questions)
+    write_tokenizer(folder / "tokenizer", list({(q.text, q.answer): q for q in questions}.values()))
     few = [question for question in questions if question.image_id < 10]
-    write_rows(folder, few, versions=1, per_row=3, chance=random.Random(0))
+    write_rows(folder, few, versions=1, per_row=3, rng=random.Random(0))
     write_captions(folder, few, versions=1)
     return folder
 

@@ -30,10 +30,10 @@ def questions() -> list[Question]:
 
 @pytest.fixture(scope="session")
 def cases(questions) -> list[dict]:
-    """One picture at every budget, two pictures, with a budget each, and text alone."""
+    """One image at every budget, two images, with a budget each, and text alone."""
 
-    def ask(text: str, *pictures: str) -> list[dict]:
-        return [*({"type": "image", "url": picture} for picture in pictures), {"type": "text", "text": text}]
+    def ask(text: str, *images: str) -> list[dict]:
+        return [*({"type": "image", "url": image} for image in images), {"type": "text", "text": text}]
 
     first, second = questions[:2]
     single = [ask(question.text, question.image) for question in questions]

@@ -1,4 +1,4 @@
-"""Requests that no server can answer, made from seeds: pictures that are none, budgets that no grid gives, chats out of order."""
+"""Requests that no server can answer, made from seeds: invalid images, budgets that no grid gives, chats out of order."""
 
 import base64
 import copy
@@ -12,15 +12,15 @@ Request = dict
 Spoiler = Callable[[Request, random.Random], Request]
 
 
-def malformed_requests(good: Request, picture: bytes, count: int) -> list[tuple[str, bytes]]:
+def malformed_requests(good: Request, image: bytes, count: int) -> list[tuple[str, bytes]]:
     """`count` pairs of what is wrong and a body, each the request `good` (its last item of content a text) with one fault."""
     generator = random.Random(0)
     faults = list(FAULTS.items())
     found = []
     for index in range(count):
         name, spoil = faults[index % len(faults)]
-        body = spoil({**copy.deepcopy(good), "picture": picture}, generator)
-        found.append((name, body if isinstance(body, bytes) else json.dumps(drop(body, "picture")).encode()))
+        body = spoil({**copy.deepcopy(good), "image": image}, generator)
+        found.append((name, body if isinstance(body, bytes) else json.dumps(drop(body, "image")).encode()))
     return found
 
 
@@ -40,14 +40,14 @@ def with_url(request: Request, url: str) -> Request:
 
 
 def with_noise(request: Request, generator: random.Random) -> Request:
-    """Bytes that are no picture."""
+    """Bytes that are not an image."""
     noise = base64.b64encode(generator.randbytes(generator.randint(0, 4000))).decode()
     return with_url(request, f"data:image/{generator.choice(['png', 'jpeg', 'webp', 'x'])};base64,{noise}")
 
 
-def with_cut_picture(request: Request, generator: random.Random) -> Request:
-    """The beginning of a picture."""
-    part = request["picture"][: generator.randint(1, len(request["picture"]) // 2)]
+def with_cut_image(request: Request, generator: random.Random) -> Request:
+    """The beginning of an image."""
+    part = request["image"][: generator.randint(1, len(request["image"]) // 2)]
     return with_url(request, f"data:image/png;base64,{base64.b64encode(part).decode()}")
 
 
@@ -71,10 +71,10 @@ def with_bad_url(request: Request, generator: random.Random) -> Request:
     return with_url(request, generator.choice(urls + more))
 
 
-def with_many_pictures(request: Request, generator: random.Random) -> Request:
-    """More pictures than the server was started for."""
-    picture = {"type": "image_url", "image_url": {"url": data_url(request["picture"])}}
-    content = [picture] * generator.randint(3, 6) + [{"type": "text", "text": "?"}]
+def with_many_images(request: Request, generator: random.Random) -> Request:
+    """More images than the server was started for."""
+    image = {"type": "image_url", "image_url": {"url": data_url(request["image"])}}
+    content = [image] * generator.randint(3, 6) + [{"type": "text", "text": "?"}]
     return {**request, "messages": [{"role": "user", "content": content}]}
 
 
@@ -112,19 +112,19 @@ def with_bad_content(request: Request, generator: random.Random) -> Request:
 
 
 def with_video(request: Request, generator: random.Random) -> Request:
-    """A film, for a model that looks at pictures only."""
+    """A film, for a model that looks at images only."""
     film = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}
     return {**request, "messages": [{"role": "user", "content": [film, {"type": "text", "text": "?"}]}]}
 
 
-def with_picture_in_an_answer(request: Request, generator: random.Random) -> Request:
-    """A picture that the assistant shows."""
+def with_image_in_an_answer(request: Request, generator: random.Random) -> Request:
+    """An image that the assistant shows."""
     content = request["messages"][0]["content"]
     return {**request, "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": content}]}
 
 
 def with_marker_in_text(request: Request, generator: random.Random) -> Request:
-    """More places for pictures than pictures."""
+    """More placeholders than images."""
     content = copy.deepcopy(request["messages"][0]["content"])
     content[-1]["text"] = "<image>" * generator.randint(1, 5) + "?"
     return {**request, "messages": [{"role": "user", "content": content}]}
@@ -143,25 +143,25 @@ def with_bad_option(request: Request, generator: random.Random) -> Request:
 
 def with_no_json(request: Request, generator: random.Random) -> bytes:
     """Anything but JSON."""
-    body = json.dumps(drop(request, "picture")).encode()
+    body = json.dumps(drop(request, "image")).encode()
     return generator.choice([b"", b"{", b"[]", b"null", b"\xff\xfe", body[: len(body) // 2], generator.randbytes(200)])
 
 
-def data_url(picture: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+def data_url(image: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(image).decode()}"
 
 
 FAULTS: dict[str, Spoiler] = {
     "budget": with_budget,
     "noise": with_noise,
-    "cut picture": with_cut_picture,
+    "cut image": with_cut_image,
     "url": with_bad_url,
-    "many pictures": with_many_pictures,
+    "many images": with_many_images,
     "roles": with_bad_roles,
     "messages": with_bad_messages,
     "content": with_bad_content,
     "video": with_video,
-    "picture in an answer": with_picture_in_an_answer,
+    "image in an answer": with_image_in_an_answer,
     "marker in text": with_marker_in_text,
     "long text": with_long_text,
     "option": with_bad_option,

@@ -78,6 +78,6 @@ def test_bad_input_is_refused(repo, tmp_path):
     report = Engine("lmms-eval", tmp_path).run("lmms_bad_input.py", repo, load_questions("test")[0].image)
     assert len(report["said"]) == 5 and report["after"] == "answered"
     assert all(text.startswith("ValueError: ") for text in report["said"].values()), report
-    for fault in ("no picture", "unreachable", "roles out of order"):
+    for fault in ("no image", "unreachable", "roles out of order"):
         assert report["said"][fault].startswith(f"ValueError: {MESSAGES[fault]}")
     assert "num_visual_tokens=7" in report["said"]["unknown budget"]

@@ -27,7 +27,7 @@ WITH_IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"u
 # What the page starts the server with; the repo's own default is 16.
 SERVER_BUDGET = 4
 # `transformers serve` limits no number of images that fits the model's positions, and passes over settings that it does not know.
-OWN_WAYS = {"many pictures": (200,), "option": (200,), "marker in text": (200,), "roles": (200,)}
+OWN_WAYS = {"many images": (200,), "option": (200,), "marker in text": (200,), "roles": (200,)}
 
 
 @pytest.fixture(scope="module")

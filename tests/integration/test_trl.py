@@ -46,7 +46,7 @@ def new_questions() -> list[Question]:
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
-    """New words for training images, the old questions so that they are not forgotten, text alone, and pairs of pictures."""
+    """New words for training images, the old questions so that they are not forgotten, text alone, and pairs of images."""
     train = load_questions("train")
     new, old = reworded(train)[:600], train[:600]
     asked = [{"images": [q.image], "question": q.text, "answer": q.answer} for q in new + old]
@@ -118,5 +118,5 @@ def test_rows_that_make_no_sense_are_refused(repo, rows, tmp_path):
     report = Engine("trl", tmp_path).run("bad_rows.py", repo, rows[0]["images"][0])
     assert len(report["said"]) == 7 and report["after"] == "answered"
     assert all(text.startswith("ValueError: ") for text in report["said"].values()), report
-    for fault in ("unknown budget", "no picture", "unreachable", "roles out of order"):
+    for fault in ("unknown budget", "no image", "unreachable", "roles out of order"):
         assert MESSAGES[fault] in report["said"][fault]

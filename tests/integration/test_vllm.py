@@ -22,7 +22,7 @@ OFFLINE, SERVER, CLIENT = read_blocks("engines.md", "vLLM")
 # What the page starts the server with; the repo's own default is 16.
 ENGINE_BUDGET = 4
 URL_ON_PAGE = "https://example.org/photo.jpg"
-# vLLM fetches pictures itself, and answers 500 where a host cannot be reached; it does not count placeholders in texts.
+# vLLM fetches images itself, and answers 500 where a host cannot be reached; it does not count placeholders in texts.
 OWN_WAYS = {"url": (500, 501), "marker in text": (200,)}
 # One engine at a time in little memory; nothing is reported to anybody.
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -94,8 +94,8 @@ def chat(vllm, server, requests: list[dict], *flags: str) -> list[dict]:
 
 def at_engine_budget(case: dict) -> dict:
     """What a request without a budget means to a server that was started with one."""
-    has_picture = any(item["type"] == "image" for item in case["content"])
-    return {**case, "num_visual_tokens": ENGINE_BUDGET if has_picture else None}
+    has_image = any(item["type"] == "image" for item in case["content"])
+    return {**case, "num_visual_tokens": ENGINE_BUDGET if has_image else None}
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_200_malformed_requests(vllm, server, questions, cases, expected_of_serv
 
 @pytest.fixture(scope="module")
 def page_answers(repo, questions) -> dict[int, str]:
-    """What transformers says to the question of the page about one of the pictures, by budget."""
+    """What transformers says to the question of the page about one of the images, by budget."""
     model = DeltaLlavaForConditionalGeneration.from_pretrained(repo).eval()
     processor = DeltaLlavaProcessor.from_pretrained(repo)
     content = [{"type": "image", "url": questions[0].image}, {"type": "text", "text": "What is in this image?"}]

@@ -1,6 +1,6 @@
 """What is said to input that makes no sense, in an environment that need not have the package. Prints one JSON object.
 
-    python bad_input.py REPO PICTURE
+    python bad_input.py REPO IMAGE
 
 By the name of the fault and of who was asked: the kind of the error and its message.
 """
@@ -12,22 +12,22 @@ from pathlib import Path
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 
-def faults(picture: str) -> dict[str, dict]:
-    """By name: the messages of a chat, or a text and pictures for it, and options of the processor."""
+def faults(image: str) -> dict[str, dict]:
+    """By name: the messages of a chat, or a text and images for it, and options of the processor."""
 
     def chat(url: str, *roles: str) -> list[dict]:
         content = [{"type": "image", "url": url}, {"type": "text", "text": "what shape is it?"}]
         return [{"role": role, "content": content if role == "user" else "red"} for role in roles or ("user",)]
 
     return {
-        "unknown budget": {"chat": chat(picture), "num_visual_tokens": 7},
-        "no picture": {"chat": chat(str(Path(__file__).resolve()))},
+        "unknown budget": {"chat": chat(image), "num_visual_tokens": 7},
+        "no image": {"chat": chat(str(Path(__file__).resolve()))},
         "unreachable": {"chat": chat("http://127.0.0.1:9/a.png")},
-        "roles out of order": {"chat": chat(picture, "assistant", "user")},
-        "unknown role": {"chat": chat(picture, "user", "wizard")},
-        "picture without a place": {"text": "what shape is it?", "images": [picture]},
-        "place without a picture": {"text": "<image>\nwhat shape is it?", "images": None},
-        "too many pictures": {"text": "<image>\nwhat shape is it?", "images": [picture] * 3},
+        "roles out of order": {"chat": chat(image, "assistant", "user")},
+        "unknown role": {"chat": chat(image, "user", "wizard")},
+        "image without a place": {"text": "what shape is it?", "images": [image]},
+        "place without an image": {"text": "<image>\nwhat shape is it?", "images": None},
+        "too many images": {"text": "<image>\nwhat shape is it?", "images": [image] * 3},
     }
 
 
@@ -41,10 +41,10 @@ def refusal(function, *arguments, **options) -> str:
     return "answered"
 
 
-def refusals(processor, pipe, picture: str) -> dict[str, dict[str, str]]:
+def refusals(processor, pipe, image: str) -> dict[str, dict[str, str]]:
     """Every fault, given to the processor and to the pipeline."""
     found = {}
-    for name, fault in faults(picture).items():
+    for name, fault in faults(image).items():
         budget = {"num_visual_tokens": fault["num_visual_tokens"]} if "num_visual_tokens" in fault else {}
         if "chat" in fault:
             tokenize = {"tokenize": True, "return_dict": True, "processor_kwargs": dict(budget)}
@@ -60,12 +60,12 @@ def refusals(processor, pipe, picture: str) -> dict[str, dict[str, str]]:
 
 def main() -> None:
     """Ask everything, then something that makes sense."""
-    repo, picture = sys.argv[1:]
+    repo, image = sys.argv[1:]
     model = AutoModelForImageTextToText.from_pretrained(repo, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
-    good = [{"role": "user", "content": [{"type": "image", "url": picture}, {"type": "text", "text": "?"}]}]
-    print(json.dumps({**refusals(processor, pipe, picture), "after": refusal(pipe, text=good, max_new_tokens=2)}))
+    good = [{"role": "user", "content": [{"type": "image", "url": image}, {"type": "text", "text": "?"}]}]
+    print(json.dumps({**refusals(processor, pipe, image), "after": refusal(pipe, text=good, max_new_tokens=2)}))
 
 
 if __name__ == "__main__":

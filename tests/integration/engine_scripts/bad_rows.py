@@ -1,6 +1,6 @@
 """What TRL's SFTTrainer says to rows that make no sense. Prints one JSON object: by fault, the class of the error and its message.
 
-python bad_rows.py REPO PICTURE
+python bad_rows.py REPO IMAGE
 """
 
 import json
@@ -12,12 +12,12 @@ from transformers import AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
 
-def row(*pictures: str, places: int | None = None, roles: tuple[str, ...] = ("user", "assistant")) -> dict:
-    """A row with these pictures, and as many places for them unless told otherwise."""
-    count = len(pictures) if places is None else places
+def row(*images: str, places: int | None = None, roles: tuple[str, ...] = ("user", "assistant")) -> dict:
+    """A row with these images, and as many places for them unless told otherwise."""
+    count = len(images) if places is None else places
     asked = [{"type": "image", "text": None}] * count + [{"type": "text", "text": "what shape is it?"}]
     contents = {"user": asked, "assistant": [{"type": "text", "text": "circle"}]}
-    return {"messages": [{"role": role, "content": contents[role]} for role in roles], "images": list(pictures)}
+    return {"messages": [{"role": role, "content": contents[role]} for role in roles], "images": list(images)}
 
 
 def first_batch(repo: str, row: dict, **options: int) -> dict:
@@ -41,18 +41,18 @@ def first_batch(repo: str, row: dict, **options: int) -> dict:
 
 def main() -> None:
     """Try every fault, then a row that makes sense."""
-    repo, picture = sys.argv[1:]
+    repo, image = sys.argv[1:]
     faults = {
-        "no picture": row(__file__),
+        "no image": row(__file__),
         "unreachable": row("http://127.0.0.1:9/a.png"),
-        "roles out of order": row(picture, roles=("assistant", "user")),
-        "picture without a place": row(picture, places=0),
-        "place without a picture": row(places=1),
-        "too many pictures": row(picture, picture, picture, places=1),
+        "roles out of order": row(image, roles=("assistant", "user")),
+        "image without a place": row(image, places=0),
+        "place without an image": row(places=1),
+        "too many images": row(image, image, image, places=1),
     }
     said = {name: refusal(first_batch, repo, fault) for name, fault in faults.items()}
-    said["unknown budget"] = refusal(first_batch, repo, row(picture), num_visual_tokens=7)
-    print(json.dumps({"said": said, "after": refusal(first_batch, repo, row(picture))}))
+    said["unknown budget"] = refusal(first_batch, repo, row(image), num_visual_tokens=7)
+    print(json.dumps({"said": said, "after": refusal(first_batch, repo, row(image))}))
 
 
 if __name__ == "__main__":

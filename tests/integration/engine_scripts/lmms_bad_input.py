@@ -1,6 +1,6 @@
 """What lmms-eval's `delta_llava` says to input that makes no sense. Prints one JSON object: by fault, the error's kind and message.
 
-python lmms_bad_input.py REPO PICTURE
+python lmms_bad_input.py REPO IMAGE
 """
 
 import json
@@ -13,7 +13,7 @@ from lmms_eval.models import get_model
 
 def main() -> None:
     """Ask each chat as a question of a task of its own, then one that makes sense."""
-    repo, picture = sys.argv[1:]
+    repo, image = sys.argv[1:]
     make = get_model("delta_llava")
     said = {"unknown budget": refusal(make, pretrained=repo, num_visual_tokens=7, device="cpu")}
     model = make(pretrained=repo, device="cpu")
@@ -31,7 +31,7 @@ def main() -> None:
             [Instance("generate_until", arguments, 0, {"task": "task", "doc_id": 0, "repeats": 1})]
         )
 
-    chats = {name: fault["chat"] for name, fault in faults(picture).items() if "chat" in fault}
+    chats = {name: fault["chat"] for name, fault in faults(image).items() if "chat" in fault}
     good = chats.pop("unknown budget")
     said |= {name: refusal(answer, chat) for name, chat in chats.items()}
     print(json.dumps({"said": said, "after": refusal(answer, good)}))

@@ -48,20 +48,20 @@ def main() -> None:
     (content,) = (message["content"] for message in requests[0]["messages"])
     chats = {
         "roles out of order": [{"role": "assistant", "content": "hi"}, *requests[0]["messages"]],
-        "too many pictures": [{"role": "user", "content": content[:1] * 3}],
-        "no picture": [
+        "too many images": [{"role": "user", "content": content[:1] * 3}],
+        "no image": [
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]}
         ],
     }
     report["refused"] = {"unknown budget": refusal(ask, [bad])}
     for name, messages in chats.items():
         report["refused"][name] = refusal(ask, [{"messages": messages, "num_visual_tokens": None}])
-    picture = {"image": Image.new("RGB", (32, 32))}
+    image = {"image": Image.new("RGB", (32, 32))}
     prompts = {
-        "picture without a place": {"prompt": "USER: what is it? ASSISTANT:", "multi_modal_data": picture},
-        "pictures without a place": {
+        "image without a place": {"prompt": "USER: what is it? ASSISTANT:", "multi_modal_data": image},
+        "images without a place": {
             "prompt": "USER: <image> ASSISTANT:",
-            "multi_modal_data": {"image": [picture["image"]] * 2},
+            "multi_modal_data": {"image": [image["image"]] * 2},
         },
     }
     for name, prompt in prompts.items():
