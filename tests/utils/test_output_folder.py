@@ -1,4 +1,4 @@
-"""The output appears complete or not at all."""
+"""The output appears complete or not at all, and nothing that was there is lost."""
 
 import os
 import pathlib
@@ -18,36 +18,35 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_new_folder(tmp_path):
+def write(folder, *files):
+    folder.mkdir(parents=True)
+    for name in files:
+        (folder / name).touch()
+    return folder
+
+
+def test_a_new_folder_appears_at_the_end(tmp_path):
     with atomic_folder(tmp_path / "deep" / "out") as folder:
         assert folder.parent.parent == tmp_path / "deep"
         assert not (tmp_path / "deep" / "out").exists()
-        (folder / "file").write_text("1")
-    assert names(tmp_path / "deep") == ["out"]
-    assert names(tmp_path / "deep" / "out") == ["file"]
+        (folder / "file").touch()
+    assert names(tmp_path / "deep") == ["out"] and names(tmp_path / "deep" / "out") == ["file"]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_failure_leaves_nothing(tmp_path, error):
+@pytest.mark.parametrize("existing", [(), ("old",)])
+def test_a_failure_leaves_what_was_there(tmp_path, error, existing):
+    if existing:
+        write(tmp_path / "out", *existing)
     with pytest.raises(error), atomic_folder(tmp_path / "out") as folder:
-        (folder / "file").write_text("1")
+        (folder / "file").touch()
         raise error
-    assert names(tmp_path) == []
-
-
-def test_a_failure_leaves_what_was_there(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").touch()
-    with pytest.raises(ValueError), atomic_folder(tmp_path / "out"):
-        raise ValueError
-    assert names(tmp_path) == ["out"]
-    assert names(tmp_path / "out") == ["old"]
+    assert names(tmp_path) == ["out"] * bool(existing)
+    assert not existing or names(tmp_path / "out") == ["old"]
 
 
 def test_a_failure_to_rename_puts_the_old_output_back(tmp_path, monkeypatch):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").touch()
-    (tmp_path / "out" / REPORT_FILE).touch()
+    write(tmp_path / "out", REPORT_FILE, "old")
     rename = pathlib.Path.rename
 
     def fail_for_new(self, target):
@@ -58,63 +57,57 @@ def test_a_failure_to_rename_puts_the_old_output_back(tmp_path, monkeypatch):
     monkeypatch.setattr(pathlib.Path, "rename", fail_for_new)
     with pytest.raises(OSError, match="went away"), atomic_folder(tmp_path / "out", overwrite=True):
         pass
-    assert names(tmp_path) == ["out"]
-    assert names(tmp_path / "out") == [REPORT_FILE, "old"]
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == [REPORT_FILE, "old"]
 
 
-def write_output(folder, **files):
-    folder.mkdir(parents=True)
-    for name, text in {REPORT_FILE: "{}", **files}.items():
-        (folder / name).write_text(text)
-
-
-def test_what_was_there_is_replaced_and_what_a_killed_run_left_is_cleared(tmp_path):
-    write_output(tmp_path / "out", old="")
-    write_output(tmp_path / ".out.delta-llava" / "new")
+def test_an_output_is_replaced_and_what_a_killed_run_left_is_cleared(tmp_path):
+    write(tmp_path / "out", REPORT_FILE, "old")
+    write(tmp_path / ".out.delta-llava" / "new", "half")
     (tmp_path / ".out.delta-llava" / "lock").touch()
     with atomic_folder(tmp_path / "out", overwrite=True) as folder:
         (folder / "new").touch()
-    assert names(tmp_path) == ["out"]
-    assert names(tmp_path / "out") == ["new"]
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["new"]
+
+
+def test_a_kill_between_the_renames_loses_nothing(tmp_path):
+    write(tmp_path / ".out.delta-llava", "lock")
+    write(tmp_path / ".out.delta-llava" / "previous", REPORT_FILE, "kept")
+    write(tmp_path / ".out.delta-llava" / "new")
+    with pytest.raises(OSError, match="disk full"), atomic_folder(tmp_path / "out"):
+        raise OSError("disk full")
+    assert names(tmp_path) == ["out"] and "kept" in names(tmp_path / "out")
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path, overwrite):
     message = "not written by this" if overwrite else "exists; pass"
     with pytest.raises(DeltaLlavaError, match=message), atomic_folder(tmp_path / "out", overwrite):
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "theirs").touch()
-    assert names(tmp_path) == ["out"]
-    assert names(tmp_path / "out") == ["theirs"]
+        write(tmp_path / "out", "theirs")
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["theirs"]
 
 
-def test_folders_of_the_users_own_stay(tmp_path):
-    for name in (".out.previous", ".out.incomplete", ".out.tmp"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "kept").touch()
-    with atomic_folder(tmp_path / "out") as folder:
-        (folder / "new").touch()
-    assert names(tmp_path) == [".out.incomplete", ".out.previous", ".out.tmp", "out"]
-    assert all(names(tmp_path / name) == ["kept"] for name in (".out.previous", ".out.incomplete", ".out.tmp"))
-
-
-def test_a_folder_of_the_users_own_under_the_temporary_name_stays(tmp_path):
-    (tmp_path / ".out.delta-llava").mkdir()
-    (tmp_path / ".out.delta-llava" / "kept").touch()
-    with pytest.raises(DeltaLlavaError, match="in the way"), atomic_folder(tmp_path / "out"):
+def test_other_folders_of_the_user_stay(tmp_path):
+    others = [".out.incomplete", ".out.previous", ".out.tmp"]
+    for name in others:
+        write(tmp_path / name, "kept")
+    with atomic_folder(tmp_path / "out"):
         pass
-    assert names(tmp_path / ".out.delta-llava") == ["kept"]
+    assert names(tmp_path) == [*others, "out"] and all(names(tmp_path / name) == ["kept"] for name in others)
+
+    write(tmp_path / ".next.delta-llava", "kept")
+    with pytest.raises(DeltaLlavaError, match="in the way"), atomic_folder(tmp_path / "next"):
+        pass
+    assert names(tmp_path / ".next.delta-llava") == ["kept"]
 
 
-def test_a_second_run_for_one_output_is_refused_and_the_first_goes_on(tmp_path):
+def test_a_second_run_for_one_output_is_refused_and_the_first_continues(tmp_path):
     with atomic_folder(tmp_path / "out") as folder:
         (folder / "file").touch()
         with pytest.raises(DeltaLlavaError, match="Another process is writing"), atomic_folder(tmp_path / "out"):
             pass
         with atomic_folder(tmp_path / "other"):
             pass
-    assert names(tmp_path) == ["other", "out"]
-    assert names(tmp_path / "out") == ["file"]
+    assert names(tmp_path) == ["other", "out"] and names(tmp_path / "out") == ["file"]
 
 
 def test_what_a_killed_run_left_is_cleared_only_after_its_death(tmp_path):
@@ -124,11 +117,12 @@ def test_what_a_killed_run_left_is_cleared_only_after_its_death(tmp_path):
             time.sleep(60)
 
     child, pipe = start(write_forever)
-    while not (tmp_path / ".out.delta-llava" / "new" / "half").exists():
+    half = tmp_path / ".out.delta-llava" / "new" / "half"
+    while not half.exists():
         time.sleep(0.01)
     with pytest.raises(DeltaLlavaError, match="Another process"), atomic_folder(tmp_path / "out"):
         pass
-    assert (tmp_path / ".out.delta-llava" / "new" / "half").exists()
+    assert half.exists()
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     os.close(pipe)
@@ -137,8 +131,8 @@ def test_what_a_killed_run_left_is_cleared_only_after_its_death(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-def test_what_fails_after_the_output_is_there_is_no_error(tmp_path, monkeypatch, caplog):
-    write_output(tmp_path / "out", old="")
+def test_a_failure_after_the_output_has_appeared_is_only_logged(tmp_path, monkeypatch, caplog):
+    write(tmp_path / "out", REPORT_FILE, "old")
     rmtree = shutil.rmtree
 
     def refuse_previous(path, ignore_errors=False):
@@ -153,44 +147,28 @@ def test_what_fails_after_the_output_is_there_is_no_error(tmp_path, monkeypatch,
     assert "is written, but" in caplog.text
 
 
-def test_an_output_that_exists_needs_overwrite(tmp_path):
-    (tmp_path / REPORT_FILE).touch()
-    with pytest.raises(DeltaLlavaError, match="exists; pass `overwrite=True`"):
-        check_output(tmp_path, [], overwrite=False)
-    check_output(tmp_path, [], overwrite=True)
+def test_which_outputs_may_be_written(tmp_path):
+    """A new or an empty folder, and with `overwrite` one that this package wrote."""
     check_output(tmp_path / "new", [], overwrite=False)
-
-
-def test_an_empty_output_is_no_output(tmp_path):
-    (tmp_path / "out").mkdir()
-    check_output(tmp_path / "out", [], overwrite=False)
-    with atomic_folder(tmp_path / "out") as folder:
+    check_output(write(tmp_path / "empty"), [], overwrite=False)
+    check_output(write(tmp_path / "ours", REPORT_FILE), [], overwrite=True)
+    check_output(write(tmp_path / "other", "other.json"), [], overwrite=True, marker="other.json")
+    with atomic_folder(tmp_path / "empty") as folder:
         (folder / "new").touch()
-    assert names(tmp_path / "out") == ["new"] and names(tmp_path) == ["out"]
-    (tmp_path / "link").symlink_to(tmp_path / "empty")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DeltaLlavaError, match="exists; pass `overwrite=True`"):
-        check_output(tmp_path / "link", [], overwrite=False)
+    assert names(tmp_path / "empty") == ["new"]
 
-
-def test_only_a_conversions_output_is_replaced(tmp_path):
-    (tmp_path / "theirs").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "link").symlink_to(write(tmp_path / "nothing"))
+    for name in ("ours", "dangling", "link"):
+        with pytest.raises(DeltaLlavaError, match="exists; pass `overwrite=True`"):
+            check_output(tmp_path / name, [], overwrite=False)
     with pytest.raises(DeltaLlavaError, match="not written by this package"):
-        check_output(tmp_path, [], overwrite=True)
-    (tmp_path / "other.json").touch()
-    check_output(tmp_path, [], overwrite=True, marker="other.json")
-
-
-def test_a_dangling_link_is_in_the_way(tmp_path):
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(DeltaLlavaError, match="exists"):
-        check_output(tmp_path / "link", [], overwrite=False)
+        check_output(tmp_path / "other", [], overwrite=True)
 
 
 @pytest.mark.parametrize("output", ["in", "in/side", ".", "link"])
 def test_input_and_output_must_be_apart(tmp_path, output):
-    source = tmp_path / "in"
-    source.mkdir()
+    source = write(tmp_path / "in")
     (tmp_path / "link").symlink_to(source)
     with pytest.raises(DeltaLlavaError, match="one folder or lie inside each other"):
         check_output(tmp_path / output, [source], overwrite=True)
@@ -199,17 +177,6 @@ def test_input_and_output_must_be_apart(tmp_path, output):
 def test_a_loop_of_links_is_refused(tmp_path):
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")
-    with pytest.raises(DeltaLlavaError, match="a loop of symbolic links|exists"):
-        check_output(tmp_path / "a", [tmp_path], overwrite=False)
-    with pytest.raises(DeltaLlavaError, match="not written by this package|a loop of symbolic links"):
-        check_output(tmp_path / "a", [], overwrite=True)
-
-
-def test_a_kill_between_the_renames_loses_nothing(tmp_path):
-    write_output(tmp_path / ".out.delta-llava" / "previous", kept="")
-    (tmp_path / ".out.delta-llava" / "new").mkdir()
-    (tmp_path / ".out.delta-llava" / "lock").touch()
-    with pytest.raises(OSError, match="disk full"), atomic_folder(tmp_path / "out"):
-        raise OSError("disk full")
-    assert (tmp_path / "out" / "kept").exists()
-    assert names(tmp_path) == ["out"]
+    for overwrite in (False, True):
+        with pytest.raises(DeltaLlavaError, match="a loop of symbolic links|exists|not written by this package"):
+            check_output(tmp_path / "a", [tmp_path / "c"], overwrite)
