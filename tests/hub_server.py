@@ -110,16 +110,12 @@ class HubServer(ThreadingHTTPServer):
         """Connections that a test cut are not reported."""
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: HubServer
+class NotFound(Exception):
+    """The code by which the Hub names what is missing."""
 
-    def handle_one_request(self) -> None:
-        self.close_connection = True
-        self.raw_requestline = self.rfile.readline(65537)
-        if self.raw_requestline and self.parse_request():
-            self.close_connection = True
-            self._serve()
+
+class _Handler(BaseHTTPRequestHandler):
+    server: HubServer
 
     def log_message(self, *_: object) -> None:
         pass
@@ -129,10 +125,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.url_path, self.query = unquote(parts.path), parse_qs(parts.query)
         request = f"{self.command} {self.url_path}"
         fault = self.server.faults.draw(request) if self.server.faults else None
+        length = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(min(1000, length) if fault == "cut" else length)
         if fault == "cut":
-            self.rfile.read(min(1000, int(self.headers.get("Content-Length") or 0)))
             return self._hang_up()
-        body = self._body()
         if fault == "stall":
             threading.Event().wait(self.server.stall)
             return self._hang_up()
@@ -143,24 +139,13 @@ class _Handler(BaseHTTPRequestHandler):
             answer = self._answer(body)
         return self._hang_up() if fault == "lost" else self._send(*answer)
 
-    def _body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        pieces = []
-        while size := int(self.rfile.readline().split(b";")[0], 16):
-            pieces.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(pieces)
-
     def _hang_up(self) -> None:
         self.connection.shutdown(socket.SHUT_RDWR)
 
     def _send(self, status: int, content: dict | list | bytes, headers: dict[str, str]) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        size = headers.pop("Content-Length", str(len(body)))
-        for name, value in {"Content-Length": size, "Connection": "close", **headers}.items():
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -173,7 +158,10 @@ class _Handler(BaseHTTPRequestHandler):
             return 401, {"error": "no token, or a wrong one"}, {}
         for pattern, method in _ROUTES:
             if match := re.fullmatch(pattern, f"{self.command} {self.url_path}"):
-                return method(self, body, *match.groups())
+                try:
+                    return method(self, body, *match.groups())
+                except NotFound as error:
+                    return 404, {"error": "not found"}, {"X-Error-Code": str(error)}
         return 404, {"error": f"no such thing: {self.command} {self.url_path}"}, {}
 
     def _whoami(self, body: bytes) -> Answer:
@@ -193,11 +181,16 @@ class _Handler(BaseHTTPRequestHandler):
     def _validate_yaml(self, body: bytes) -> Answer:
         return 200, {"errors": [], "warnings": []}, {}
 
-    def _info(self, body: bytes, repo_id: str, revision: str | None = None) -> Answer:
+    def _find(self, repo_id: str, revision: str) -> tuple[Repo, str]:
+        """The repo, and the id of the commit."""
         repo = self.server.repos.get(repo_id)
-        oid = repo and repo.oid(revision or "main")
+        oid = repo and repo.oid(revision)
         if not repo or not oid:
-            return 404, {"error": "not found"}, {"X-Error-Code": "RevisionNotFound" if repo else "RepoNotFound"}
+            raise NotFound("RevisionNotFound" if repo else "RepoNotFound")
+        return repo, oid
+
+    def _info(self, body: bytes, repo_id: str, revision: str = "main") -> Answer:
+        repo, oid = self._find(repo_id, revision)
         siblings = [{"rfilename": name} for name in repo.commits[oid]]
         return 200, {"id": repo_id, "sha": oid, "private": repo.private, "siblings": siblings, "tags": []}, {}
 
@@ -209,10 +202,8 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, {}, {}
 
     def _preupload(self, body: bytes, repo_id: str, revision: str) -> Answer:
-        repo = self.server.repos[repo_id]
-        if revision not in repo.heads:
-            return 404, {"error": "not found"}, {"X-Error-Code": "RevisionNotFound"}
-        tree = repo.commits[repo.heads[revision]]
+        repo, oid = self._find(repo_id, revision)
+        tree = repo.commits[oid]
         files = [
             {
                 "path": file["path"],
@@ -273,17 +264,11 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, {"discussions": discussions, "count": len(discussions), "start": 0}, {}
 
     def _tree(self, body: bytes, repo_id: str, revision: str) -> Answer:
-        repo = self.server.repos.get(repo_id)
-        oid = repo and repo.oid(revision)
-        if not repo or not oid:
-            return 404, {"error": "not found"}, {"X-Error-Code": "RevisionNotFound" if repo else "RepoNotFound"}
+        repo, oid = self._find(repo_id, revision)
         return 200, [_entry(name, content) for name, content in repo.commits[oid].items()], {}
 
     def _resolve(self, body: bytes, repo_id: str, revision: str, name: str) -> Answer:
-        repo = self.server.repos.get(repo_id)
-        oid = repo and repo.oid(revision)
-        if not repo or not oid:
-            return 404, b"", {"X-Error-Code": "RevisionNotFound" if repo else "RepoNotFound"}
+        repo, oid = self._find(repo_id, revision)
         if name not in repo.commits[oid]:
             return 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": oid}
         content = repo.commits[oid][name]
