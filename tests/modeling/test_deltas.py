@@ -370,13 +370,18 @@ def test_merge_refuses_what_is_not_finite(released):
     assert released.model.multi_modal_projector.v_proj.is_merged
 
 
-def test_base_is_known_in_every_dtype(released, tmp_path):
+def test_a_base_is_recognised_in_every_dtype_and_another_one_in_none(released, tmp_path):
+    dtypes = (torch.bfloat16, torch.float32, torch.float16)
     released.to(torch.bfloat16)
-    for dtype in (torch.bfloat16, torch.float32, torch.float16):
-        one = copy.deepcopy(released).to(dtype)
-        one.save_deltas(tmp_path / str(dtype))
-        for other in (torch.bfloat16, torch.float32, torch.float16):
-            copy.deepcopy(released).to(other).load_deltas(tmp_path / str(dtype), name="x")
+    stranger = make(seed=1).to(torch.bfloat16)
+    for saved in dtypes:
+        copy.deepcopy(released).to(saved).save_deltas(tmp_path / str(saved))
+        for loaded in dtypes:
+            model = copy.deepcopy(released).to(loaded)
+            model.load_deltas(tmp_path / str(saved), name="x")
+            assert model.active_deltas == "x"
+            with pytest.raises(ValueError, match="another base"):
+                copy.deepcopy(stranger).to(loaded).load_deltas(tmp_path / str(saved))
 
 
 def test_saved_dtype(released, tmp_path):

@@ -1,12 +1,8 @@
 """Deltas beside PEFT, a quantised language model, and accelerate's offloading; and from the Hub."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from huggingface_hub import constants
 
 from tests.hub_server import TOKEN, HubServer, Repo
 from tests.modeling.test_deltas import assert_same, inputs, is_delta, logits, make, other_deltas, snapshot, write_repo
@@ -144,39 +140,27 @@ def test_weights_on_the_meta_device_are_named(tmp_path):
         model.load_deltas(tmp_path / "deltas")
 
 
-LOAD_FROM_HUB = """
-import json, sys
-from transformers_delta_llava import DeltaLlavaModel
-
-model = DeltaLlavaModel.from_pretrained(sys.argv[1])
-errors = []
-for name, options in [("someone/nothing", {}), ("someone/deltas", {"revision": "nowhere"})]:
-    try:
-        model.load_deltas(name, **options)
-    except OSError as error:
-        errors.append(str(error))
-model.load_deltas("someone/deltas")
-url = model.push_deltas_to_hub("someone/pushed", "deltas", private=True)
-model.load_deltas("someone/pushed")
-print(json.dumps([url, model.delta_names, errors, {n: t.tolist() for n, t in model.delta_state_dict().items()}]))
-"""
-
-
-def test_from_the_hub(tmp_path):
-    model = make()
-    model.save_pretrained(tmp_path / "repo")
-    write_repo(model, tmp_path / "deltas", other_deltas(model))
+def test_from_the_hub_and_back(hub_client, tmp_path, monkeypatch):
+    source, model = make(), make()
+    write_repo(source, tmp_path / "deltas", other_deltas(source))
+    cache = {"cache_dir": tmp_path / "cache", "token": TOKEN}
     with HubServer() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        url_template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants._HF_DEFAULT_ENDPOINT, server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url_template)
         repo = server.repos["someone/deltas"] = Repo(private=False)
         repo.commit("main", {file.name: file.read_bytes() for file in (tmp_path / "deltas").iterdir()})
-        environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        environment |= {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN, "PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, "-c", LOAD_FROM_HUB, str(tmp_path / "repo")]
-        result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    url, names, errors, tensors = json.loads(result.stdout.splitlines()[-1])
-    assert names == ["default", "deltas", "pushed"] and "someone/pushed" in url
-    assert server.repos["someone/pushed"].private
-    assert "someone/nothing" in errors[0] and "nowhere" in errors[1]
-    for name, tensor in other_deltas(model).items():
-        assert torch.equal(torch.tensor(tensors[name]), tensor)
+        for options in ({"model_id": "someone/nothing"}, {"model_id": "someone/deltas", "revision": "nowhere"}):
+            with pytest.raises(OSError, match=list(options.values())[-1]):
+                model.load_deltas(**options, **cache)
+        assert model.load_deltas("someone/deltas", **cache) == "deltas"
+        assert_same(model.delta_state_dict(), other_deltas(source))
+        with pytest.raises(ValueError, match="no deltas named 'nothing'"):
+            model.push_deltas_to_hub("someone/mine", "nothing", token=TOKEN)
+        assert list(server.repos) == ["someone/deltas"]
+        url = model.push_deltas_to_hub("someone/mine", "default", private=True, token=TOKEN)
+        assert "someone/mine" in url and server.repos["someone/mine"].private
+        assert b'load_deltas("mine")' in server.files("someone/mine")["README.md"]
+        model.load_deltas("someone/mine", **cache)
+    assert model.delta_names == ["default", "deltas", "mine"]
+    assert_same(model.delta_state_dict("mine"), model.delta_state_dict("default"))

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.modeling.paper_flow import Flow, whole
@@ -43,15 +42,6 @@ def test_state_dict(sharing: str, projections: tuple[str, ...]) -> None:
         assert found.weight.shape == (32, 32)
         assert found.delta_u.shape == (*updates, 32, 2)
         assert found.delta_v.shape == (*updates, 2, 32)
-
-
-@pytest.mark.parametrize("sharing", ["levels", "all"])
-def test_state_dict_survives_safetensors(sharing: str, tmp_path) -> None:
-    flow = Flow({"delta_sharing": sharing})
-    save_file(flow.module.state_dict(), tmp_path / "projector.safetensors")
-    other = DeltaLlavaProjector(flow.config).double().eval()
-    other.load_state_dict(load_file(tmp_path / "projector.safetensors"))
-    assert torch.equal(other(flow.z, flow.levels, 2), flow.output)
 
 
 def key_value_parameters(config: DeltaLlavaConfig) -> int:

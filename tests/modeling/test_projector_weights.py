@@ -2,46 +2,22 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
-from transformers import CLIPVisionConfig, SiglipVisionConfig
 
 from tests.modeling.projector_cases import clip_large_config, drawn_inputs, projector_config, released_pair
 from tests.reference import goldens, names, oracle
 from tests.reference.goldens import MANIFEST
-from transformers_delta_llava.modeling.configuration_delta_llava import DeltaLlavaConfig
 from transformers_delta_llava.modeling.delta_projection_delta_llava import DeltaProjection
 from transformers_delta_llava.modeling.modeling_delta_llava import DeltaLlavaModel
 from transformers_delta_llava.modeling.projector_delta_llava import DeltaLlavaProjector
 
 
-CLIP_LARGE_BUDGETS = {1: 576, 2: 144, 3: 64, 4: 36, 6: 16, 8: 9, 12: 4, 24: 1}
-
-
-@pytest.mark.parametrize("scale_factor", CLIP_LARGE_BUDGETS)
-def test_parameter_count_does_not_depend_on_the_scale_factor(scale_factor: int) -> None:
-    with torch.device("meta"):
-        module = DeltaLlavaProjector(clip_large_config(scale_factor=scale_factor))
-    assert sum(parameter.numel() for parameter in module.parameters()) == 42_503_680
-
-
-def test_token_counts_of_clip_large() -> None:
-    config = clip_large_config()
-    assert {s: config.num_visual_tokens_for(s) for s in CLIP_LARGE_BUDGETS} == CLIP_LARGE_BUDGETS
-    assert config.visual_token_budgets == tuple(CLIP_LARGE_BUDGETS.values())
-
-
-def test_token_counts_of_other_towers() -> None:
-    clip_224 = CLIPVisionConfig(
-        num_hidden_layers=24, hidden_size=1024, num_attention_heads=16, image_size=224, patch_size=14
-    )
-    assert DeltaLlavaConfig(vision_config=clip_224, scale_factor=2).image_seq_length == 64
-    so400m = SiglipVisionConfig(
-        num_hidden_layers=27, hidden_size=1152, num_attention_heads=16, image_size=384, patch_size=14
-    )
-    siglip = DeltaLlavaConfig(vision_config=so400m, scale_factor=3, vision_feature_select_strategy="full")
-    assert siglip.grid_size == 27
-    assert siglip.image_seq_length == 81
+def test_parameter_count_does_not_depend_on_the_scale_factor() -> None:
+    for scale_factor in (1, 2, 24):
+        with torch.device("meta"):
+            module = DeltaLlavaProjector(clip_large_config(scale_factor=scale_factor))
+        assert sum(parameter.numel() for parameter in module.parameters()) == 42_503_680
 
 
 # ---------------------------------------------------------------------------- state dict
@@ -73,18 +49,6 @@ def test_low_rank_factors_are_parameters_of_their_own() -> None:
         assert not any(isinstance(module, nn.Linear) for module in projection.modules())
     assert type(released.window_attention.in_proj_weight) is nn.Parameter
     assert not any(isinstance(module, nn.MultiheadAttention) for module in released.modules())
-
-
-def test_state_dict_survives_safetensors(tmp_path) -> None:
-    module, _ = released_pair(projector_config(grid=6), torch.float32)
-    save_file(module.state_dict(), tmp_path / "projector.safetensors")
-    other = DeltaLlavaProjector(module.config).eval()
-    other.load_state_dict(load_file(tmp_path / "projector.safetensors"))
-    single, *levels = drawn_inputs(module.config, dtype=torch.float32)
-    assert torch.equal(other(single, levels, 2), module(single, levels, 2))
-
-
-# ---------------------------------------------------------------------------- construction on the meta device
 
 
 @pytest.mark.parametrize("layout", ["released", "paper"])
