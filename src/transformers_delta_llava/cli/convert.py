@@ -103,11 +103,11 @@ def convert(
         )
     for warning in report.warnings:
         say(f"warning: {warning}")
-    for name, reason in report.tensors_ignored.items():
+    for name, reason in report.tensors.ignored.items():
         say(f"left out {name}: {reason}")
     say(
-        f"{report.tensors_written} tensors ({report.tensors_used} from {report.source}), "
-        f"{report.visual_tokens} visual tokens per image"
+        f"{report.tensors.written} tensors ({report.tensors.used} from {report.source.name}), "
+        f"{report.num_visual_tokens} visual tokens per image"
     )
     say(f"chat template: {report.chat_template} ({report.chat_template_reason})")
     typer.echo(report.output)

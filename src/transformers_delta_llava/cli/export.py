@@ -47,9 +47,9 @@ def export(
         f"{report.tensors_written} tensors in {len(report.weight_files)} files, layout {layout.value}, "
         f"{report.vocab_size} rows of vocabulary"
     )
-    if report.own_keys:
+    if report.extra_keys:
         say(
-            f"note: {', '.join(report.own_keys)} in config.json tell `delta-llava convert` what the authors' code cannot be "
+            f"note: {', '.join(report.extra_keys)} in config.json tell `delta-llava convert` what the authors' code cannot be "
             "told; it would not run this model"
         )
     typer.echo(report.output)

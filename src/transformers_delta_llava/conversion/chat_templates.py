@@ -1,4 +1,4 @@
-"""Which chat template a checkpoint was tuned with, and why it is taken for that."""
+"""Which chat template a checkpoint was tuned with, and the evidence for it."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,15 +11,15 @@ from ..hub.tokenizer import TEMPLATE_FILE
 from ..processing import CHAT_TEMPLATES, load_chat_template
 from ..processing.chat_templates import adapt_template, find_conversation
 from ..utils.errors import DeltaLlavaError, explain_errors
-from ..utils.files import EXPORTED_FROM, REPORT_FILE, read_json, read_text
+from ..utils.files import EXPORTED_FROM, REPORT_FILE, read_optional_json, read_text
 from ..utils.prompts import check_template, time_limit
-from .language_models import LanguageModel, language_model
+from .config_mapping import SourceConfig
 
 
-# What the tokenizer's own template is called, on the command line and in reports.
-OWN = "tokenizer"
+# Stands for the tokenizer's own template, as an argument and in reports.
+TOKENIZER_TEMPLATE = "tokenizer"
 QUESTION = [{"type": "image"}, {"type": "text", "text": "What is in this image?"}]
-_MARK = "<answer to be put here>"
+_ANSWER = "<the answer>"
 
 # A number that is not the number of parameters: `llama-30b`, `open_llama_3b`, `llama-2.7b`.
 _NO_SIZE = r"(?!\d|b|\.\d+b)"
@@ -55,57 +55,63 @@ class ChatTemplate:
 
 
 def choose_chat_template(
-    requested: str | None, settings: dict, base: str | None, tokenizer: PreTrainedTokenizerBase, own: str | None
+    requested: str | None,
+    config: SourceConfig,
+    base_model: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    own: str | None,
 ) -> ChatTemplate:
-    """
-    The template that a checkpoint was tuned with, as far as anything tells: no checkpoint says it.
+    """The template that a checkpoint was tuned with, from what evidence there is: no checkpoint states it.
 
     Args:
-        requested: what the user says: a name, a Jinja file, or `tokenizer`.
-        settings: the checkpoint's config.
-        base: name of the model that a projector or a LoRA run was trained on.
+        requested: the user's choice: a name, a Jinja file, or `tokenizer`.
+        config: of the checkpoint.
+        base_model: name of the model that a projector or a LoRA run was trained on.
         tokenizer: with its tokens added.
         own: the tokenizer's own template.
 
     Raises:
-        DeltaLlavaError: what the user says cannot be used, or the type of language model is not known.
+        DeltaLlavaError: the user's choice cannot be used.
     """
     if requested is not None:
-        name = OWN if requested == OWN else find_conversation(requested) or Path(requested).name
-        return ChatTemplate(name, read_chat_template(requested, tokenizer, own), "as given by --chat-template")
-    family = language_model(settings.get("model_type"))
-    for name, reason, is_guess in _candidates(family, settings, base, tokenizer, own):
-        if name != OWN:
-            return ChatTemplate(name, read_chat_template(name, tokenizer), reason, is_guess)
-        try:
-            return ChatTemplate(OWN, read_chat_template(OWN, tokenizer, own), reason, is_guess)
-        except DeltaLlavaError:
-            continue  # the next best is said to be a guess
-    template = read_chat_template(family.conversation, tokenizer)
-    return ChatTemplate(family.conversation, template, "nothing in the checkpoint says which", True)
+        is_own = requested == TOKENIZER_TEMPLATE
+        name = requested if is_own else find_conversation(requested) or Path(requested).name
+        return ChatTemplate(name, read_chat_template(requested, tokenizer, own), "as requested")
+    fallback = (config.language_model.conversation, "nothing in the checkpoint says which", True)
+    name, reason, is_guess = next(_candidates(config, base_model, tokenizer, own), fallback)
+    return ChatTemplate(name, read_chat_template(name, tokenizer, own), reason, is_guess)
 
 
 def _candidates(
-    family: LanguageModel, settings: dict, base: str | None, tokenizer: PreTrainedTokenizerBase, own: str | None
+    config: SourceConfig, base_model: str | None, tokenizer: PreTrainedTokenizerBase, own: str | None
 ) -> Iterator[tuple[str, str, bool]]:
     """Names of templates with the reason for each and whether that is a guess, the best first."""
-    model_type = settings["model_type"]
+    language_model, model_type = config.language_model, config.settings["model_type"]
     vocabulary = tokenizer.get_vocab()
-    for evidence in family.evidence:
-        if evidence == "own" and own is not None:
-            known = family.evidence[0] == "own"
-            reason = f"the tokenizer's own, which {model_type} checkpoints are tuned with"
-            yield OWN, reason if known else "the tokenizer has its own, and nothing else is known", not known
+    for evidence in language_model.evidence:
+        if evidence == "own" and own is not None and _is_usable(own, tokenizer):
+            if language_model.evidence[0] == "own":
+                yield TOKENIZER_TEMPLATE, f"the tokenizer's own, which {model_type} checkpoints are tuned with", False
+            else:
+                yield TOKENIZER_TEMPLATE, "the tokenizer has its own, and nothing else is known", True
         elif evidence == "name":
-            for name in (base, settings.get("_name_or_path")):
-                if isinstance(name, str) and (found := _by_name(name)):
-                    yield found[0], f"the base model is called {found[1]}", False
+            for path in (base_model, config.settings.get("_name_or_path")):
+                if isinstance(path, str) and (match := _by_name(path)):
+                    yield match[0], f"the base model is called {match[1]}", False
         elif evidence == "vocabulary":
             for token, conversation in _VOCABULARY.items():
                 if token in vocabulary:
                     yield conversation, f"the tokenizer has {token}", True
         elif evidence == "type":
-            yield family.conversation, f"the format of {model_type} checkpoints", False
+            yield language_model.conversation, f"the format of {model_type} checkpoints", False
+
+
+def _is_usable(own: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    try:
+        read_chat_template(TOKENIZER_TEMPLATE, tokenizer, own)
+    except DeltaLlavaError:
+        return False
+    return True
 
 
 def _by_name(name: str) -> tuple[str, str] | None:
@@ -122,22 +128,22 @@ def chat_template_warnings(template: ChatTemplate, tokenizer: PreTrainedTokenize
     warnings = []
     if template.is_guess:
         warnings.append(
-            f"the chat template {template.name} is a guess ({template.reason}), and a wrong one gives poor answers; name the "
-            "one that the checkpoint was tuned with: --chat-template"
+            f"the chat template {template.name} is a guess ({template.reason}), and a wrong one gives poor answers; give the "
+            "one that the checkpoint was tuned with: pass `chat_template=...`"
         )
     end = answer_end(template.text, tokenizer).strip()
     if end and not answer_end_ids(template.text, tokenizer):
         warnings.append(
-            f"the chat template {template.name} ends an answer with {end[:100]!r}, which is no special token of the tokenizer; "
-            "where the checkpoint was tuned with another one, name it: --chat-template"
+            f"the chat template {template.name} ends an answer with {end[:100]!r}, which is not a special token of the "
+            "tokenizer; if the checkpoint was tuned with another template, pass `chat_template=...`"
         )
     return warnings
 
 
 def exported_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
-    """The template that `export` left in a folder, with which the model was used before; None in any other folder."""
-    template, report = folder / TEMPLATE_FILE, folder / REPORT_FILE
-    origin = read_json(report) if template.is_file() and report.is_file() else {}
+    """The template that `export` wrote into a folder, with which the model was used before; None in any other folder."""
+    template = folder / TEMPLATE_FILE
+    origin = read_optional_json(folder / REPORT_FILE) if template.is_file() else {}
     if EXPORTED_FROM not in origin:
         return None
     name = str(origin.get("chat_template") or TEMPLATE_FILE)
@@ -154,9 +160,9 @@ def read_chat_template(name_or_file: str, tokenizer: PreTrainedTokenizerBase, ow
     adds_bos = tokenizer.bos_token_id is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
     if find_conversation(name_or_file) is not None:
         return load_chat_template(name_or_file, bos=adds_bos)
-    if name_or_file == OWN:
+    if name_or_file == TOKENIZER_TEMPLATE:
         if own is None:
-            raise DeltaLlavaError("The tokenizer has no chat template of its own; name another with --chat-template.")
+            raise DeltaLlavaError("The tokenizer has no chat template of its own; name another: pass `chat_template=...`.")
         end = answer_end(own, tokenizer, "The tokenizer's own chat template")
         template = adapt_template(own, end)
         if adds_bos and not render(template, tokenizer, "Hi").startswith(str(tokenizer.bos_token)):
@@ -164,7 +170,7 @@ def read_chat_template(name_or_file: str, tokenizer: PreTrainedTokenizerBase, ow
         return template
     path = Path(name_or_file)
     if not path.is_file():
-        names = ", ".join((*CHAT_TEMPLATES, OWN))
+        names = ", ".join((*CHAT_TEMPLATES, TOKENIZER_TEMPLATE))
         raise DeltaLlavaError(f"The chat template {name_or_file} is neither a file nor one of {names}.")
     template = read_text(path)
     answer_end(template, tokenizer, f"The chat template {path.name}")
@@ -174,8 +180,8 @@ def read_chat_template(name_or_file: str, tokenizer: PreTrainedTokenizerBase, ow
 def recognise_template(text: str, report: dict) -> ChatTemplate:
     """A repo's template under its name: that of the conversation it is, else what the conversion's `report` calls it."""
     reported = report.get("chat_template")
-    found = next((name for name in CHAT_TEMPLATES if load_chat_template(name) in text), None)
-    name = found or ("its own" if reported is None or reported in CHAT_TEMPLATES else str(reported))
+    known = next((name for name in CHAT_TEMPLATES if load_chat_template(name) in text), None)
+    name = known or ("its own" if reported is None or reported in CHAT_TEMPLATES else str(reported))
     reason = report.get("chat_template_reason") if name == reported else None
     return ChatTemplate(name, text, str(reason or f"what {TEMPLATE_FILE} holds"))
 
@@ -196,14 +202,14 @@ def answer_end(template: str, tokenizer: PreTrainedTokenizerBase, name: str = "T
     Raises:
         DeltaLlavaError: it does not render a conversation; the text calls it `name`.
     """
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _MARK}]
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _ANSWER}]
     text = _render(messages, template, tokenizer, name)
-    end = text.rpartition(_MARK)[2] if _MARK in text else ""
+    end = text.rpartition(_ANSWER)[2] if _ANSWER in text else ""
     return end.rstrip() or end
 
 
 def answer_end_ids(template: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that end an answer in `template`; none where it ends in mere text."""
+    """The special tokens that end an answer in `template`; none where plain text ends it."""
     special = tokenizer.added_tokens_decoder
     ids = tokenizer.encode(answer_end(template, tokenizer), add_special_tokens=False)
     return [token for token in ids if token in special]

@@ -1,25 +1,22 @@
 """Reads the tensors of a checkpoint folder one at a time, and runs no code that a checkpoint may carry."""
 
-import os
-import pickle
 import re
-import struct
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..utils.errors import DeltaLlavaError, format_names, one_line
+from ..utils.errors import DeltaLlavaError, explain_errors, format_names
 from ..utils.files import read_json, write_json
+from .pickles import check_archive, open_pickle
 
 
-# The order in which transformers looks for weights; then what training frameworks leave after consolidating.
+# In the order in which transformers looks for weights; then what training frameworks write when they consolidate.
 _WEIGHT_FILES = (
     ("model", ".safetensors"),
     ("pytorch_model", ".bin"),
@@ -28,9 +25,8 @@ _WEIGHT_FILES = (
     ("model", ".pt"),
     ("consolidated", ".pt"),
 )
-# Under these keys some frameworks put the weights into a dictionary of their own.
-_WRAPPERS = ("module", "model", "state_dict")
-_SAFETENSORS_DTYPES = {
+# Supported dtypes, by their name in safetensors.
+_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -42,11 +38,6 @@ _SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_DTYPES = set(_SAFETENSORS_DTYPES.values())
-# Flags of a zip entry (encrypted, strongly encrypted, masked), and what stands for a size of 4 GiB and more.
-_ENCRYPTED = 0x1 | 0x40 | 0x2000
-_IN_ZIP64 = 0xFFFFFFFF
-_END_OF_ARCHIVE = 22  # bytes of the last record, without a comment
 
 
 @dataclass(frozen=True)
@@ -60,7 +51,25 @@ class LazyTensor:
     @property
     def num_bytes(self) -> int:
         """Size of the values in bytes."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return self.numel() * self.dtype.itemsize
+
+    def numel(self) -> int:
+        """Number of elements."""
+        return torch.Size(self.shape).numel()
+
+    def map(
+        self,
+        function: Callable[[torch.Tensor], torch.Tensor],
+        shape: tuple[int, ...] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "LazyTensor":
+        """The tensor that `function` returns, of `shape` and `dtype` (by default unchanged); applied when it is read."""
+        shape = self.shape if shape is None else shape
+        return LazyTensor(shape, dtype or self.dtype, lambda: function(self.load()))
+
+    def reshape(self, shape: tuple[int, ...]) -> "LazyTensor":
+        """The same values in another shape."""
+        return self.map(lambda tensor: tensor.reshape(shape), shape=shape)
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,7 @@ def has_weights(folder: Path) -> bool:
     )
 
 
-def _refuse_empty(tensors: dict[str, LazyTensor]) -> None:
+def _refuse_empty(tensors: Mapping[str, LazyTensor]) -> None:
     empty = [name for name, tensor in tensors.items() if tensor.num_bytes == 0]
     if empty:
         raise DeltaLlavaError(
@@ -147,7 +156,7 @@ def _find_weights(folder: Path) -> tuple[list[Path], Path | None]:
             return _all_shards(shards), None
     if any(folder.glob("global_step*")) or any(folder.rglob("*_model_states.pt")):
         raise DeltaLlavaError(
-            f"{folder.name} holds DeepSpeed's own files, which are parts of tensors; consolidate them with "
+            f"{folder.name} holds DeepSpeed's own files, with parts of tensors; consolidate them with "
             "zero_to_fp32.py into a pytorch_model.bin."
         )
     raise DeltaLlavaError(
@@ -162,12 +171,12 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise DeltaLlavaError(f"{index.name} has no weight_map.")
     names = weight_map.values()
-    strange = {str(name) for name in names if not isinstance(name, str) or Path(name).name != name or len(name) > 255}
-    if strange:
-        raise DeltaLlavaError(f"{index.name} names files outside its own folder: {format_names(strange)}.")
+    outside = {str(name) for name in names if not isinstance(name, str) or Path(name).name != name or len(name) > 255}
+    if outside:
+        raise DeltaLlavaError(f"{index.name} names files outside its own folder: {format_names(outside)}.")
     missing = {name for name in names if not (index.parent / name).is_file()}
     if missing:
-        raise DeltaLlavaError(f"{index.name} names files that are not there: {format_names(missing)}.")
+        raise DeltaLlavaError(f"{index.name} names missing files: {format_names(missing)}.")
     return weight_map
 
 
@@ -184,7 +193,7 @@ def _all_shards(shards: list[Path]) -> list[Path]:
 
 
 def _check_index(index: Path, origin: dict[str, str]) -> None:
-    """Refuse an index that names other tensors, or other places, than the shards hold."""
+    """Refuse an index that disagrees with its shards about which tensor is where."""
     weight_map = _weight_map(index)
     wrong = [name for name in weight_map.keys() | origin.keys() if weight_map.get(name) != origin.get(name)]
     if wrong:
@@ -194,144 +203,25 @@ def _check_index(index: Path, origin: dict[str, str]) -> None:
 def _open_safetensors(file: Path) -> dict[str, LazyTensor]:
     try:
         handle = safe_open(file, framework="pt")
-        return {name: _safetensors_entry(handle, name, file) for name in handle.keys()}
+        entries = {name: handle.get_slice(name) for name in handle.keys()}
+        types = {name: entry.get_dtype() for name, entry in entries.items()}
+        shapes = {name: tuple(entry.get_shape()) for name, entry in entries.items()}
     except SafetensorError as error:
         raise DeltaLlavaError(f"{file.name} is not a readable safetensors file: {error}.") from error
+    _refuse_dtypes(file, {name: dtype for name, dtype in types.items() if dtype not in _DTYPES})
+    return {n: LazyTensor(shapes[n], _DTYPES[types[n]], partial(handle.get_tensor, n)) for n in entries}
 
 
-def _safetensors_entry(handle: safe_open, name: str, file: Path) -> LazyTensor:
-    entry = handle.get_slice(name)
-    dtype = _SAFETENSORS_DTYPES.get(entry.get_dtype())
-    if dtype is None:
-        raise DeltaLlavaError(f"{name} in {file.name} has the unsupported type {entry.get_dtype()}.")
-    return LazyTensor(tuple(entry.get_shape()), dtype, partial(handle.get_tensor, name))
+def _refuse_dtypes(file: Path, unsupported: Mapping[str, object]) -> None:
+    if unsupported:
+        names = format_names(f"{name} ({dtype})" for name, dtype in unsupported.items())
+        raise DeltaLlavaError(f"{file.name} holds tensors of unsupported dtypes: {names}.")
 
 
 def _open_pickle(file: Path) -> dict[str, LazyTensor]:
-    records = _check_archive(file)
-    contents = _load_pickle(file, mmap=records is not None)
-    strange = [str(name) for name, value in contents.items() if not (isinstance(name, str) and _is_plain(value))]
-    if strange:
-        raise DeltaLlavaError(f"{file.name} holds entries that are not plain tensors: {format_names(strange)}.")
-    types = {f"{name} ({value.dtype})" for name, value in contents.items() if value.dtype not in _DTYPES}
-    if types:
-        raise DeltaLlavaError(f"{file.name} has tensors of unsupported types: {format_names(types)}.")
-    if records is not None:
-        _check_storages(file, contents, records)
-    return {
-        name: LazyTensor(
-            tuple(value.shape),
-            value.dtype,
-            partial(_load_from_legacy, file, name) if records is None else partial(_detached, value),
-        )
-        for name, value in contents.items()
-    }
-
-
-def _load_pickle(file: Path, mmap: bool) -> dict[str, torch.Tensor]:
-    """The dictionary in a `.bin` file; with `mmap` its values stay on disk, which files older than PyTorch 1.6 cannot."""
-    try:
-        # `weights_only` builds tensors and containers, and refuses everything else before running it.
-        contents = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        raise DeltaLlavaError(
-            f"{file.name} was refused without running it: its pickle holds more than plain tensors."
-        ) from error
-    except OSError:
-        raise
-    except Exception as error:  # damaged bytes raise all kinds of errors
-        reason = one_line(str(error).strip().split("\n")[0] or error)
-        raise DeltaLlavaError(f"{file.name} is not a readable PyTorch checkpoint: {reason}.") from error
-    wrapped = [contents[key] for key in _WRAPPERS if isinstance(contents, dict) and key in contents]
-    if len(wrapped) == 1 and isinstance(wrapped[0], dict):
-        contents = wrapped[0]
-    if not isinstance(contents, dict):
-        raise DeltaLlavaError(f"{file.name} should map names to tensors, but holds a {type(contents).__name__}.")
-    return contents
-
-
-# Files older than PyTorch 1.6 are read whole: one at a time, since tensors are mostly asked for file by file.
-_load_legacy = lru_cache(maxsize=1)(partial(_load_pickle, mmap=False))
-
-
-def _load_from_legacy(file: Path, name: str) -> torch.Tensor:
-    tensors = _load_legacy(file)
-    names = {key.removeprefix("module."): key for key in tensors}
-    return tensors[name if name in tensors else names[name]].detach()
-
-
-def _check_archive(file: Path, values: bool = False) -> dict[int, int] | None:
-    """Refuse a `.bin` file, which is a zip archive, that is not as PyTorch writes and reads them.
-
-    PyTorch takes the bytes of an entry as they stand in the file, whatever the archive says of compression, encryption or
-    sizes, and checks no sums.
-
-    Args:
-        file: the file.
-        values: compare every entry with its checksum, too, which reads the whole file.
-
-    Returns:
-        The size of every entry by the place of its first byte; None for the bare pickles that PyTorch wrote before 1.6.
-    """
-    with file.open("rb") as stream:
-        begins = stream.read(4) == b"PK\x03\x04"
-    if not begins and not zipfile.is_zipfile(file):
-        return None
-    try:
-        with zipfile.ZipFile(file) as archive:
-            records = _entries(archive)
-            for entry in archive.infolist():
-                with archive.open(entry) as content:
-                    while values and content.read(1 << 20):
-                        pass
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, RuntimeError, ValueError) as error:
-        raise DeltaLlavaError(f"{file.name} is damaged: {one_line(error)}.") from error
-    return records
-
-
-def _entries(archive: zipfile.ZipFile) -> dict[int, int]:
-    """Size by place of the first byte; ValueError, saying what is odd, for an archive that PyTorch did not write."""
-    assert archive.fp is not None
-    names: set[str] = set()
-    end, records = 0, {}
-    for entry in sorted(archive.infolist(), key=lambda entry: entry.header_offset):
-        archive.fp.seek(entry.header_offset)
-        header = archive.fp.read(30)
-        if len(header) < 30:
-            raise ValueError(f"the file ends before {entry.filename}")
-        _, _, flags, method, *_, compressed, size, name_length, extra_length = struct.unpack("<4s5H3I2H", header)
-        if entry.compress_type != zipfile.ZIP_STORED or method != zipfile.ZIP_STORED:
-            raise ValueError(f"{entry.filename} is compressed, which PyTorch would read as weights; was it repacked?")
-        if (entry.flag_bits | flags) & _ENCRYPTED:
-            raise ValueError(f"{entry.filename} is encrypted")
-        # Written where the size is not known yet (0), or too large for the field; else it is the size.
-        if entry.compress_size != entry.file_size or not {compressed, size} <= {0, _IN_ZIP64, entry.file_size}:
-            raise ValueError(f"the sizes of {entry.filename} in the archive disagree")
-        if entry.filename.lower() in names:
-            raise ValueError(f"{entry.filename} is there twice")
-        if entry.header_offset < end or (not names and entry.header_offset):
-            raise ValueError(f"{entry.filename} overlaps the entry before it, or something lies before the first")
-        names.add(entry.filename.lower())
-        begin = entry.header_offset + len(header) + name_length + extra_length
-        end = begin + entry.file_size
-        records[begin] = entry.file_size
-    archive.fp.seek(-_END_OF_ARCHIVE, os.SEEK_END)
-    if end > archive.start_dir or archive.fp.read(4) != b"PK\x05\x06":
-        raise ValueError("it holds more than its entries")
-    return records
-
-
-def _check_storages(file: Path, contents: dict[str, torch.Tensor], records: dict[int, int]) -> None:
-    """Refuse tensors whose values are not exactly one entry each: PyTorch maps as many bytes as the pickle claims."""
-    places = {
-        storage.data_ptr(): storage.nbytes() for t in contents.values() if (storage := t.untyped_storage()).nbytes()
-    }
-    if not places:
-        return
-    first = min(places)
-    starts = (first - begin for begin, size in records.items() if size == places[first])
-    if not any(all(records.get(place - start) == size for place, size in places.items()) for start in starts):
-        raise DeltaLlavaError(f"{file.name} is damaged: tensors in it have other sizes than their entries.")
+    contents = open_pickle(file)
+    _refuse_dtypes(file, {n: value.dtype for n, value in contents.items() if value.dtype not in _DTYPES.values()})
+    return {name: LazyTensor(tuple(value.shape), value.dtype, value.detach) for name, value in contents.items()}
 
 
 def verify_archives(files: Iterable[Path]) -> None:
@@ -342,79 +232,60 @@ def verify_archives(files: Iterable[Path]) -> None:
     """
     for file in files:
         if file.suffix != ".safetensors":
-            _check_archive(file, values=True)
-
-
-def _is_plain(value: object) -> bool:
-    """Whether `value` is an ordinary tensor in memory: no subclass, not sparse, not on the meta device."""
-    if type(value) not in (torch.Tensor, torch.nn.Parameter):
-        return False
-    return value.layout is torch.strided and value.device.type == "cpu"  # type: ignore[attr-defined]
-
-
-def _detached(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach()
+            check_archive(file, values=True)
 
 
 # Called with the bytes written so far and the bytes in all.
 Progress = Callable[[int, int], None]
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
+def split_shards(tensors: Mapping[str, LazyTensor], max_shard_size: int | str) -> dict[str, list[str]]:
+    """Names of the tensors of each weight file, with the file names that transformers uses.
 
-def parse_size(size: int | str) -> int:
-    """Bytes of a size such as `2GB` or `500MB` (decimal), `2GiB` (binary), or a plain number.
+    Args:
+        tensors: what to write, in their order.
+        max_shard_size: most bytes of tensors per file, as a number or as `2GB`; a larger tensor gets its own file.
 
     Raises:
-        DeltaLlavaError: if it is none of these, or zero.
+        DeltaLlavaError: `max_shard_size` is not a size.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(size).strip())
-    unit = _UNITS.get(match[2].upper()) if match else None
-    value = int(float(match[1]) * unit) if match and unit else 0
-    if value < 1:
-        raise DeltaLlavaError(f"max_shard_size={size!r} is not a size; use for instance 2GB or 500MB.")
-    return value
+    with explain_errors(f"max_shard_size={max_shard_size!r} is not a size such as 2GB or 500MB"):
+        return split_state_dict_into_shards_factory(
+            tensors,  # type: ignore[arg-type]
+            get_storage_size=lambda tensor: tensor.num_bytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        ).filename_to_tensors
 
 
 def write_shards(
-    tensors: Mapping[str, LazyTensor], folder: Path, max_shard_size: int, progress: Progress | None = None
-) -> list[str]:
-    """Write `tensors`, in their order, as transformers names and indexes them.
-
-    Args:
-        tensors: what to write.
-        folder: an existing folder.
-        max_shard_size: most bytes of tensors per file; a tensor that is larger gets a file of its own.
-        progress: see `Progress`.
-
-    Returns:
-        The names of the weight files.
+    tensors: Mapping[str, LazyTensor], shards: Mapping[str, list[str]], folder: Path, progress: Progress | None = None
+) -> None:
+    """Write `tensors` into the files that `split_shards` names, and an index where there are several.
 
     Raises:
         DeltaLlavaError: naming a tensor that holds NaN or Inf.
         OSError: a file cannot be written.
     """
-    shards = _split(tensors, max_shard_size)
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     total, done = sum(tensor.num_bytes for tensor in tensors.values()), 0
-    for file_name, shard in zip(names, shards):
+    for file_name, names in shards.items():
         contents: dict[str, torch.Tensor] = {}
-        for name in shard:
-            contents[name] = _apart(tensors[name].load(), contents.values())
+        for name in names:
+            contents[name] = _separate(tensors[name].load(), contents.values())
             _refuse_non_finite(name, contents[name])
             done += tensors[name].num_bytes
             if progress is not None:
                 progress(done, total)
         _save(contents, folder / file_name)
     if len(shards) > 1:
-        _write_index(folder, {name: file for file, shard in zip(names, shards) for name in shard}, tensors, total)
-    return names
+        parameters = sum(tensor.numel() for tensor in tensors.values())
+        weight_map = {name: file_name for file_name, names in shards.items() for name in names}
+        index = {"metadata": {"total_parameters": parameters, "total_size": total}, "weight_map": weight_map}
+        write_json(index, folder / "model.safetensors.index.json")
 
 
 def verify_shards(tensors: Mapping[str, LazyTensor], folder: Path, progress: Progress | None = None) -> None:
-    """Read back what `write_shards` wrote, and compare every tensor with its source, made anew, bit by bit.
+    """Read back what `write_shards` wrote, and compare every tensor with its source, read again, bit by bit.
 
     Raises:
         DeltaLlavaError: naming the first tensor that differs.
@@ -427,7 +298,7 @@ def verify_shards(tensors: Mapping[str, LazyTensor], folder: Path, progress: Pro
     total, done = sum(tensor.num_bytes for tensor in tensors.values()), 0
     for name, tensor in tensors.items():
         if not same_bits(tensor.load(), written[name].load()):
-            raise DeltaLlavaError(f"Verification failed: {name} is not on the disk as it was written.")
+            raise DeltaLlavaError(f"Verification failed: {name} differs from its source.")
         done += tensor.num_bytes
         if progress is not None:
             progress(done, total)
@@ -442,8 +313,8 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     )
 
 
-def _apart(tensor: torch.Tensor, others: Iterable[torch.Tensor]) -> torch.Tensor:
-    """`tensor`, contiguous, sharing no memory with `others`. What is mapped from a file stays so: it is written uncopied."""
+def _separate(tensor: torch.Tensor, others: Iterable[torch.Tensor]) -> torch.Tensor:
+    """`tensor`, contiguous and without memory that it shares with `others`; copied only where it must be."""
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     if whole and all(tensor.data_ptr() != other.data_ptr() for other in others):
         return tensor
@@ -466,21 +337,3 @@ def _save(contents: dict[str, torch.Tensor], path: Path) -> None:
     except SafetensorError as error:  # safetensors wraps what the file system says
         raise OSError(f"{path.name} cannot be written: {error}") from error
     path.chmod(mode)  # some safetensors versions let only the owner read
-
-
-def _split(tensors: Mapping[str, LazyTensor], max_shard_size: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.num_bytes > max_shard_size:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += tensor.num_bytes
-    return shards
-
-
-def _write_index(folder: Path, weight_map: dict[str, str], tensors: Mapping[str, LazyTensor], total: int) -> None:
-    parameters = sum(torch.Size(tensor.shape).numel() for tensor in tensors.values())
-    index = {"metadata": {"total_parameters": parameters, "total_size": total}, "weight_map": weight_map}
-    write_json(index, folder / "model.safetensors.index.json")

@@ -5,71 +5,47 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Field,
     FiniteFloat,
     NonNegativeFloat,
     PositiveFloat,
     ValidationError,
+    create_model,
 )
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..hub.tokenizer import TokenIds
-from ..utils.files import read_json
+from ..utils.files import read_optional_json
 from .chat_templates import answer_end_ids
 
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[int, Field(gt=0, lt=2**63)]
-
-
-class GenerationFlags(BaseModel):
-    """Types of the flags that change what is generated; `None` stands for "not set" everywhere.
-
-    transformers checks few of them before it generates, and then fails on the first request.
-    """
-
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-
-    do_sample: bool | None = None
-    remove_invalid_values: bool | None = None
-    renormalize_logits: bool | None = None
-    token_healing: bool | None = None
-    use_cache: bool | None = None
-    max_length: Positive | None = None
-    max_new_tokens: Positive | None = None
-    min_length: Count | None = None
-    min_new_tokens: Count | None = None
-    no_repeat_ngram_size: Count | None = None
-    num_beams: Positive | None = None
-    num_return_sequences: Positive | None = None
-    top_k: Count | None = None
-    epsilon_cutoff: NonNegativeFloat | None = None
-    eta_cutoff: NonNegativeFloat | None = None
-    guidance_scale: PositiveFloat | None = None
-    length_penalty: FiniteFloat | None = None
-    max_time: PositiveFloat | None = None
-    min_p: NonNegativeFloat | None = None
-    repetition_penalty: PositiveFloat | None = None
-    temperature: PositiveFloat | None = None
-    top_p: PositiveFloat | None = None
-    typical_p: PositiveFloat | None = None
-    bos_token_id: Count | None = None
-    eos_token_id: Count | list[Count] | None = None
-    pad_token_id: Count | None = None
-    begin_suppress_tokens: list[Count] | None = None
-    suppress_tokens: list[Count] | None = None
-    bad_words_ids: list[list[Count]] | None = None
-    stop_strings: str | list[str] | None = None
+_FLAG_TYPES: dict[Any, str] = {
+    bool: "do_sample remove_invalid_values renormalize_logits token_healing use_cache",
+    Positive: "max_length max_new_tokens num_beams num_return_sequences",
+    Count: "min_length min_new_tokens no_repeat_ngram_size top_k bos_token_id pad_token_id",
+    NonNegativeFloat: "epsilon_cutoff eta_cutoff min_p",
+    PositiveFloat: "guidance_scale max_time repetition_penalty temperature top_p typical_p",
+    FiniteFloat: "length_penalty",
+    Count | list[Count]: "eos_token_id",
+    list[Count]: "begin_suppress_tokens suppress_tokens",
+    list[list[Count]]: "bad_words_ids",
+    str | list[str]: "stop_strings",
+}
+# Types of the flags that change what is generated. transformers checks few of them before it generates, and then fails on
+# the first request.
+GenerationFlags = create_model(  # type: ignore[call-overload]
+    "GenerationFlags",
+    __config__=ConfigDict(strict=True, extra="allow", allow_inf_nan=False),
+    **{flag: (kind | None, None) for kind, flags in _FLAG_TYPES.items() for flag in flags.split()},
+)
 
 
 def read_generation_config(source: Path) -> tuple[GenerationConfig, str | None]:
-    """The checkpoint's own generation settings, and a sentence on those that are not valid and were left out."""
-    path = source / "generation_config.json"
-    if not path.is_file():
-        return GenerationConfig(), None
-    config, dropped = keep_valid_flags(read_json(path))
+    """The checkpoint's own generation settings, and a sentence on the invalid ones, which are left out."""
+    config, dropped = keep_valid_flags(read_optional_json(source / "generation_config.json"))
     if not dropped:
         return config, None
     flags = ", ".join(f"{name}={json.dumps(value)[:60]}" for name, value in dropped.items())
@@ -83,7 +59,7 @@ def keep_valid_flags(values: dict[str, Any]) -> tuple[GenerationConfig, dict[str
     Vicuna's own file sets a temperature and switches sampling off.
     """
     known = GenerationConfig().to_dict()
-    # Notes of transformers to itself, and what was not set.
+    # Without the private notes of transformers and what was not set.
     pending = {n: v for n, v in values.items() if not n.startswith("_") and v is not None}
     try:
         GenerationFlags.model_validate(pending)

@@ -1,6 +1,7 @@
 """What is in a repo or a checkpoint, and what is wrong with it; reads headers, and of the values only the projector's."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,21 +13,21 @@ from ..hub.tokenizer import TEMPLATE_FILE, has_tokenizer, load_tokenizer, read_o
 from ..modeling import DeltaLlavaConfig
 from ..modeling.delta_repo_delta_llava import dtype_name
 from ..utils.errors import DeltaLlavaError, format_names
-from ..utils.files import REPORT_FILE, local_folder, read_json
+from ..utils.files import REPORT_FILE, local_folder, read_json, read_optional_json
 from .chat_templates import QUESTION, choose_chat_template, exported_template, recognise_template, render
 from .checkpoint import Checkpoint, LazyTensor, has_weights
 from .config_mapping import SourceConfig, Vocabulary, convert_config, read_config
 from .export import read_repo_config
-from .sources import open_trained
+from .sources import check_embeddings, open_trained
 from .vision_tower import adapt_to_weights, find_vision_tower, load_vision_tower
 from .weight_mapping import (
     EMBEDDINGS,
     PROJECTOR,
-    SOURCE_EMBEDDINGS,
     TOWER_TARGET,
-    delta_rank,
+    compare_shapes,
     describe_other_projector,
     expected_shapes,
+    find_delta_rank,
     map_names,
 )
 
@@ -81,22 +82,22 @@ class Inspection:
     problems: list[str] = field(default_factory=list)
 
 
-def inspect_model(spec: str | Path) -> Inspection:
+def inspect_model(model_id: str | Path) -> Inspection:
     """Look into a repo of ours, or a checkpoint in the authors' layout: a full one, or its projector alone.
 
     Args:
-        spec: folder or Hub id.
+        model_id: folder or Hub id.
 
     Raises:
-        DeltaLlavaError: there is no config, or no weights that can be read.
+        DeltaLlavaError: there is no config, or there are no weights that can be read.
     """
-    folder = local_folder(str(spec), "model", _FILES)
+    folder = local_folder(str(model_id), "model", _FILES)
     if not (folder / "config.json").is_file():
         raise DeltaLlavaError(f"{folder.name} has no config.json.")
     settings = read_json(folder / "config.json")
     checkpoint = open_trained(folder)
     if checkpoint is None:
-        raise DeltaLlavaError(f"{folder.name} holds no whole set of weights, so there is nothing to look into.")
+        raise DeltaLlavaError(f"{folder.name} holds neither a model's weights nor a projector's.")
     if settings.get("model_type") == "delta_llava":
         return _inspect_repo(folder, checkpoint)
     return _inspect_checkpoint(folder, settings, checkpoint)
@@ -106,14 +107,14 @@ def _inspect_repo(folder: Path, checkpoint: Checkpoint) -> Inspection:
     result = Inspection(folder.name, "repo", _components(checkpoint.tensors))
     try:
         config = read_repo_config(folder)
-    except DeltaLlavaError as error:
-        result.problems.append(str(error))
-    else:
         _describe_budgets(result, config)
         _describe_deltas(result, checkpoint.tensors)
         _describe_prompt(result, folder, config.text_config)
-        result.problems += _shape_problems(config, checkpoint.tensors)
-    result.problems += [f"There is no {name}." for name in _REPO_FILES if not (folder / name).is_file()]
+        result.problems += _tensor_problems(config, checkpoint.tensors)
+    except DeltaLlavaError as error:
+        result.problems.append(str(error))
+    missing = [name for name in _REPO_FILES if not (folder / name).is_file()]
+    result.problems += [f"There is no {name}." for name in missing]
     if not has_tokenizer(folder):
         result.problems.append("There is no tokenizer.")
     code = read_code(folder)
@@ -121,51 +122,57 @@ def _inspect_repo(folder: Path, checkpoint: Checkpoint) -> Inspection:
     result.problems += [
         f"There is no {name}, so the repo does not load without this package." for name in code.missing
     ]
-    for state, names in (("is older code; update the repo", code.outdated), ("was changed by somebody", code.edited)):
-        result.problems += [f"{name} {state}." for name in names]
+    result.problems += [f"{name} is older code; update the repo." for name in code.outdated]
+    result.problems += [f"{name} was changed by hand." for name in code.edited]
     return result
 
 
 def _inspect_checkpoint(folder: Path, settings: dict, checkpoint: Checkpoint) -> Inspection:
-    alone = not has_weights(folder)
-    result = Inspection(folder.name, "projector" if alone else "checkpoint", _components(checkpoint.tensors))
+    is_projector = not has_weights(folder)
+    result = Inspection(folder.name, "projector" if is_projector else "checkpoint", _components(checkpoint.tensors))
     if other := describe_other_projector(checkpoint.tensors, folder.name):
         result.problems.append(other)
         return result
-    names = map_names(checkpoint.tensors)
-    tensors = {target: checkpoint.tensors[name] for name, (target, _) in names.rules.items()}
+    tensors = map_names(checkpoint.tensors).rename(checkpoint.tensors)
     result.components = _components(tensors)
     _describe_deltas(result, tensors)
     try:
-        table = checkpoint.tensors.get(SOURCE_EMBEDDINGS)
-        if table is None and not alone:
-            raise DeltaLlavaError(f"The checkpoint has no language model in it (no {SOURCE_EMBEDDINGS}).")
+        if not is_projector:
+            check_embeddings(checkpoint)
         source = read_config(settings)
-        inside = [name.removeprefix(TOWER_TARGET) for name in tensors if name.startswith(TOWER_TARGET)]
-        tower = find_vision_tower(source.keys.mm_vision_tower, folder)
-        vision_config = load_vision_tower(tower, with_weights=False).config
-        if inside:
-            adapt_to_weights(vision_config, inside)
-        vocabulary = Vocabulary(table.shape[0], image_token_id=table.shape[0] - 1) if table is not None else None
-        config = convert_config(source, vision_config, vocabulary, delta_rank=delta_rank(checkpoint.tensors))
+        config = _config_of_checkpoint(folder, source, tensors)
     except ValueError as error:
         result.problems.append(str(error))
     else:
         _describe_budgets(result, config)
         _describe_prompt(result, folder, source.text_config, source)
         if source.unknown:
-            result.problems.append(f"config.json has keys that are not known here: {format_names(source.unknown)}.")
-        rules = {target: (name, rule) for name, (target, rule) in names.rules.items()}
-        shaped = {t: rules[t][1].reshape(tensor.shape, rules[t][0]) for t, tensor in tensors.items()}
+            result.problems.append(f"config.json has unknown keys: {format_names(source.unknown)}.")
         expected = expected_shapes(config)
-        if alone:
+        if is_projector:
             expected = {name: shape for name, shape in expected.items() if name.startswith(PROJECTOR)}
-        elif not inside:
+        elif not any(name.startswith(TOWER_TARGET) for name in tensors):
             expected = {name: shape for name, shape in expected.items() if not name.startswith(TOWER_TARGET)}
-        result.problems += _differences(shaped, expected)
-    if not alone and not has_tokenizer(folder):
+        result.problems += compare_shapes(tensors, expected)
+    if not is_projector and not has_tokenizer(folder):
         result.problems.append("There is no tokenizer.")
     return result
+
+
+def _config_of_checkpoint(folder: Path, source: SourceConfig, tensors: dict[str, LazyTensor]) -> DeltaLlavaConfig:
+    """The config that a conversion would give, but for new rows of the embeddings."""
+    tower = find_vision_tower(source.keys.mm_vision_tower, folder)
+    vision_config = load_vision_tower(tower, with_weights=False).config
+    _adapt_tower(vision_config, tensors)
+    rows = tensors[EMBEDDINGS].shape[0] if EMBEDDINGS in tensors else None
+    vocabulary = Vocabulary(rows, image_token_id=rows - 1) if rows is not None else None
+    return convert_config(source, vision_config, vocabulary, delta_rank=find_delta_rank(tensors))
+
+
+def _adapt_tower(config: PreTrainedConfig, tensors: Mapping[str, LazyTensor]) -> None:
+    inner = [name.removeprefix(TOWER_TARGET) for name in tensors if name.startswith(TOWER_TARGET)]
+    if inner:
+        adapt_to_weights(config, inner)
 
 
 def _describe_budgets(result: Inspection, config: DeltaLlavaConfig) -> None:
@@ -176,18 +183,18 @@ def _describe_budgets(result: Inspection, config: DeltaLlavaConfig) -> None:
 def _describe_prompt(
     result: Inspection, folder: Path, text_config: PreTrainedConfig, source: SourceConfig | None = None
 ) -> None:
-    """Name the chat template and render a prompt: of a repo, or, given its config, of a checkpoint as converted."""
+    """Name the chat template and render a prompt: of a repo, or of a checkpoint (`source`) as conversion would choose it."""
     if not has_tokenizer(folder) or (source is None and not (folder / TEMPLATE_FILE).is_file()):
         return
+    sentencepiece_class = source.language_model.sentencepiece_class if source else None
     try:
-        tokenizer = load_tokenizer(str(folder), text_config, source.family.sentencepiece_class if source else None)
+        tokenizer = load_tokenizer(str(folder), text_config, sentencepiece_class)
         own = read_own_template(str(folder))
-        if source is not None:
-            exported = exported_template(folder, tokenizer)
-            template = exported or choose_chat_template(None, source.settings, None, tokenizer, own)
+        if source is None:
+            template = recognise_template(own or "", read_optional_json(folder / REPORT_FILE))
         else:
-            report = read_json(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else {}
-            template = recognise_template(own or "", report)
+            exported = exported_template(folder, tokenizer)
+            template = exported or choose_chat_template(None, source, None, tokenizer, own)
         result.first_prompt = render(template.text, tokenizer, QUESTION)
     except DeltaLlavaError as error:
         result.problems.append(str(error))
@@ -209,42 +216,19 @@ def _describe_deltas(result: Inspection, tensors: dict[str, LazyTensor]) -> None
             if u.dim() != v.dim() or u.dim() < 2 or u.shape[:-2] != v.shape[:-2] or u.shape[-1] != v.shape[-2]:
                 result.problems.append(f"{name} {tuple(u.shape)} and delta_v {tuple(v.shape)} do not fit each other.")
                 continue
-            # The norm of u @ v from the products of rank x rank: a stranger's u @ v may be as large as the memory.
+            # The norm of u @ v from products of rank x rank: u @ v of an unknown file may not fit the memory.
             norms = float(((u.mT @ u) * (v @ v.mT)).sum().sqrt()), float(weight.norm())
             result.deltas.append(Delta(module.removeprefix(PROJECTOR), u.shape[-1], *norms))
             if not u.any():  # a delta_v of zeros is where fresh deltas start after a merge
                 result.problems.append(f"The delta of {module.removeprefix(PROJECTOR)} is zero.")
 
 
-def _shape_problems(config: DeltaLlavaConfig, tensors: dict[str, LazyTensor]) -> list[str]:
-    inside = [name.removeprefix(TOWER_TARGET) for name in tensors if name.startswith(TOWER_TARGET)]
-    adapt_to_weights(config.vision_config, inside)
-    try:
-        expected = expected_shapes(config)
-    except DeltaLlavaError as error:
-        return [str(error)]
-    problems = _differences({name: tensor.shape for name, tensor in tensors.items()}, expected)
-    text = config.text_config
-    assert isinstance(text, PreTrainedConfig)
-    rows = tensors[EMBEDDINGS].shape[0] if EMBEDDINGS in tensors else 0
+def _tensor_problems(config: DeltaLlavaConfig, tensors: dict[str, LazyTensor]) -> list[str]:
+    _adapt_tower(config.vision_config, tensors)
+    problems = compare_shapes(tensors, expected_shapes(config))
+    (rows, *_) = tensors[EMBEDDINGS].shape or (0,) if EMBEDDINGS in tensors else (0,)
     if config.image_token_id >= rows:
-        problems.append(f"image_token_id={config.image_token_id} has no row in the {rows} rows of the embeddings.")
-    return problems
-
-
-def _differences(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> list[str]:
-    problems = []
-    if missing := expected.keys() - found.keys():
-        problems.append(f"Tensors are missing: {format_names(missing)}.")
-    if homeless := found.keys() - expected.keys():
-        problems.append(f"The model has no place for {format_names(homeless)}.")
-    wrong = [
-        f"{n} is {found[n]} instead of {expected[n]}"
-        for n in expected.keys() & found.keys()
-        if found[n] != expected[n]
-    ]
-    if wrong:
-        problems.append(f"Tensors have other shapes than the config asks for: {format_names(wrong)}.")
+        problems.append(f"image_token_id={config.image_token_id} is not one of the {rows} rows of the embeddings.")
     return problems
 
 
@@ -255,7 +239,7 @@ def _components(tensors: dict[str, LazyTensor]) -> dict[str, Component]:
         parts[part].append(tensor)
     return {
         component: Component(
-            parameters=sum(torch.Size(tensor.shape).numel() for tensor in own),
+            parameters=sum(tensor.numel() for tensor in own),
             tensors=len(own),
             num_bytes=sum(tensor.num_bytes for tensor in own),
             dtypes=dict(Counter(dtype_name(tensor.dtype) for tensor in own)),

@@ -7,26 +7,17 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from ..modeling.configuration_delta_llava import DEFAULT_VISION_CONFIG
 from ..utils.errors import DeltaLlavaError
-from ..utils.files import cached_repo_id, local_folder, public_name, read_json
+from ..utils.files import cached_repo_id, local_folder, public_name, read_json, read_optional_json
 from .checkpoint import Checkpoint, has_weights, read_checkpoint
 from .config_mapping import build_config
 
 
-_CLIP_LARGE = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "patch_size": 14,
-    "projection_dim": 768,
-}
-# Public facts about towers that checkpoints name, so that a checkpoint which brings its tower's weights converts
-# without a download.
+# The geometry of towers that checkpoints name, so that a checkpoint with its tower's weights converts without a download.
 KNOWN_TOWERS: dict[str, dict] = {
-    "openai/clip-vit-large-patch14-336": {**_CLIP_LARGE, "image_size": 336},
-    "openai/clip-vit-large-patch14": {**_CLIP_LARGE, "image_size": 224},
+    "openai/clip-vit-large-patch14-336": DEFAULT_VISION_CONFIG,
+    "openai/clip-vit-large-patch14": {**DEFAULT_VISION_CONFIG, "image_size": 224},
     "google/siglip-so400m-patch14-384": {
         "model_type": "siglip_vision_model",
         "hidden_size": 1152,
@@ -37,15 +28,11 @@ KNOWN_TOWERS: dict[str, dict] = {
         "image_size": 384,
     },
 }
-
-_KNOWN_BY_NAME = {spec.rpartition("/")[2]: spec for spec in KNOWN_TOWERS}
+_KNOWN_BY_NAME = {model_id.rpartition("/")[2]: model_id for model_id in KNOWN_TOWERS}
 
 # Whole image-text models, and the type of the tower inside them.
 _TOWER_OF = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
-_OPTION = "--vision-tower (in Python vision_tower=...)"
 _CONFIG_FILES = ("config.json", "preprocessor_config.json")
-# Only pickles if there is nothing else.
-_WEIGHT_FILES = (("model*.safetensors*",), ("pytorch_model*.bin*",))
 
 
 @dataclass(frozen=True)
@@ -59,15 +46,15 @@ class VisionTower:
 
 
 def find_vision_tower(named: str | None, checkpoint: Path, with_weights: bool = False) -> str:
-    """Where the tower is that a checkpoint names, which was a Hub id or a path on the machine that trained it.
+    """Find the tower that a checkpoint names by a Hub id or by a path of the machine that trained it.
 
-    Looked for in this order: the path; the same path, then its last part, inside the checkpoint's folder and beside it;
+    Searched in this order: an absolute path; the path, then its last part, inside the checkpoint's folder and beside it;
     the path from the working directory; a known tower of that last name, whose geometry needs no files.
 
     Args:
         named: `mm_vision_tower` of the checkpoint's config.
         checkpoint: folder of the checkpoint.
-        with_weights: pass by folders that hold settings alone, as export leaves one in a checkpoint.
+        with_weights: skip folders without weights, such as the one that export writes into a checkpoint.
 
     Returns:
         A folder or a Hub id; `named` itself where nothing is found.
@@ -76,47 +63,47 @@ def find_vision_tower(named: str | None, checkpoint: Path, with_weights: bool = 
         DeltaLlavaError: the checkpoint names none.
     """
     if not named:
-        raise DeltaLlavaError(f"config.json names no mm_vision_tower; pass its folder or Hub id with {_OPTION}.")
+        raise DeltaLlavaError("config.json names no mm_vision_tower; pass its folder or Hub id as `vision_tower=...`.")
     hub_id = cached_repo_id(named)
     path, name = Path(named), Path(hub_id or named).name
-    beside = [folder / part for part in (path, name) for folder in (checkpoint, checkpoint.parent)]
-    for folder in (*([path] if path.is_absolute() else []), *beside, path):
+    nearby = [folder / part for part in (path, name) for folder in (checkpoint, checkpoint.parent)]
+    for folder in (*([path] if path.is_absolute() else []), *nearby, path):
         is_tower = (folder / "config.json").is_file() and (not with_weights or has_weights(folder))
         if is_tower and folder.resolve() != checkpoint.resolve():
             return str(folder)
     return hub_id or (named if named in KNOWN_TOWERS else _KNOWN_BY_NAME.get(name, named))
 
 
-def load_vision_tower(spec: str, with_weights: bool) -> VisionTower:
-    """Find a tower by folder or Hub id.
+def load_vision_tower(model_id: str, with_weights: bool) -> VisionTower:
+    """Load a tower's settings and, where they are needed, open its weights.
 
     Args:
-        spec: a folder of a CLIP or SigLIP tower (or of the whole image-text model), or a Hub id.
+        model_id: folder or Hub id of a CLIP or SigLIP tower, or of the whole image-text model.
         with_weights: whether the weights are needed; without them a known id needs no download.
 
     Raises:
-        DeltaLlavaError: not found, of a kind that is not supported, or without the weights asked for.
+        DeltaLlavaError: not found, of an unsupported kind, or without the weights asked for.
     """
-    if spec in KNOWN_TOWERS and not with_weights and not Path(spec).is_dir():
-        config, _ = build_config(**KNOWN_TOWERS[spec])
-        return VisionTower(spec, config, _default_image_processor(config))
-    files = _CONFIG_FILES + (_WEIGHT_FILES[0] if with_weights else ())
-    folder = local_folder(spec, "vision tower", files, "vision_tower")
+    if model_id in KNOWN_TOWERS and not with_weights and not Path(model_id).is_dir():
+        config, _ = build_config(**KNOWN_TOWERS[model_id])
+        return VisionTower(model_id, config, _default_image_processor(config))
+    weights = ("model*.safetensors*",) if with_weights else ()
+    folder = local_folder(model_id, "vision tower", _CONFIG_FILES + weights, "vision_tower")
     config = _tower_config(folder)
     image_processor = _image_processor(folder, config)
     checkpoint = None
     if with_weights:
         if not any(folder.glob("*.safetensors")):
-            folder = local_folder(spec, "vision tower", _CONFIG_FILES + _WEIGHT_FILES[1], "vision_tower")
+            folder = local_folder(model_id, "vision tower", (*_CONFIG_FILES, "pytorch_model*.bin*"), "vision_tower")
         checkpoint = _tower_weights(folder)
-    return VisionTower(public_name(spec), config, image_processor, checkpoint)
+    return VisionTower(public_name(model_id), config, image_processor, checkpoint)
 
 
 def _tower_config(folder: Path) -> PreTrainedConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise DeltaLlavaError(
-            f"The vision tower {folder.name} has no config.json; pass the folder or Hub id of another with {_OPTION}."
+            f"The vision tower {folder.name} has no config.json; pass another folder or Hub id as `vision_tower=...`."
         )
     values = read_json(path)
     model_type = values.get("model_type")
@@ -156,11 +143,12 @@ def _default_image_processor(config: PreTrainedConfig) -> dict:
         "rescale_factor": 1 / 255,
     }
     if config.model_type == "siglip_vision_model":
+        mean, std = list(IMAGENET_STANDARD_MEAN), list(IMAGENET_STANDARD_STD)
         return {
             "image_processor_type": "SiglipImageProcessor",
             **common,
-            "image_mean": list(IMAGENET_STANDARD_MEAN),
-            "image_std": list(IMAGENET_STANDARD_STD),
+            "image_mean": mean,
+            "image_std": std,
             "size": side,
         }
     return {
@@ -177,17 +165,14 @@ def _default_image_processor(config: PreTrainedConfig) -> dict:
 def _image_processor(folder: Path, config: PreTrainedConfig) -> dict:
     """The family's preprocessing with what the folder's own file says differently."""
     settings = _default_image_processor(config)
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        return settings
-    found = read_json(path)
-    for name in settings.keys() & found.keys() - {"image_processor_type", "size", "crop_size"}:
-        settings[name] = found[name]
-    for name in settings.keys() & found.keys() & {"size", "crop_size"}:
-        sides = found[name].values() if isinstance(found[name], dict) else [found[name]]
+    own = read_optional_json(folder / "preprocessor_config.json")
+    for name in settings.keys() & own.keys() - {"image_processor_type", "size", "crop_size"}:
+        settings[name] = own[name]
+    for name in settings.keys() & own.keys() & {"size", "crop_size"}:
+        sides = own[name].values() if isinstance(own[name], dict) else [own[name]]
         if any(side != config.image_size for side in sides):
             raise DeltaLlavaError(
                 f"The vision tower {folder.name} disagrees with itself: config.json says image_size={config.image_size}, "
-                f"preprocessor_config.json says {name}={found[name]}."
+                f"preprocessor_config.json says {name}={own[name]}."
             )
     return settings

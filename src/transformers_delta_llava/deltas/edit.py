@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..conversion.checkpoint import Checkpoint, LazyTensor, parse_size, read_checkpoint, write_shards
+from ..conversion.checkpoint import Checkpoint, LazyTensor, read_checkpoint, split_shards, write_shards
 from ..conversion.export import read_repo_config
 from ..conversion.weight_mapping import PROJECTOR
 from ..hub.repo_files import WEIGHTS, is_published, write_code, write_config
@@ -346,13 +346,15 @@ def _write_model(
     deltas_folder: Path,
 ) -> DeltaReport:
     """The repo of `model` with other deltas (none: without) and, where given, other bases."""
-    output, size = Path(output), parse_size(max_shard_size)
+    output = Path(output)
     check_output(output, [model.folder, deltas_folder], overwrite=False)
     config = read_repo_config(model.folder)
     checkpoint = read_checkpoint(model.folder)
     new = {f"{PROJECTOR}{name}.weight": weight for name, weight in weights.items()}
     new |= {f"{PROJECTOR}{name}.{f}": factor for name, pair in deltas.items() for f, factor in zip(FACTORS, pair)}
     rank = next(iter(deltas.values()))[0].shape[-1] if deltas else 0
+    tensors = _replace_tensors(checkpoint, new)
+    shards = split_shards(tensors, max_shard_size)
     config.use_delta_projection = bool(deltas)
     config.delta_rank = rank or config.delta_rank
     with atomic_folder(output) as tmp_dir:
@@ -361,7 +363,7 @@ def _write_model(
                 shutil.copyfile(file, tmp_dir / file.name)
         write_code(tmp_dir)
         write_config(config, tmp_dir)
-        write_shards(_replace_tensors(checkpoint, new), tmp_dir, size)
+        write_shards(tensors, shards, tmp_dir)
         card = tmp_dir / "README.md"
         text = card.read_text(encoding="utf-8") if card.is_file() else f"# {public_name(str(output))}\n"
         card.write_text(f"{text.rstrip()}\n\n## Deltas\n\n{note}\n", encoding="utf-8")

@@ -24,7 +24,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from ..conversion.chat_templates import read_chat_template
 from ..conversion.generation_config import fit_generation_config, keep_valid_flags
-from ..conversion.language_models import LANGUAGE_MODELS
+from ..conversion.language_models import language_models_of
 from ..hub.tokenizer import TokenIds, add_tokens, load_tokenizer, read_own_template
 from ..modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
@@ -139,8 +139,8 @@ def _new_processor(
     recipe: Recipe, language: str | None, text_config: PreTrainedConfig, image_processor: str | dict[str, Any]
 ) -> tuple[DeltaLlavaProcessor, TokenIds]:
     """A processor for a language model's tokenizer, with the tokens of images added."""
-    families = (family for family in LANGUAGE_MODELS.values() if family.text_model_type == text_config.model_type)
-    sentencepiece_class = next((family.sentencepiece_class for family in families), None)
+    language_models = language_models_of(text_config.model_type).values()
+    sentencepiece_class = next((model.sentencepiece_class for model in language_models), None)
     tokenizer = load_tokenizer(str(recipe.model.tokenizer or language), text_config, sentencepiece_class)
     ids = add_tokens(tokenizer)
     own = read_own_template(str(recipe.model.tokenizer or language))

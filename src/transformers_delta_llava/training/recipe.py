@@ -21,7 +21,7 @@ from pydantic import (
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from ..conversion.chat_templates import OWN
+from ..conversion.chat_templates import TOKENIZER_TEMPLATE
 from ..processing import CHAT_TEMPLATES
 from ..processing.chat_templates import find_conversation
 from ..utils.errors import RecipeError, one_line, shorten, suggestion
@@ -306,8 +306,8 @@ class DataRecipe(Section):
         if self.path is not None and Path(self.path).suffix not in (".json", ".jsonl"):
             raise ValueError(f"path={self.path}: name a .json or .jsonl file in LLaVA's format")
         name = self.chat_template
-        if name not in (None, OWN) and find_conversation(name) is None and not Path(name).is_file():
-            known = ", ".join((*CHAT_TEMPLATES, OWN))
+        if name not in (None, TOKENIZER_TEMPLATE) and find_conversation(name) is None and not Path(name).is_file():
+            known = ", ".join((*CHAT_TEMPLATES, TOKENIZER_TEMPLATE))
             raise ValueError(f"chat_template={name}: use one of {known}, or a Jinja file")
         return self
 
