@@ -3,14 +3,27 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import _http, close_session
 
-from examples.make_checkpoint import write_checkpoint
+from examples.make_checkpoint import Tensors, write_checkpoint
 from transformers_delta_llava.conversion import convert_checkpoint
+from transformers_delta_llava.conversion.checkpoint import read_checkpoint
+
+
+def read_tensors(folder: Path) -> Tensors:
+    """All tensors of a checkpoint, a repo or a vision tower, in memory."""
+    return {name: tensor.load() for name, tensor in read_checkpoint(folder).tensors.items()}
+
+
+def edit_json(path: Path, **keys: object) -> None:
+    """Set keys of a JSON file; None deletes one."""
+    content = {**json.loads(path.read_text()), **keys}
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
 @pytest.fixture(scope="session")
@@ -50,9 +63,4 @@ def source(pristine: Path, tmp_path: Path) -> Path:
 def edit_config(source: Path) -> Callable[..., None]:
     """Sets keys of the source's config.json; None deletes one."""
 
-    def edit(**keys: object) -> None:
-        path = source / "config.json"
-        config = {**json.loads(path.read_text()), **keys}
-        path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
-
-    return edit
+    return partial(edit_json, source / "config.json")

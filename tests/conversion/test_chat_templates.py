@@ -1,6 +1,7 @@
-"""Which chat template a conversion takes, and what it says about that."""
+"""Which chat template a conversion chooses, and the reason that it gives."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoConfig
@@ -13,6 +14,7 @@ from transformers_delta_llava.conversion.chat_templates import (
     choose_chat_template,
     read_chat_template,
 )
+from transformers_delta_llava.conversion.language_models import LANGUAGE_MODELS
 from transformers_delta_llava.hub.tokenizer import add_tokens, load_tokenizer, read_own_template
 from transformers_delta_llava.processing import CHAT_TEMPLATES, load_chat_template
 from transformers_delta_llava.utils.errors import DeltaLlavaError
@@ -43,118 +45,103 @@ def make_tokenizer(plain_tokenizer):
     return make
 
 
+def source(model_type, base=None):
+    """What the choice needs of a checkpoint's config."""
+    settings = {"model_type": model_type, "_name_or_path": base}
+    return SimpleNamespace(settings=settings, language_model=LANGUAGE_MODELS[model_type])
+
+
+VICUNA = source("llava_llama", "lmsys/vicuna-7b-v1.5")
 LLAMA_3 = ("<|begin_of_text|>", "<|eot_id|>")
 CHATML = ("<|im_start|>", "<|im_end|>")
 
 
-@pytest.mark.parametrize(
-    ("model_type", "base", "special", "own", "name", "reason"),
-    [
-        # The tokenizer's own, where the authors' training uses it.
-        ("llava_seed_oss", "NousResearch/Hermes-4.3-36B", LLAMA_3, True, "tokenizer", "llava_seed_oss checkpoints"),
-        ("llava_seed_oss", "NousResearch/Hermes-4.3-36B", LLAMA_3, False, "hermes-4", "called Hermes-4.3-36B"),
-        ("llava_qwen3", "Qwen/Qwen3-8B", CHATML, True, "tokenizer", "llava_qwen3 checkpoints"),
-        ("llava_qwen2", None, CHATML, True, "tokenizer", "llava_qwen2 checkpoints"),
-        ("llava_qwen2", "hermes", CHATML, False, "chatml", "the format of llava_qwen2"),
-        # The base model's name; the last part of a path first.
-        ("llava_llama", "lmsys/vicuna-7b-v1.5", (), True, "vicuna_v1", "called vicuna-7b-v1.5"),
-        ("llava_llama", "/data/llama-2/vicuna", (), False, "vicuna_v1", "called vicuna"),
-        ("llava_llama", "liuhaotian/llava-v1.5-13b", (), False, "vicuna_v1", "called llava-v1.5-13b"),
-        ("llava_llama", "meta-llama/Llama-2-7b-chat-hf", (), False, "llava_llama_2", "called Llama-2-7b-chat-hf"),
-        ("llava_llama", "meta-llama/Meta-Llama-3-8B-Instruct", LLAMA_3, True, "llama3", "called Meta-Llama-3-8B"),
-        (
-            "llava_llama",
-            "C:\\models\\Llama-3.1-8B\\snapshots\\0e9e39f",
-            LLAMA_3,
-            True,
-            "llama3",
-            "called Llama-3.1-8B",
-        ),
-        ("llava_llama", "NousResearch/Nous-Hermes-2-Yi-34B", CHATML, False, "hermes-2", "called Nous-Hermes-2-Yi-34B"),
-        ("llava_llama", "NousResearch/Hermes-2-Pro-Llama-3-8B", CHATML, False, "hermes-2", "called Hermes-2-Pro"),
-        ("llava_llama", "NousResearch/Hermes-4-70B", LLAMA_3, False, "hermes-4", "called Hermes-4-70B"),
-        ("llava_llama", "mistralai/Mistral-7B-Instruct-v0.2", (), False, "mistral_instruct", "called Mistral-7B"),
-        ("llava_mistral", "teknium/OpenHermes-2.5-Mistral-7B", CHATML, True, "hermes-2", "called OpenHermes"),
-        ("llava_mistral", "mistralai/Mistral-7B-Instruct-v0.2", (), True, "mistral_instruct", "called Mistral-7B"),
-        # What the model's type says.
-        ("llava_mistral", None, (), True, "mistral_instruct", "the format of llava_mistral"),
-        ("llava_gemma", "/data/base", ("<start_of_turn>",), True, "gemma", "the format of llava_gemma"),
-        ("llava_Phi3", "/data/base", (), False, "phi_3", "the format of llava_Phi3"),
-        ("llava_phi3", None, (), False, "phi_3", "the format of llava_phi3"),
-    ],
-)
-def test_what_is_known_is_taken_without_a_warning(make_tokenizer, model_type, base, special, own, name, reason):
-    tokenizer = make_tokenizer(*special)
-    settings = {"model_type": model_type, "_name_or_path": base}
-    chosen = choose_chat_template(None, settings, None, tokenizer, OWN if own else None)
-    assert (chosen.name, chosen.is_guess) == (name, False)
-    assert reason in chosen.reason
-    assert not any("guess" in warning for warning in chat_template_warnings(chosen, tokenizer))
-    if name != "tokenizer":
-        assert load_chat_template(name) in chosen.text
+# Model type, base model, special tokens, whether the tokenizer has its own template, and the name and reason of the choice.
+KNOWN = [
+    # The tokenizer's own, where the authors' training uses it.
+    ("llava_seed_oss", "NousResearch/Hermes-4.3-36B", LLAMA_3, True, "tokenizer", "llava_seed_oss checkpoints"),
+    ("llava_seed_oss", "NousResearch/Hermes-4.3-36B", LLAMA_3, False, "hermes-4", "called Hermes-4.3-36B"),
+    ("llava_qwen3", "Qwen/Qwen3-8B", CHATML, True, "tokenizer", "llava_qwen3 checkpoints"),
+    ("llava_qwen2", None, CHATML, True, "tokenizer", "llava_qwen2 checkpoints"),
+    ("llava_qwen2", "hermes", CHATML, False, "chatml", "the format of llava_qwen2"),
+    # The base model's name; the last part of a path first.
+    ("llava_llama", "lmsys/vicuna-7b-v1.5", (), True, "vicuna_v1", "called vicuna-7b-v1.5"),
+    ("llava_llama", "/data/llama-2/vicuna", (), False, "vicuna_v1", "called vicuna"),
+    ("llava_llama", "liuhaotian/llava-v1.5-13b", (), False, "vicuna_v1", "called llava-v1.5-13b"),
+    ("llava_llama", "meta-llama/Llama-2-7b-chat-hf", (), False, "llava_llama_2", "called Llama-2-7b-chat-hf"),
+    ("llava_llama", "meta-llama/Meta-Llama-3-8B-Instruct", LLAMA_3, True, "llama3", "called Meta-Llama-3-8B"),
+    ("llava_llama", "C:\\models\\Llama-3.1-8B\\snapshots\\0e9e39f", LLAMA_3, True, "llama3", "called Llama-3.1-8B"),
+    ("llava_llama", "NousResearch/Nous-Hermes-2-Yi-34B", CHATML, False, "hermes-2", "called Nous-Hermes-2-Yi-34B"),
+    ("llava_llama", "NousResearch/Hermes-2-Pro-Llama-3-8B", CHATML, False, "hermes-2", "called Hermes-2-Pro"),
+    ("llava_llama", "NousResearch/Hermes-4-70B", LLAMA_3, False, "hermes-4", "called Hermes-4-70B"),
+    ("llava_llama", "mistralai/Mistral-7B-Instruct-v0.2", (), False, "mistral_instruct", "called Mistral-7B"),
+    ("llava_mistral", "teknium/OpenHermes-2.5-Mistral-7B", CHATML, True, "hermes-2", "called OpenHermes"),
+    ("llava_mistral", "mistralai/Mistral-7B-Instruct-v0.2", (), True, "mistral_instruct", "called Mistral-7B"),
+    # What the model's type says.
+    ("llava_mistral", None, (), True, "mistral_instruct", "the format of llava_mistral"),
+    ("llava_gemma", "/data/base", ("<start_of_turn>",), True, "gemma", "the format of llava_gemma"),
+    ("llava_Phi3", "/data/base", (), False, "phi_3", "the format of llava_Phi3"),
+    ("llava_phi3", None, (), False, "phi_3", "the format of llava_phi3"),
+]
+GUESSED = [
+    ("llava_llama", "HuggingFaceTB/SmolLM2-135M-Instruct", CHATML, True, "tokenizer", "the tokenizer has its own"),
+    ("llava_llama", "/data/llama-30b", LLAMA_3, False, "llama3", "the tokenizer has <|eot_id|>"),
+    ("llava_llama", "openlm-research/open_llama_3b_v2", (), False, "vicuna_v1", "nothing in the checkpoint"),
+    ("llava_llama", "princeton-nlp/Sheared-LLaMA-2.7B", (), False, "vicuna_v1", "nothing in the checkpoint"),
+    ("llava_llama", None, CHATML, False, "chatml_direct", "the tokenizer has <|im_end|>"),
+    ("llava_mistral", "/data/base", CHATML, True, "chatml_direct", "the tokenizer has <|im_end|>"),
+    ("llava_llama", None, ("<start_of_turn>",), False, "gemma", "the tokenizer has <start_of_turn>"),
+    ("llava_llama", None, ("[INST]",), False, "mistral_instruct", "the tokenizer has [INST]"),
+    ("llava_llama", "/data/base", (), False, "vicuna_v1", "nothing in the checkpoint says which"),
+    ("llava_seed_oss", "/data/base", (), False, "hermes-4", "nothing in the checkpoint says which"),
+]
 
 
 @pytest.mark.parametrize(
-    ("model_type", "base", "special", "own", "name", "reason"),
-    [
-        ("llava_llama", "HuggingFaceTB/SmolLM2-135M-Instruct", CHATML, True, "tokenizer", "the tokenizer has its own"),
-        ("llava_llama", "/data/llama-30b", LLAMA_3, False, "llama3", "the tokenizer has <|eot_id|>"),
-        ("llava_llama", "openlm-research/open_llama_3b_v2", (), False, "vicuna_v1", "nothing in the checkpoint"),
-        ("llava_llama", "princeton-nlp/Sheared-LLaMA-2.7B", (), False, "vicuna_v1", "nothing in the checkpoint"),
-        ("llava_llama", None, CHATML, False, "chatml_direct", "the tokenizer has <|im_end|>"),
-        ("llava_mistral", "/data/base", CHATML, True, "chatml_direct", "the tokenizer has <|im_end|>"),
-        ("llava_llama", None, ("<start_of_turn>",), False, "gemma", "the tokenizer has <start_of_turn>"),
-        ("llava_llama", None, ("[INST]",), False, "mistral_instruct", "the tokenizer has [INST]"),
-        ("llava_llama", "/data/base", (), False, "vicuna_v1", "nothing in the checkpoint says which"),
-        ("llava_seed_oss", "/data/base", (), False, "hermes-4", "nothing in the checkpoint says which"),
-    ],
+    ("case", "is_guess"), [*((case, False) for case in KNOWN), *((case, True) for case in GUESSED)]
 )
-def test_what_is_guessed_is_said_to_be(make_tokenizer, model_type, base, special, own, name, reason):
+def test_the_choice(make_tokenizer, case, is_guess):
+    model_type, base, special, has_own, name, reason = case
     tokenizer = make_tokenizer(*special)
-    settings = {"model_type": model_type, "_name_or_path": base}
-    chosen = choose_chat_template(None, settings, None, tokenizer, OWN if own else None)
-    assert (chosen.name, chosen.is_guess) == (name, True)
-    warning = chat_template_warnings(chosen, tokenizer)[0]
-    assert f"the chat template {name} is a guess ({chosen.reason}" in warning and "--chat-template" in warning
+    chosen = choose_chat_template(None, source(model_type, base), None, tokenizer, OWN if has_own else None)
+    assert (chosen.name, chosen.is_guess) == (name, is_guess)
     assert reason in chosen.reason
+    assert name == "tokenizer" or load_chat_template(name) in chosen.text
+    guesses = [warning for warning in chat_template_warnings(chosen, tokenizer) if "guess" in warning]
+    assert len(guesses) == is_guess
+    assert all(f"the chat template {name} is a guess ({chosen.reason})" in warning for warning in guesses)
 
 
-def test_the_named_base_model_counts_before_the_configs(make_tokenizer):
-    settings = {"model_type": "llava_llama", "_name_or_path": "lmsys/vicuna-7b-v1.5"}
-    chosen = choose_chat_template(None, settings, "Meta-Llama-3-8B", make_tokenizer(*LLAMA_3), None)
-    assert chosen.name == "llama3"
+def test_the_base_model_of_the_user_comes_before_that_of_the_config(make_tokenizer):
+    assert choose_chat_template(None, VICUNA, "Meta-Llama-3-8B", make_tokenizer(*LLAMA_3), None).name == "llama3"
 
 
-def test_what_the_user_says_counts_first(make_tokenizer, tmp_path):
-    settings = {"model_type": "llava_llama", "_name_or_path": "lmsys/vicuna-7b-v1.5"}
+def test_the_choice_of_the_user_comes_first(make_tokenizer, tmp_path):
     tokenizer = make_tokenizer(*CHATML)
     own = tmp_path / "mine.jinja"
     own.write_text(OWN)
     for requested, name in (("hermes_4", "hermes-4"), ("tokenizer", "tokenizer"), (str(own), "mine.jinja")):
-        chosen = choose_chat_template(requested, settings, None, tokenizer, OWN)
-        assert (chosen.name, chosen.reason, chosen.is_guess) == (name, "as given by --chat-template", False)
+        chosen = choose_chat_template(requested, VICUNA, None, tokenizer, OWN)
+        assert (chosen.name, chosen.reason, chosen.is_guess) == (name, "as requested", False)
     assert chosen.text == OWN
-    with pytest.raises(DeltaLlavaError, match="no chat template of its own"):
-        choose_chat_template("tokenizer", settings, None, tokenizer, None)
-    with pytest.raises(DeltaLlavaError, match="llama_4 is neither a file nor one of vicuna_v1, .*, tokenizer"):
-        choose_chat_template("llama_4", settings, None, tokenizer, None)
-
-
-def test_an_own_template_that_fails_is_passed_over_or_refused(make_tokenizer):
-    broken, tokenizer = "{{ raise_exception('no') }}", make_tokenizer()
-    settings = {"model_type": "llava_seed_oss"}
-    chosen = choose_chat_template(None, settings, None, tokenizer, broken)
+    broken = "{{ raise_exception('no') }}"
+    for requested, template, message in (
+        ("tokenizer", None, "no chat template of its own; .* pass `chat_template=),
+        ("tokenizer", broken, "The tokenizer's own chat template does not render a conversation: no"),
+        ("llama_4", None, "llama_4 is neither a file nor one of vicuna_v1, .*, tokenizer"),
+    ):
+        with pytest.raises(DeltaLlavaError, match=message):
+            choose_chat_template(requested, VICUNA, None, tokenizer, template)
+    chosen = choose_chat_template(None, source("llava_seed_oss"), None, tokenizer, broken)
     assert (chosen.name, chosen.is_guess) == ("hermes-4", True)
-    with pytest.raises(DeltaLlavaError, match="The tokenizer's own chat template does not render a conversation: no"):
-        choose_chat_template("tokenizer", settings, None, tokenizer, broken)
 
 
-def test_a_format_that_the_tokenizer_has_no_tokens_for_is_worth_a_warning(make_tokenizer):
-    settings = {"model_type": "llava_llama", "_name_or_path": "meta-llama/Meta-Llama-3-8B"}
-    chosen = choose_chat_template(None, settings, None, make_tokenizer(), None)
-    assert [
-        "'<|eot_id|>', which is no special token" in w for w in chat_template_warnings(chosen, make_tokenizer())
-    ] == [True]
+def test_a_format_without_its_tokens_gets_a_warning(make_tokenizer):
+    chosen = choose_chat_template(
+        None, source("llava_llama", "meta-llama/Meta-Llama-3-8B"), None, make_tokenizer(), None
+    )
+    (warning,) = chat_template_warnings(chosen, make_tokenizer())
+    assert "'<|eot_id|>', which is not a special token" in warning
     assert chat_template_warnings(chosen, make_tokenizer(*LLAMA_3)) == []
 
 

@@ -1,15 +1,13 @@
 """config.json of a released checkpoint, key by key."""
 
 from copy import deepcopy
-from inspect import signature
 
 import pytest
 from transformers import CLIPVisionConfig, SiglipVisionConfig
 
 from examples.make_checkpoint import LLAVA_KEYS, TEXT, TEXT_TYPES, TOWER
-from transformers_delta_llava import DeltaLlavaConfig
 from transformers_delta_llava.conversion import convert_config
-from transformers_delta_llava.conversion.config_mapping import DEFAULTS, Vocabulary, grown_vocabulary, read_config
+from transformers_delta_llava.conversion.config_mapping import Vocabulary, padded_vocab_size, read_config
 from transformers_delta_llava.conversion.language_models import LANGUAGE_MODELS
 from transformers_delta_llava.utils.errors import DeltaLlavaError
 
@@ -20,8 +18,7 @@ VISION = CLIPVisionConfig(**TOWER)
 
 def test_a_released_config():
     config = convert_config({**CONFIG, "scale_factor": 4, "rms_norm_eps": 1e-5, "rope_theta": 5000.0}, VISION)
-    assert config.scale_factor == 4
-    assert config.projector_layout == "released"
+    assert (config.scale_factor, config.num_visual_tokens, config.projector_layout) == (4, 4, "released")
     assert config.vision_feature_layer == -2
     assert config.vision_feature_levels == [12, 16, 22, 23]
     assert config.vision_feature_select_strategy == "default"
@@ -30,8 +27,7 @@ def test_a_released_config():
     assert config.text_config.rope_parameters["rope_theta"] == 5000.0
     assert config.text_config.num_key_value_heads == 2
     assert config.vision_config.image_size == 32
-    assert config.num_visual_tokens == 4
-    # The image token comes after the 320 tokens of the language model, and the table is filled up.
+    # The image token comes after the 320 tokens of the language model, and the table is padded.
     assert (config.image_token_id, config.text_config.vocab_size) == (320, 384)
     assert not hasattr(config.text_config, "mm_vision_tower")
 
@@ -42,16 +38,8 @@ def test_a_given_vocabulary():
 
 
 @pytest.mark.parametrize(("rows", "needed", "size"), [(320, 320, 320), (320, 100, 320), (320, 321, 384), (63, 64, 64)])
-def test_tables_grow_only_when_they_must(rows, needed, size):
-    assert grown_vocabulary(rows, needed) == size
-
-
-@pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
-def test_every_family(model_type):
-    config = convert_config({**CONFIG, "model_type": model_type}, VISION)
-    assert config.text_config.model_type == TEXT_TYPES[model_type]
-    assert config.text_config.hidden_size == TEXT["hidden_size"]
-    assert config.tie_word_embeddings is (model_type == "llava_gemma")
+def test_tables_grow_only_where_needed(rows, needed, size):
+    assert padded_vocab_size(rows, needed) == size
 
 
 def test_a_siglip_tower_has_no_class_token():
@@ -59,35 +47,46 @@ def test_a_siglip_tower_has_no_class_token():
     assert config.vision_feature_select_strategy == "full"
 
 
-def test_another_select_layer():
-    assert convert_config({**CONFIG, "mm_vision_select_layer": -4}, VISION).vision_feature_layer == -4
-    assert convert_config({**CONFIG, "mm_vision_select_layer": None}, VISION).vision_feature_layer == -2
+SHALLOW = {**TOWER, "num_hidden_layers": 3}
+LEVELS = {"mm_vision_feature_levels": [1, 2, 3], "mm_vision_select_layer": -1}
 
 
-def test_a_shallow_tower_says_which_levels_were_read():
-    shallow = CLIPVisionConfig(**{**TOWER, "num_hidden_layers": 3})
-    keys = {"mm_vision_feature_levels": [1, 2, 3], "mm_vision_select_layer": -1}
-    config = convert_config({**CONFIG, **keys}, shallow)
-    assert config.vision_feature_levels == [1, 2, 3]
-    assert read_config({**CONFIG, **keys}).unknown == []
-    assert convert_config({**CONFIG, **keys, "mm_hidden_size": 384}, shallow).vision_config.hidden_size == 128
-    with pytest.raises(ValueError, match="vision_feature_levels"):  # the released levels need 24 layers
-        convert_config(CONFIG, shallow)
-
-
-@pytest.mark.parametrize("width", [None, 128, 512])
-def test_mm_hidden_size_may_count_one_level_or_all(width):
-    assert convert_config({**CONFIG, "mm_hidden_size": width}, VISION).vision_config.hidden_size == 128
+@pytest.mark.parametrize(
+    ("keys", "tower", "expected"),
+    [
+        ({"mm_vision_select_layer": -4}, TOWER, {"vision_feature_layer": -4}),
+        ({"mm_vision_select_layer": None}, TOWER, {"vision_feature_layer": -2}),
+        (
+            {"scale_factor": "4", "mm_vision_select_layer": "-4"},
+            TOWER,
+            {"scale_factor": 4, "vision_feature_layer": -4},
+        ),
+        ({"mm_hidden_size": None}, TOWER, {}),
+        ({"mm_hidden_size": 512}, TOWER, {}),  # all levels side by side
+        (LEVELS, SHALLOW, {"vision_feature_levels": [1, 2, 3]}),
+        ({**LEVELS, "mm_hidden_size": 384}, SHALLOW, {"vision_feature_levels": [1, 2, 3]}),
+        (
+            {"mm_projector_head_dim": 16, "mm_projector_mix_ratio": 0.5, "mm_use_emhsa": False},
+            TOWER,
+            {"projector_head_dim": 16, "projector_mix_ratio": 0.5, "use_emhsa": False},
+        ),
+    ],
+)
+def test_keys_that_are_read(keys, tower, expected):
+    source = read_config({**CONFIG, **keys})
+    config = convert_config(source, CLIPVisionConfig(**tower), delta_rank=4)
+    assert {field: getattr(config, field) for field in expected} == expected
+    assert (config.delta_rank, source.unknown) == (4, [])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llava_mpt"}, "model_type='llava_mpt': an MPT has its weights under names of its own"),
+        ({"model_type": "llava_mpt"}, "model_type='llava_mpt': MPT names its weights differently"),
         ({"model_type": "llava_opt"}, "model_type='llava_opt'.*llava_llama, llava_mistral"),
         ({"model_type": None}, "model_type=None"),
         ({"model_type": ["llama"]}, "model_type="),
-        ({"scale_factor": None}, r"no scale_factor;.*--scale-factor.*1 \(64\), 2 \(16\), 4 \(4\), 8 \(1\)"),
+        ({"scale_factor": None}, r"no scale_factor; pass `scale_factor=.*1 \(64\), 2 \(16\), 4 \(4\), 8 \(1\)"),
         ({"scale_factor": "two"}, "scale_factor='two': .*integer"),
         ({"scale_factor": True}, "scale_factor: it must be a number"),
         ({"scale_factor": 2.5}, "scale_factor=2.5: .*integer"),
@@ -99,51 +98,36 @@ def test_mm_hidden_size_may_count_one_level_or_all(width):
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio='anyres'.*'pad' or 'square'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config=.*must be absent"),
         ({"s2": True}, "s2=True"),
-        ({"mm_hidden_size": 1024}, "mm_hidden_size=1024, but the vision tower is 128 wide.*--vision-tower"),
+        ({"mm_hidden_size": 1024}, "mm_hidden_size=1024, but the vision tower is 128 wide.*`vision_tower=),
         ({"vocab_size": None}, "vocab_size"),
+        ({"rope_scaling": {"rope_type": "unknown"}, "hidden_size": "wide"}, "llama config is not usable"),
     ],
 )
-def test_what_is_refused(change, message):
+def test_settings_that_are_refused(change, message):
     with pytest.raises(DeltaLlavaError, match=message):
         convert_config({**CONFIG, **change}, VISION)
 
 
-def test_a_scale_factor_that_the_grid_does_not_have():
+def test_settings_that_the_tower_does_not_have():
     with pytest.raises(ValueError, match="scale_factor=3.*1, 2, 4, 8"):
         convert_config({**CONFIG, "scale_factor": 3}, VISION)
-
-
-def test_a_setting_that_the_language_model_refuses():
-    with pytest.raises(DeltaLlavaError, match="llama config is not usable"):
-        convert_config({**CONFIG, "rope_scaling": {"rope_type": "strange"}, "hidden_size": "wide"}, VISION)
-
-
-def test_numbers_may_be_text():
-    config = convert_config({**CONFIG, "scale_factor": "4", "mm_vision_select_layer": "-4", "vocab_size": 320}, VISION)
-    assert (config.scale_factor, config.vision_feature_layer) == (4, -4)
+    with pytest.raises(ValueError, match="vision_feature_levels"):  # the released levels need 24 layers
+        convert_config(CONFIG, CLIPVisionConfig(**SHALLOW))
 
 
 def test_a_scale_factor_that_the_config_lacks():
     without = {key: value for key, value in CONFIG.items() if key != "scale_factor"}
     assert convert_config(without, VISION, scale_factor=4).scale_factor == 4
     assert convert_config(CONFIG, VISION, scale_factor=2).scale_factor == 2
-    with pytest.raises(DeltaLlavaError, match="has scale_factor=2, so --scale-factor 4 is not needed"):
+    with pytest.raises(DeltaLlavaError, match="has scale_factor=2, which differs from 4"):
         convert_config(CONFIG, VISION, scale_factor=4)
     with pytest.raises(ValueError, match="scale_factor=5.*1, 2, 4, 8"):
         convert_config(without, VISION, scale_factor=5)
 
 
-def test_the_settings_that_the_released_code_fixes():
-    assert read_config(CONFIG).keys.own == {}
-    own = {"mm_projector_head_dim": 16, "mm_projector_mix_ratio": 0.5, "mm_use_emhsa": False}
-    config = convert_config({**CONFIG, **own}, VISION, delta_rank=4)
-    assert (config.projector_head_dim, config.projector_mix_ratio, config.use_emhsa) == (16, 0.5, False)
-    assert config.delta_rank == 4
-    assert set(DEFAULTS) <= set(signature(DeltaLlavaConfig).parameters)
-
-
 def test_keys_are_used_ignored_for_a_reason_or_reported():
     config = read_config({**CONFIG, "mm_new_thing": 1, "auto_map": {"AutoConfig": "evil.Config"}})
+    assert config.keys.extras == {}
     assert config.unknown == ["auto_map", "mm_new_thing"]
     assert set(config.ignored) == {
         "freeze_mm_mlp_adapter",
@@ -172,13 +156,17 @@ _attn_implementation_autoset
 
 
 @pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
-def test_keys_of_transformers_4_are_known(model_type):
-    config = read_config({**dict.fromkeys(TRANSFORMERS_4.split()), **CONFIG, "model_type": model_type})
-    assert set(config.unknown) <= TEXT.keys()  # the sizes of the tests' models are those of Llama
-    assert {"torch_dtype", "max_length", "do_sample", "temperature", "top_p"} <= config.ignored.keys()
+def test_every_language_model(model_type):
+    source = read_config({**dict.fromkeys(TRANSFORMERS_4.split()), **CONFIG, "model_type": model_type})
+    assert set(source.unknown) <= TEXT.keys()  # the sizes of the tests' models are those of Llama
+    assert {"torch_dtype", "max_length", "do_sample", "temperature", "top_p"} <= source.ignored.keys()
+    config = convert_config({**CONFIG, "model_type": model_type}, VISION)
+    assert config.text_config.model_type == TEXT_TYPES[model_type]
+    assert config.text_config.hidden_size == TEXT["hidden_size"]
+    assert config.tie_word_embeddings is (model_type == "llava_gemma")
 
 
-def test_reading_leaves_the_settings_alone():
+def test_reading_leaves_the_settings_unchanged():
     settings = {**CONFIG, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
     before = deepcopy(settings)
     config = read_config(settings)

@@ -1,125 +1,63 @@
-"""The table of names: what each tensor of a released checkpoint becomes."""
+"""Every tensor of the source has a target, every target is filled, and new tokens never win."""
 
 import pytest
 import torch
+from transformers import CLIPVisionConfig
 
-from examples.make_checkpoint import TEXT, TOWER, Recipe, checkpoint_tensors, projector_shapes
-from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
-from transformers_delta_llava.conversion import convert_state_dict
-from transformers_delta_llava.conversion.weight_mapping import IGNORED, RULES, map_names
+from examples.make_checkpoint import LLAVA_KEYS, TEXT, TOWER, Recipe, checkpoint_tensors, projector_shapes, write_tower
+from tests.reference.names import package_state_dict
+from transformers_delta_llava.conversion import convert_config, convert_state_dict
+from transformers_delta_llava.conversion.checkpoint import Checkpoint, LazyTensor
+from transformers_delta_llava.conversion.config_mapping import Vocabulary
+from transformers_delta_llava.conversion.weight_mapping import (
+    EMBEDDINGS,
+    HEAD,
+    PROJECTOR,
+    RULES,
+    SOURCE_PROJECTOR,
+    map_names,
+    plan_tensors,
+)
 from transformers_delta_llava.utils.errors import DeltaLlavaError
 
 
-# One line per tensor of the released projector, without the prefixes.
-PROJECTOR_NAMES = """
-q_proj_1.U q_proj.delta_u
-q_proj_1.V q_proj.delta_v
-q_proj_1.shared_weight.weight q_proj.weight
-q_proj_1.norm.weight q_proj.norm.weight
-q_proj_1.norm.bias q_proj.norm.bias
-k_proj_1.U k_proj.delta_u
-k_proj_1.V k_proj.delta_v
-k_proj_1.shared_weight.weight k_proj.weight
-k_proj_1.norm.weight k_proj.norm.weight
-k_proj_1.norm.bias k_proj.norm.bias
-v_proj_1.U v_proj.delta_u
-v_proj_1.V v_proj.delta_v
-v_proj_1.shared_weight.weight v_proj.weight
-v_proj_1.norm.weight v_proj.norm.weight
-v_proj_1.norm.bias v_proj.norm.bias
-clip_attn.in_proj_weight window_attention.in_proj_weight
-clip_attn.in_proj_bias window_attention.in_proj_bias
-clip_attn.out_proj.weight window_attention.out_proj.weight
-clip_attn.out_proj.bias window_attention.out_proj.bias
-mlp.0.weight feed_forward.fc1.weight
-mlp.0.bias feed_forward.fc1.bias
-mlp.2.weight feed_forward.fc2.weight
-mlp.2.bias feed_forward.fc2.bias
-combined_block.ntb.patch_embed.conv.weight block.stem.weight
-combined_block.ntb.e_mhsa.norm.weight block.attention.norm.weight
-combined_block.ntb.e_mhsa.norm.bias block.attention.norm.bias
-combined_block.ntb.e_mhsa.q.weight block.attention.q_proj.weight
-combined_block.ntb.e_mhsa.q.bias block.attention.q_proj.bias
-combined_block.ntb.e_mhsa.k.weight block.attention.k_proj.weight
-combined_block.ntb.e_mhsa.k.bias block.attention.k_proj.bias
-combined_block.ntb.e_mhsa.v.weight block.attention.v_proj.weight
-combined_block.ntb.e_mhsa.v.bias block.attention.v_proj.bias
-combined_block.ntb.e_mhsa.proj.weight block.attention.out_proj.weight
-combined_block.ntb.e_mhsa.proj.bias block.attention.out_proj.bias
-combined_block.ntb.projection.conv.weight block.local_proj.weight
-combined_block.ntb.mhca.group_conv3x3.weight block.conv_attention.group_conv.weight
-combined_block.ntb.mhca.norm.weight block.conv_attention.norm.weight
-combined_block.ntb.mhca.norm.bias block.conv_attention.norm.bias
-combined_block.ntb.mhca.projection.weight block.conv_attention.out_proj.weight
-combined_block.ntb.mlp.conv1.weight block.mlp.fc1.weight
-combined_block.ntb.mlp.conv1.bias block.mlp.fc1.bias
-combined_block.ntb.mlp.conv2.weight block.mlp.fc2.weight
-combined_block.ntb.mlp.conv2.bias block.mlp.fc2.bias
-combined_block.ntb.norm_mhsa.weight block.attention_norm.weight
-combined_block.ntb.norm_mhsa.bias block.attention_norm.bias
-"""
-PROJECTOR = {
-    f"model.mm_projector.{old}": f"model.multi_modal_projector.{new}"
-    for old, new in (line.split() for line in PROJECTOR_NAMES.split("\n") if line)
-}
 OTHERS = {
     "model.embed_tokens.weight": "model.language_model.embed_tokens.weight",
     "model.layers.31.self_attn.q_proj.weight": "model.language_model.layers.31.self_attn.q_proj.weight",
     "model.layers.0.mlp.gate_up_proj.weight": "model.language_model.layers.0.mlp.gate_up_proj.weight",
     "model.norm.weight": "model.language_model.norm.weight",
+    "model.norm.bias": "model.language_model.norm.bias",
     "lm_head.weight": "lm_head.weight",
     "model.vision_tower.vision_tower.vision_model.pre_layrnorm.bias": "model.vision_tower.vision_model.pre_layrnorm.bias",
     "model.vision_tower.vision_tower.encoder.layers.3.mlp.fc1.bias": (
         "model.vision_tower.vision_model.encoder.layers.3.mlp.fc1.bias"
     ),
 }
+CONVOLUTION = "model.mm_projector.combined_block.ntb.patch_embed.conv.weight"
 
 
-@pytest.mark.parametrize(("source", "target"), {**PROJECTOR, **OTHERS}.items())
-def test_each_name_alone(source, target):
-    tensor = torch.randn(3, 2)
-    (converted,) = convert_state_dict({source: tensor}).items()
-    assert converted[0] == target
-    assert torch.equal(converted[1], tensor)
+def test_the_projector_by_an_independent_table():
+    """1x1 convolutions become matrices, and nothing else changes."""
+    released = {name: torch.randn(shape).bfloat16() for name, shape in projector_shapes(128, 64).items()}
+    converted = convert_state_dict({SOURCE_PROJECTOR + name: tensor for name, tensor in released.items()})
+    expected = {PROJECTOR + name: tensor for name, tensor in package_state_dict(released).items()}
+    assert converted.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert converted[name].dtype is torch.bfloat16
+        assert torch.equal(converted[name], tensor), name
 
 
-def test_the_fixture_has_the_released_names():
-    assert {f"model.mm_projector.{name}" for name in projector_shapes(128, 64)} == PROJECTOR.keys()
+def test_other_tensors():
+    tensors = {name: torch.randn(3, 2) for name in OTHERS}
+    converted = convert_state_dict(tensors)
+    assert converted.keys() == set(OTHERS.values())
+    assert all(torch.equal(converted[target], tensors[name]) for name, target in OTHERS.items())
 
 
-def test_1x1_convolutions_become_matrices_and_nothing_else_changes():
-    source = {f"model.mm_projector.{name}": torch.randn(shape) for name, shape in projector_shapes(128, 64).items()}
-    converted = convert_state_dict(source)
-    squeezed = set()
-    for name, tensor in source.items():
-        result = converted[PROJECTOR[name]]
-        if result.shape != tensor.shape:
-            squeezed.add(name.removeprefix("model.mm_projector.combined_block.ntb."))
-            assert tensor.shape == (*result.shape, 1, 1)
-        assert torch.equal(result.flatten(), tensor.flatten())
-        assert result.dtype == tensor.dtype
-    convolutions = "patch_embed.conv projection.conv mhca.projection mlp.conv1 mlp.conv2"
-    assert squeezed == {f"{name}.weight" for name in convolutions.split()}
-
-
-def test_the_result_is_what_the_model_loads():
-    tensors = checkpoint_tensors(Recipe(tower=False), {})
-    text = {**TEXT, "model_type": "llama"}
-    config = DeltaLlavaConfig({**TOWER, "model_type": "clip_vision_model"}, text, image_token_id=319)
-    with torch.device("meta"):
-        model = DeltaLlavaForConditionalGeneration(config)
-    shapes = {name: value.shape for name, value in model.state_dict().items() if "vision_tower" not in name}
-    assert {name: value.shape for name, value in convert_state_dict(tensors).items()} == shapes
-
-
-def test_half_precision_stays():
-    name = "model.mm_projector.q_proj_1.U"
-    assert (
-        convert_state_dict({name: torch.ones(4, 2, dtype=torch.bfloat16)})[
-            "model.multi_modal_projector.q_proj.delta_u"
-        ].dtype
-        is torch.bfloat16
-    )
+def test_every_rule_applies_to_a_name_that_no_earlier_rule_takes():
+    names = [SOURCE_PROJECTOR + name for name in projector_shapes(128, 64)]
+    used = {rule.source for _, rule in map_names([*names, *OTHERS]).rules.values()}
+    assert used == {rule.source for rule in RULES}
 
 
 def test_computed_buffers_are_left_out_with_a_reason():
@@ -129,45 +67,143 @@ def test_computed_buffers_are_left_out_with_a_reason():
         "model.vision_tower.vision_tower.vision_model.embeddings.position_ids",
     ]
     assert convert_state_dict({name: torch.zeros(2) for name in names}) == {}
-    assert set(map_names(names).ignored) == set(names)
-    assert all("computed" in reason for reason in map_names(names).ignored.values())
+    assert map_names(names).ignored == dict.fromkeys(names, "a table that is computed, not trained")
 
 
-def test_unknown_names_are_listed():
-    names = ["model.norm.weight", "model.image_newline", "model.mm_projector.z_proj_1.U", "model.layers.x.mlp.weight"]
+UNKNOWN = ["model.image_newline", "model.mm_projector.z_proj_1.U", "model.layers.x.mlp.weight", "q_proj_1.U"]
+CLASHING = ["model.vision_tower.vision_tower.vision_model.x.weight", "model.vision_tower.vision_tower.x.weight"]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "named"),
+    [
+        (dict.fromkeys(["model.norm.weight", *UNKNOWN], (2,)), UNKNOWN),
+        (dict.fromkeys(CLASHING, (2,)), CLASHING),
+        ({CONVOLUTION: (4, 4, 3, 3)}, ["1x1 convolution", CONVOLUTION]),
+        ({f"unknown.{i}": (1,) for i in range(25)}, ["and 5 more"]),
+    ],
+)
+def test_names_and_shapes_that_are_refused(shapes, named):
     with pytest.raises(DeltaLlavaError) as error:
-        convert_state_dict({name: torch.zeros(2) for name in names})
-    assert all(name in str(error.value) for name in names[1:])
-    assert names[0] not in str(error.value)
+        convert_state_dict({name: torch.zeros(shape) for name, shape in shapes.items()})
+    assert all(text in str(error.value) for text in named)
+    assert "model.norm.weight" not in str(error.value)
 
 
-def test_names_need_their_full_prefix():
-    with pytest.raises(DeltaLlavaError, match=r"q_proj_1\.U"):
-        convert_state_dict({"q_proj_1.U": torch.zeros(2, 2)})
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory):
+    return write_tower(tmp_path_factory.mktemp("tower"))
 
 
-def test_two_names_for_one_place_are_refused():
-    names = ["model.vision_tower.vision_tower.vision_model.x.weight", "model.vision_tower.vision_tower.x.weight"]
-    with pytest.raises(DeltaLlavaError) as error:
-        convert_state_dict({name: torch.zeros(2) for name in names})
-    assert all(name in str(error.value) for name in names)
+@pytest.fixture(scope="module")
+def tensors(tower):
+    return checkpoint_tensors(Recipe(), tower)
 
 
-def test_a_convolution_with_a_real_kernel_is_refused():
-    name = "model.mm_projector.combined_block.ntb.patch_embed.conv.weight"
-    with pytest.raises(DeltaLlavaError, match="1x1 convolution") as error:
-        convert_state_dict({name: torch.zeros(4, 4, 3, 3)})
-    assert name in str(error.value)
+def make_lazy(tensors):
+    return Checkpoint({n: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for n, t in tensors.items()}, ())
 
 
-def test_long_lists_of_names_are_cut():
-    with pytest.raises(DeltaLlavaError, match="and 5 more"):
-        convert_state_dict({f"strange.{i}": torch.zeros(1) for i in range(25)})
+def plan(tensors, tower=None, dtype=None, vocabulary=None, vision=None, **config):
+    source = make_lazy(tensors)
+    settings = {**TEXT, **LLAVA_KEYS, "mm_hidden_size": None, "model_type": "llava_llama", **config}
+    vocabulary = vocabulary or Vocabulary(320, 319)
+    config = convert_config(settings, CLIPVisionConfig(**{**TOWER, **(vision or {})}), vocabulary)
+    return plan_tensors(source, map_names(source.tensors), tower and make_lazy(tower), config, dtype)
 
 
-def test_no_row_of_the_table_hides_another():
-    """Each row applies to some name that no earlier row takes."""
-    names = [*PROJECTOR, *OTHERS, "model.norm.bias", "lm_head.bias"]
-    used = {rule.source for _, rule in map_names(names).rules.values()}
-    assert used == {rule.source for rule in RULES}
-    assert len(IGNORED) == len(set(IGNORED))
+def load(tensors, **options):
+    return {name: tensor.load() for name, tensor in plan(tensors, **options).tensors.items()}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("tower_inside", [True, False])
+def test_all_tensors_bit_for_bit(tensors, tower, tower_inside, dtype):
+    source = {name: tensor for name, tensor in tensors.items() if tower_inside or "vision_tower" not in name}
+    result, expected = load(source, tower=None if tower_inside else tower, dtype=dtype), convert_state_dict(tensors)
+    assert result.keys() == expected.keys()
+    assert all(torch.equal(result[name], expected[name].to(dtype or torch.float32)) for name in expected)
+
+
+def test_shapes_and_dtypes_are_known_before_reading(tensors):
+    for tensor in plan(tensors, vocabulary=Vocabulary(384, 320), dtype=torch.float16).tensors.values():
+        value = tensor.load()
+        assert (tensor.shape, tensor.dtype, tensor.num_bytes) == (tuple(value.shape), value.dtype, value.nbytes)
+
+
+BASE = "model.mm_projector.q_proj_1.shared_weight.weight"
+
+
+@pytest.mark.parametrize(
+    ("removed", "added", "message"),
+    [
+        (["model.layers.1.mlp.up_proj.weight"], {}, r"^Missing tensors: .*layers\.1\.mlp\.up_proj\.weight"),
+        (["model.mm_projector.q_proj_1.U"], {}, r"^Missing tensors: .*q_proj\.delta_u"),
+        (["lm_head.weight"], {}, r"^Missing tensors: lm_head\.weight"),
+        ([], {"model.layers.2.mlp.up_proj.weight": (2, 2)}, r"does not have: .*layers\.2\.mlp\.up_proj\.weight"),
+        (
+            ["model.layers.1.input_layernorm.weight"],
+            {"model.layers.1.input_norm.weight": (32,)},
+            r"^Missing tensors: .*1\.input_layernorm.*does not have: .*1\.input_norm",
+        ),
+        ([], {"model.norm.weight": (5,)}, r"language_model\.norm\.weight is \(5,\) instead of \(32,\)"),
+        *(([], {name: ()}, r"is \(\) instead of") for name in (BASE, "model.embed_tokens.weight", "lm_head.weight")),
+    ],
+)
+def test_tensors_that_do_not_fit_are_listed(tensors, removed, added, message):
+    source = {name: tensor for name, tensor in tensors.items() if name not in removed}
+    with pytest.raises(DeltaLlavaError, match=message):
+        plan(source | {name: torch.ones(shape) for name, shape in added.items()}, vocabulary=Vocabulary(384, 320))
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({}, {"vision": {"hidden_size": 256}}, "trained on a vision tower 128 wide, but this tower is 256 wide"),
+        ({"model.norm.weight": torch.ones(32, dtype=torch.uint8)}, {}, r"quantised.*norm\.weight \(torch\.uint8\)"),
+        (
+            {},
+            {"hidden_act": "no-such-activation"},
+            "settings in config.json do not give a model: .*no-such-activation",
+        ),
+        ({}, {"tie_word_embeddings": True}, "differs from them"),
+        ({"lm_head.weight": torch.ones(319, 32)}, {"tie_word_embeddings": True}, "differs from them"),
+    ],
+)
+def test_settings_that_do_not_fit_the_tensors(tensors, changes, options, message):
+    with pytest.raises(DeltaLlavaError, match=message):
+        plan({**tensors, **changes}, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_tokens_never_win_an_argmax(tensors, tied, dtype):
+    """Also where a row that was trained, row 0 above all, wins often."""
+    source = {name: tensor.to(dtype) for name, tensor in tensors.items() if not (tied and name == "lm_head.weight")}
+    result = load(source, vocabulary=Vocabulary(384, 320, 321), tie_word_embeddings=tied)
+    old, new = source["model.embed_tokens.weight"], result[EMBEDDINGS]
+    assert new.shape == (384, 32)
+    assert torch.equal(new[:320], old)
+    assert torch.equal(new[320], old.float().mean(0).to(dtype))
+    assert (new == new[320]).all(-1).sum() == 1  # models that are given embeddings find their placeholders by it
+    head = new if tied else result[HEAD]
+    assert (HEAD in result) is not tied
+    assert torch.equal(head[:320], old if tied else source["lm_head.weight"])
+    states = torch.randn(5000, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+    states[:500] = 10 * head[0] + states[:500] * 0.01
+    states[500] = 0
+    winners = (states @ head.T).argmax(-1)
+    assert winners.max() < 320
+    assert (winners[:500] == 0).sum() > 400
+
+
+def test_rows_that_exist_stay(tensors):
+    result = load(tensors, vocabulary=Vocabulary(320, 300))
+    assert torch.equal(result[EMBEDDINGS], tensors["model.embed_tokens.weight"])
+
+
+def test_a_tied_head_that_repeats_the_embeddings_is_left_out(tensors):
+    source = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    planned = plan(source, tie_word_embeddings=True)
+    assert HEAD not in planned.tensors
+    assert "equal to the embeddings" in planned.ignored["lm_head.weight"]
