@@ -126,7 +126,7 @@ def test_the_choice_of_the_user_comes_first(make_tokenizer, tmp_path):
     assert chosen.text == OWN
     broken = "{{ raise_exception('no') }}"
     for requested, template, message in (
-        ("tokenizer", None, "no chat template of its own; .* pass `chat_template=),
+        ("tokenizer", None, "no chat template of its own; .* pass `chat_template="),
         ("tokenizer", broken, "The tokenizer's own chat template does not render a conversation: no"),
         ("llama_4", None, "llama_4 is neither a file nor one of vicuna_v1, .*, tokenizer"),
     ):

@@ -98,7 +98,7 @@ def test_keys_that_are_read(keys, tower, expected):
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio='anyres'.*'pad' or 'square'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config=.*must be absent"),
         ({"s2": True}, "s2=True"),
-        ({"mm_hidden_size": 1024}, "mm_hidden_size=1024, but the vision tower is 128 wide.*`vision_tower=),
+        ({"mm_hidden_size": 1024}, "mm_hidden_size=1024, but the vision tower is 128 wide.*`vision_tower="),
         ({"vocab_size": None}, "vocab_size"),
         ({"rope_scaling": {"rope_type": "unknown"}, "hidden_size": "wide"}, "llama config is not usable"),
     ],

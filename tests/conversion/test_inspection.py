@@ -1,4 +1,4 @@
-"""What a repo or a checkpoint holds, and what is wrong with it."""
+"""`inspect`: what a repo or a checkpoint holds, and what is wrong with it."""
 
 import json
 import shutil
@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.checkpoints import edit_json
 from transformers_delta_llava.cli.main import main
 from transformers_delta_llava.conversion import inspect_model
 from transformers_delta_llava.processing import load_chat_template
@@ -56,8 +57,8 @@ def test_wrong_tensors(changed):
     text = "\n".join(inspect_model(changed).problems)
     assert "The delta of q_proj is zero." in text
     assert "q_proj.norm.bias holds NaN or Inf." in text
-    assert "Tensors are missing: model.language_model.norm.weight." in text
-    assert "no place for model.extra." in text
+    assert "Missing tensors: model.language_model.norm.weight." in text
+    assert "does not have: model.extra." in text
     assert "lm_head.weight is (319, 32) instead of (320, 32)" in text
 
 
@@ -69,7 +70,7 @@ def test_missing_and_foreign_files(changed):
         "There is no chat_template.jinja.",
         "There is no projector_delta_llava.py, so the repo does not load without this package.",
         "There is no tokenizer.",
-        "processing_delta_llava.py was changed by somebody.",
+        "processing_delta_llava.py was changed by hand.",
     ]
 
 
@@ -77,34 +78,33 @@ def test_the_prompt_of_a_repo_is_its_own(changed):
     (changed / "chat_template.jinja").write_text(
         "{{ bos_token }}{% for m in messages %}Q: {{ m.content[1].text }} A:{% endfor %}"
     )
-    found = inspect_model(changed)
-    assert found.first_prompt == "<s>Q: What is in this image? A:"
-    assert (found.chat_template, found.chat_template_reason) == ("its own", "what chat_template.jinja holds")
+    result = inspect_model(changed)
+    assert result.first_prompt == "<s>Q: What is in this image? A:"
+    assert (result.chat_template, result.chat_template_reason) == ("its own", "what chat_template.jinja holds")
     (changed / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
     assert inspect_model(changed).problems == ["The chat template does not render a conversation: no."]
     (changed / "chat_template.jinja").write_text(load_chat_template("phi_3", bos=True))
-    found = inspect_model(changed)
-    assert (found.chat_template, found.first_prompt) == (
+    result = inspect_model(changed)
+    assert (result.chat_template, result.first_prompt) == (
         "phi_3",
         "<s><|user|>\n<image>\nWhat is in this image?<|end|>\n<|assistant|>\n",
     )
 
 
 def test_a_config_that_is_wrong(changed, source, edit_config):
-    path = changed / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "scale_factor": 3}))
+    edit_json(changed / "config.json", scale_factor=3)
     assert any("scale_factor=3" in problem for problem in inspect_model(changed).problems)
     edit_config(scale_factor=None, mm_new=1)
     assert any("no scale_factor" in problem for problem in inspect_model(source).problems)
     edit_config(scale_factor=2)
-    assert inspect_model(source).problems == ["config.json has keys that are not known here: mm_new."]
+    assert inspect_model(source).problems == ["config.json has unknown keys: mm_new."]
 
 
-def test_what_is_no_model(tmp_path):
+def test_folders_that_are_not_a_model(tmp_path):
     with pytest.raises(DeltaLlavaError, match=r"has no config\.json"):
         inspect_model(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(DeltaLlavaError, match="no whole set of weights"):
+    with pytest.raises(DeltaLlavaError, match="neither a model's weights nor a projector's"):
         inspect_model(tmp_path)
 
 
@@ -129,25 +129,27 @@ def test_the_command(repo, changed, monkeypatch, capsys):
     assert json.loads(out)["problems"] == ["There is no README.md."]
 
 
+@pytest.fixture
+def write_delta(repo, tmp_path):
+    """Writes a model that is nothing but one delta with its base, and looks into it."""
+    shutil.copyfile(repo / "config.json", tmp_path / "config.json")
+
+    def write(u, v):
+        tensors = {"weight": torch.ones(2, 2), "delta_u": u, "delta_v": v}
+        save_file({QUERY + name: tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+        return inspect_model(tmp_path)
+
+    return write
+
+
 @pytest.mark.parametrize(
     ("u", "v"), [((), ()), ((2,), (2,)), ((2, 3), (2, 3)), ((2, 4, 3), (5, 3, 4)), ((4, 1), (3,)), ((4, 1), (2, 1, 4))]
 )
-def test_deltas_of_any_shape_are_described(repo, tmp_path, u, v):
-    shutil.copyfile(repo / "config.json", tmp_path / "config.json")
-    name = "model.multi_modal_projector.q_proj."
-    save_file(
-        {f"{name}weight": torch.ones(2, 2), f"{name}delta_u": torch.ones(u), f"{name}delta_v": torch.ones(v)},
-        tmp_path / "model.safetensors",
-    )
-    problems = " ".join(inspect_model(tmp_path).problems)
+def test_deltas_of_any_shape_are_described(write_delta, u, v):
+    problems = " ".join(write_delta(torch.ones(u), torch.ones(v)).problems)
     assert f"q_proj.delta_u {u} and delta_v {v} do not fit each other" in problems
 
 
-def test_the_norm_of_a_delta_needs_no_product(repo, tmp_path):
-    shutil.copyfile(repo / "config.json", tmp_path / "config.json")
-    name = "model.multi_modal_projector.q_proj."
-    factors = torch.full((1_000_000, 1), 1e-3), torch.full((1, 1_000_000), 1e-3)
-    tensors = {f"{name}delta_u": factors[0], f"{name}delta_v": factors[1], f"{name}weight": torch.ones(2, 2)}
-    save_file(tensors, tmp_path / "model.safetensors")
-    (delta,) = inspect_model(tmp_path).deltas
+def test_the_norm_of_a_delta_needs_no_product(write_delta):
+    (delta,) = write_delta(torch.full((1_000_000, 1), 1e-3), torch.full((1, 1_000_000), 1e-3)).deltas
     assert delta.norm == pytest.approx(1.0)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from examples.make_checkpoint import write_weights
+from tests.checkpoints import read_tensors
 from transformers_delta_llava.conversion import convert_checkpoint, inspect_model
-from transformers_delta_llava.conversion.checkpoint import read_checkpoint
 from transformers_delta_llava.utils.errors import DeltaLlavaError
 
 
@@ -30,7 +30,7 @@ CASES = {
     "mlp2x_gelu": (MLP, "LLaVA's own MLP (mlp2x_gelu), 128 -> 32 -> 32 wide"),
     "mlp3x_gelu": ({**MLP, "4.weight": (32, 32), "4.bias": (32,)}, "mlp3x_gelu"),
     "TokenPacker": (TOKEN_PACKER, "is TokenPacker's"),
-    "resampler": ({"query": (8, 32), "attn.in_proj_weight": (96, 32)}, "not one that is known here"),
+    "resampler": ({"query": (8, 32), "attn.in_proj_weight": (96, 32)}, "of an unknown kind"),
 }
 
 
@@ -39,7 +39,7 @@ def put_projector(source: Path):
     """Replaces the projector of a checkpoint by tensors of the given names and shapes."""
 
     def put(shapes: dict[str, tuple[int, ...]]) -> Path:
-        tensors = {n: t.load() for n, t in read_checkpoint(source).tensors.items() if not n.startswith(LEVEL)}
+        tensors = {name: tensor for name, tensor in read_tensors(source).items() if not name.startswith(LEVEL)}
         tensors |= {LEVEL + name: torch.ones(shape) for name, shape in shapes.items()}
         (source / "model.safetensors").unlink()
         write_weights(source, tensors)
@@ -74,7 +74,7 @@ def test_it_is_named_before_the_config_is_refused(put_projector, edit_config, tm
 
 def test_a_delta_projector_is_one_whatever_its_config_says(source, edit_config, tmp_path):
     edit_config(mm_projector_type="mlp2x_gelu")  # as the config of the checkpoint that the authors link
-    assert convert_checkpoint(source, tmp_path / "out").config_keys_ignored["mm_projector_type"]
+    assert convert_checkpoint(source, tmp_path / "out").config_keys.ignored["mm_projector_type"]
 
 
 def test_a_projector_alone(pristine, tmp_path):
@@ -85,18 +85,18 @@ def test_a_projector_alone(pristine, tmp_path):
     with pytest.raises(DeltaLlavaError, match="LLaVA's own MLP"):
         convert_checkpoint(folder, tmp_path / "out", base_model=pristine / "llava-tiny")
     assert "LLaVA's own MLP" in inspect_model(folder).problems[0]
-    ours = {n: t.load() for n, t in read_checkpoint(pristine / "llava-tiny").tensors.items() if n.startswith(LEVEL)}
+    ours = {n: tensor for n, tensor in read_tensors(pristine / "llava-tiny").items() if n.startswith(LEVEL)}
     torch.save(ours, folder / "mm_projector.bin")
     seen = inspect_model(folder)
     assert (seen.kind, seen.problems, list(seen.components)) == ("projector", [], ["projector"])
     assert seen.default_visual_tokens == 16 and [delta.rank for delta in seen.deltas] == [16, 16, 16]
 
 
-def test_what_needs_no_conversion_or_has_nothing_to_convert(repo, put_projector, tmp_path):
-    with pytest.raises(DeltaLlavaError, match="is a Delta-LLaVA repo already, which needs no conversion"):
+def test_sources_that_need_no_conversion_or_have_no_projector(repo, put_projector, tmp_path):
+    with pytest.raises(DeltaLlavaError, match="is already a Delta-LLaVA repo, which needs no conversion"):
         convert_checkpoint(repo, tmp_path / "out")
     folder = put_projector({})
-    with pytest.raises(DeltaLlavaError, match=r"has no projector .*--base-model"):
+    with pytest.raises(DeltaLlavaError, match=r"has no projector .*`base_model=...`"):
         convert_checkpoint(folder, tmp_path / "out")
     llava = tmp_path / "llava-hf"
     llava.mkdir()

@@ -3,7 +3,6 @@
 import json
 import shutil
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from examples.make_checkpoint import write_tokenizer, write_weights
-from transformers_delta_llava.conversion import convert_checkpoint, convert_state_dict, sources
-from transformers_delta_llava.conversion.checkpoint import read_checkpoint
-from transformers_delta_llava.conversion.sources import LoraSettings, read_lora_settings
+from tests.checkpoints import edit_json, read_tensors
+from transformers_delta_llava.conversion import convert_checkpoint, convert_state_dict, lora
+from transformers_delta_llava.conversion.lora import LoraSettings, read_lora_settings
 from transformers_delta_llava.utils.errors import DeltaLlavaError
-
-
-def read(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor.load() for name, tensor in read_checkpoint(folder).tensors.items()}
 
 
 def is_language(name: str) -> bool:
@@ -29,14 +24,14 @@ def is_language(name: str) -> bool:
 @pytest.fixture
 def partial(pristine, tmp_path):
     """Splits the checkpoint: `base/` holds the language model, `run/` config and nothing trained yet; returns all tensors."""
-    tensors = read(pristine / "llava-tiny")
+    tensors = read_tensors(pristine / "llava-tiny")
     base, run = tmp_path / "base", tmp_path / "run"
     base.mkdir(), run.mkdir()
     write_weights(base, {name: tensor for name, tensor in tensors.items() if is_language(name)}, "bin", 2)
     write_tokenizer(base)
-    config = json.loads((pristine / "llava-tiny" / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
-    shutil.copyfile(pristine / "llava-tiny" / "config.json", run / "config.json")
+    for folder in (base, run):
+        shutil.copyfile(pristine / "llava-tiny" / "config.json", folder / "config.json")
+    edit_json(base / "config.json", model_type="llama")
     return tensors
 
 
@@ -45,15 +40,15 @@ def projector(tensors):
 
 
 def tower_of(pristine):
-    inner = read(pristine / "vision-tower")
+    inner = read_tensors(pristine / "vision-tower")
     return {f"model.vision_tower.vision_tower.{name}": tensor for name, tensor in inner.items()}
 
 
 def assert_repo_holds(repo, tensors):
-    found, expected = read(repo), convert_state_dict(tensors)
-    assert found.keys() == expected.keys()
+    tensors_written, expected = read_tensors(repo), convert_state_dict(tensors)
+    assert tensors_written.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert torch.equal(found[name][: len(tensor)], tensor), name
+        assert torch.equal(tensors_written[name][: len(tensor)], tensor), name
 
 
 @pytest.mark.parametrize("prefix", ["", "base_model.model."])
@@ -62,9 +57,9 @@ def test_a_projector_alone(pristine, partial, tmp_path, prefix):
     report = convert_checkpoint(tmp_path / "run", tmp_path / "out", base_model=tmp_path / "base")
     kept = {name: tensor for name, tensor in partial.items() if "vision_tower" not in name}
     assert_repo_holds(tmp_path / "out", {**kept, **tower_of(pristine)})
-    assert report.base_model == "base"
-    assert sorted(report.source_files) == ["config.json", "mm_projector.bin"]
-    assert len(report.base_model_files) == 3
+    assert report.base_model.name == "base"
+    assert sorted(report.source.sha256) == ["config.json", "mm_projector.bin"]
+    assert len(report.base_model.sha256) == 3
 
 
 def test_the_projector_replaces_that_of_a_full_base(pristine, partial, tmp_path):
@@ -74,13 +69,13 @@ def test_the_projector_replaces_that_of_a_full_base(pristine, partial, tmp_path)
     assert_repo_holds(tmp_path / "out", {**partial, **changed})
 
 
-def peft_run(tmp_path, tensors, dtype, lora, save_embedding_layers=False):
+def peft_run(tmp_path, tensors, dtype, options, save_embedding_layers=False):
     """A LoRA run as the authors' trainer saves it; returns what PEFT merges it to."""
     base = tmp_path / "base"
     for file in base.glob("pytorch_model*"):
         file.unlink()
     write_weights(base, {name: tensor.to(dtype) for name, tensor in tensors.items() if is_language(name)})
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), LoraConfig(**lora))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), LoraConfig(**options))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name or parameter.requires_grad:
@@ -92,9 +87,9 @@ def peft_run(tmp_path, tensors, dtype, lora, save_embedding_layers=False):
     return dict(again.merge_and_unload().state_dict())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "form"), [(torch.float32, "safetensors"), (torch.bfloat16, "bin")])
 @pytest.mark.parametrize(
-    "lora",
+    "options",
     [
         {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "down_proj"]},
         {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "use_rslora": True, "rank_pattern": {"o_proj": 2}},
@@ -102,9 +97,8 @@ def peft_run(tmp_path, tensors, dtype, lora, save_embedding_layers=False):
         {"r": 2, "target_modules": ["embed_tokens", "k_proj"], "modules_to_save": ["lm_head"]},
     ],
 )
-@pytest.mark.parametrize("form", ["safetensors", "bin"])
-def test_lora_is_merged_as_peft_merges(pristine, partial, tmp_path, dtype, lora, form):
-    merged = peft_run(tmp_path, partial, dtype, {"lora_dropout": 0.1, **lora})
+def test_lora_is_merged_as_peft_merges(pristine, partial, tmp_path, dtype, form, options):
+    merged = peft_run(tmp_path, partial, dtype, {"lora_dropout": 0.1, **options})
     if form == "bin":
         adapter = tmp_path / "run" / "adapter_model.safetensors"
         torch.save(load_file(adapter), adapter.with_suffix(".bin"))
@@ -114,7 +108,9 @@ def test_lora_is_merged_as_peft_merges(pristine, partial, tmp_path, dtype, lora,
     assert_repo_holds(tmp_path / "out", {**merged, **tower_of(pristine)})
     before = partial["model.layers.1.self_attn.q_proj.weight"].to(dtype)
     name = "model.language_model.layers.1.self_attn.q_proj.weight"
-    assert torch.equal(read(tmp_path / "out")[name], before) is ("q_proj" not in str(lora) and "all" not in str(lora))
+    assert torch.equal(read_tensors(tmp_path / "out")[name], before) is (
+        "q_proj" not in str(options) and "all" not in str(options)
+    )
 
 
 @pytest.mark.parametrize(
@@ -122,7 +118,7 @@ def test_lora_is_merged_as_peft_merges(pristine, partial, tmp_path, dtype, lora,
     [
         ({"use_dora": True}, "use_dora=True, which is more than a low-rank sum"),
         ({"peft_type": "IA3"}, "peft_type='IA3'; only LORA"),
-        ({"lora_alpha": None}, "lora_alpha=None"),
+        ({"lora_alpha": "x"}, "lora_alpha='x'"),
         ({"alpha_pattern": {"(": 1}}, "'(' in alpha_pattern is not a valid pattern"),
         ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern.q_proj='8': input should be a valid number"),
         ({"lora_alpha": 10**400}, "lora_alpha=1000"),
@@ -131,24 +127,23 @@ def test_lora_is_merged_as_peft_merges(pristine, partial, tmp_path, dtype, lora,
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices=[1, 2], which is more than a low-rank sum"),
         ({"something_newer": {"a": 1}}, "something_newer={'a': 1}, which is more than a low-rank sum"),
         *(
-            ({"init_lora_weights": start}, f"init_lora_weights='{start}', so the adapter belongs on base weights")
+            ({"init_lora_weights": start}, f"init_lora_weights='{start}', which changes the base weights")
             for start in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "something_newer")
         ),
     ],
 )
-def test_other_adapters_are_refused(partial, tmp_path, config, message):
-    peft_run(tmp_path, partial, torch.float32, {"r": 4, "target_modules": ["q_proj"]})
-    path = tmp_path / "run" / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+def test_other_adapters_are_refused(tmp_path, config, message):
+    LoraConfig(r=4, target_modules=["q_proj"]).save_pretrained(tmp_path)
+    edit_json(tmp_path / "adapter_config.json", **config)
     with pytest.raises(DeltaLlavaError) as error:
-        convert_checkpoint(tmp_path / "run", tmp_path / "out", base_model=tmp_path / "base")
+        read_lora_settings(tmp_path).scalings({"q_proj": 4})
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize("start", [False, "gaussian", "orthogonal"])
-def test_starts_that_leave_the_base_as_it_is(partial, tmp_path, start):
-    peft_run(tmp_path, partial, torch.float32, {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": start})
-    assert read_lora_settings(tmp_path / "run").init_lora_weights == start
+def test_initialisations_that_leave_the_base_unchanged(tmp_path, start):
+    LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=start).save_pretrained(tmp_path)
+    assert read_lora_settings(tmp_path).init_lora_weights == start
 
 
 @pytest.mark.parametrize(
@@ -167,9 +162,7 @@ def test_starts_that_leave_the_base_as_it_is(partial, tmp_path, start):
 )
 def test_what_peft_saves_beside_the_factors(pristine, partial, tmp_path, options, tied):
     for folder in ("base", "run"):
-        path = tmp_path / folder / "config.json"
-        config = {**json.loads(path.read_text()), "tie_word_embeddings": tied, "attention_bias": True}
-        path.write_text(json.dumps(config))
+        edit_json(tmp_path / folder / "config.json", tie_word_embeddings=tied, attention_bias=True)
     if tied:
         del partial["lm_head.weight"]
     biases = {f"model.layers.{i}.self_attn.{name}_proj.bias": torch.randn(32) for i in (0, 1) for name in "qkvo"}
@@ -191,8 +184,7 @@ def test_what_peft_saves_beside_the_factors(pristine, partial, tmp_path, options
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 def test_factors_for_one_of_two_tied_weights_are_refused(partial, tmp_path, target):
     for folder in ("base", "run"):
-        path = tmp_path / folder / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
+        edit_json(tmp_path / folder / "config.json", tie_word_embeddings=True)
     del partial["lm_head.weight"]
     peft_run(tmp_path, partial, torch.float32, {"r": 4, "target_modules": ["q_proj", target]}, "auto")
     with pytest.raises(DeltaLlavaError, match=rf"factors for .*{target}.* ties its head to its embeddings"):
@@ -200,7 +192,7 @@ def test_factors_for_one_of_two_tied_weights_are_refused(partial, tmp_path, targ
 
 
 def test_a_pattern_that_backtracks_for_ever_is_refused_in_seconds(monkeypatch):
-    monkeypatch.setattr(sources, "_PATTERN_SECONDS", 0.2)
+    monkeypatch.setattr(lora, "_PATTERN_SECONDS", 0.2)
     settings = LoraSettings.model_validate({"lora_alpha": 8, "alpha_pattern": {"(a|aa)+b": 4}})
     begun = time.monotonic()
     with pytest.raises(DeltaLlavaError, match="take more than 0 seconds to match"):
@@ -211,8 +203,8 @@ def test_a_pattern_that_backtracks_for_ever_is_refused_in_seconds(monkeypatch):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"model.layers.0.mlp.up_proj.lora_A.extra": (2, 32)}, "is not understood"),
-        ({"model.layers.0.mlp.strange.weight": (2, 32)}, "that the base model does not have: .*strange"),
+        ({"model.layers.0.mlp.up_proj.lora_A.extra": (2, 32)}, "is of an unknown kind"),
+        ({"model.layers.0.mlp.new.weight": (2, 32)}, "that the base model does not have: .*new"),
         (
             {"lm_head.base_layer.weight": (2, 3), "lm_head.modules_to_save.weight": (3, 2)},
             "holds two different lm_head",
@@ -226,7 +218,7 @@ def test_a_pattern_that_backtracks_for_ever_is_refused_in_seconds(monkeypatch):
             },
             "do not fit its weight",
         ),
-        ({"model.layers.0.self_attn.q_proj.lora_magnitude_vector": (32,)}, "is not understood"),
+        ({"model.layers.0.self_attn.q_proj.lora_magnitude_vector": (32,)}, "is of an unknown kind"),
     ],
 )
 def test_a_broken_adapter_is_refused(partial, tmp_path, tensors, message):
@@ -239,12 +231,12 @@ def test_a_broken_adapter_is_refused(partial, tmp_path, tensors, message):
 
 def test_a_partial_checkpoint_needs_the_right_base(pristine, partial, tmp_path):
     torch.save(projector(partial), tmp_path / "run" / "mm_projector.bin")
-    with pytest.raises(DeltaLlavaError, match=r"holds the projector only; pass .* --base-model"):
+    with pytest.raises(DeltaLlavaError, match=r"holds the projector only; pass .* `base_model=\.\.\.`"):
         convert_checkpoint(tmp_path / "run", tmp_path / "out")
     (tmp_path / "base" / "config.json").write_text('{"model_type": "mistral"}')
     with pytest.raises(DeltaLlavaError, match="model_type='mistral', but the checkpoint was trained on a llama"):
         convert_checkpoint(tmp_path / "run", tmp_path / "out", base_model=tmp_path / "base")
-    with pytest.raises(DeltaLlavaError, match="is a full checkpoint, which needs no --base-model"):
+    with pytest.raises(DeltaLlavaError, match="is a full checkpoint, which needs no base model"):
         convert_checkpoint(pristine / "llava-tiny", tmp_path / "out", base_model=tmp_path / "base")
     torch.save({**projector(partial), "lm_head.weight": torch.ones(1)}, tmp_path / "run" / "mm_projector.bin")
     (tmp_path / "base" / "config.json").unlink()
@@ -252,7 +244,7 @@ def test_a_partial_checkpoint_needs_the_right_base(pristine, partial, tmp_path):
         convert_checkpoint(tmp_path / "run", tmp_path / "out", base_model=tmp_path / "base")
 
 
-def test_something_else_under_the_name_of_a_file_is_not_taken_for_nothing(partial, tmp_path):
+def test_a_folder_with_the_name_of_a_file_is_refused(partial, tmp_path):
     peft_run(tmp_path, partial, torch.float32, {"r": 4, "target_modules": ["q_proj"]})
     (tmp_path / "run" / "non_lora_trainables.bin").unlink()
     (tmp_path / "run" / "non_lora_trainables.bin").mkdir()

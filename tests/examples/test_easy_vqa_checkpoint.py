@@ -17,7 +17,7 @@ CHECKPOINT = Path(__file__).parents[2] / "examples" / "easy-vqa"
 def repo(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("repo") / "easy-vqa"
     report = convert_checkpoint(CHECKPOINT, folder)
-    assert report.config_keys_unknown == [] and report.warnings == [] and report.tensors_ignored == {}
+    assert report.config_keys.unknown == report.warnings == [] and report.tensors.ignored == {}
     return folder
 
 

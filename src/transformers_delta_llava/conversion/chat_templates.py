@@ -162,7 +162,9 @@ def read_chat_template(name_or_file: str, tokenizer: PreTrainedTokenizerBase, ow
         return load_chat_template(name_or_file, bos=adds_bos)
     if name_or_file == TOKENIZER_TEMPLATE:
         if own is None:
-            raise DeltaLlavaError("The tokenizer has no chat template of its own; name another: pass `chat_template=...`.")
+            raise DeltaLlavaError(
+                "The tokenizer has no chat template of its own; name another: pass `chat_template=...`."
+            )
         end = answer_end(own, tokenizer, "The tokenizer's own chat template")
         template = adapt_template(own, end)
         if adds_bos and not render(template, tokenizer, "Hi").startswith(str(tokenizer.bos_token)):

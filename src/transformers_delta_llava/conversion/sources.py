@@ -195,7 +195,9 @@ def _read_tensors(
         return read_checkpoint(folder), None, False
     if base_model is None:
         kind = "the projector only" if adapter is None else "a LoRA adapter"
-        raise DeltaLlavaError(f"{folder.name} holds {kind}; pass the model that it was trained on as `base_model=...`.")
+        raise DeltaLlavaError(
+            f"{folder.name} holds {kind}; pass the model that it was trained on as `base_model=...`."
+        )
     base = _read_base(base_model, config.language_model.text_model_type)
     if adapter is not None:
         return _read_lora(folder, adapter, base, bool(config.text_config.tie_word_embeddings))
