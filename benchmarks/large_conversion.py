@@ -25,7 +25,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from examples.make_checkpoint import LLAVA_KEYS, TEXT, projector_shapes, write_tokenizer, write_tower
-from transformers_delta_llava.conversion.checkpoint import parse_size
 
 
 TEXT_SIZES = {
@@ -98,12 +97,12 @@ def copy(source: Path, output: Path) -> float:
     return time.monotonic() - begun
 
 
-def convert(source: Path, output: Path, max_shard_size: str) -> tuple[float, int]:
+def convert(source: Path, output: Path, shard_gb: float) -> tuple[float, int]:
     """Seconds of a conversion from start to exit of its process, and its peak of anonymous memory in bytes."""
     command = [sys.executable, "-m", "transformers_delta_llava", "convert", str(source), str(output)]
     begun, peak = time.monotonic(), 0
     with tempfile.TemporaryFile("w+") as talk:
-        process = subprocess.Popen([*command, "--max-shard-size", max_shard_size], stdout=talk, stderr=talk)
+        process = subprocess.Popen([*command, "--max-shard-size", f"{shard_gb}GB"], stdout=talk, stderr=talk)
         while process.poll() is None:
             peak = max(peak, _anonymous(process.pid))
             time.sleep(0.02)
@@ -131,7 +130,7 @@ def forget(source: Path) -> None:
         os.close(handle)
 
 
-def measure(size: str, folder: Path, max_shard_size: str) -> dict:
+def measure(size: str, folder: Path, shard_gb: float) -> dict:
     """Write, copy, convert, delete; returns the figures."""
     source = folder / size / "source"
     num_bytes = write_large(source, size)
@@ -140,7 +139,7 @@ def measure(size: str, folder: Path, max_shard_size: str) -> dict:
         copied = copy(source, folder / size / "copy")
         shutil.rmtree(folder / size / "copy")
         forget(source)
-        converted, peak = convert(source, folder / size / "out", max_shard_size)
+        converted, peak = convert(source, folder / size / "out", shard_gb)
         largest = max(file.stat().st_size for file in (folder / size / "out").glob("*.safetensors"))
     finally:
         shutil.rmtree(folder / size)
@@ -152,7 +151,7 @@ def measure(size: str, folder: Path, max_shard_size: str) -> dict:
         "ratio": round(converted / copied, 3),
         "largest_shard_gb": round(largest / 1e9, 3),
         "peak_anonymous_gb": round(peak / 1e9, 3),
-        "allowed_gb": round((2 * parse_size(max_shard_size) + 0.5e9) / 1e9, 3),
+        "allowed_gb": round(2 * shard_gb + 0.5, 3),
     }
 
 
@@ -161,11 +160,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure conversions of large checkpoints.")
     parser.add_argument("--sizes", nargs="+", choices=list(TEXT_SIZES), default=["1b"])
     parser.add_argument("--folder", type=Path, help="where to work; by default the system's temporary folder")
-    parser.add_argument("--max-shard-size", default="2GB")
+    parser.add_argument("--shard-gb", type=float, default=2, help="most bytes per weight file, in GB")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        results = [measure(size, Path(folder), arguments.max_shard_size) for size in arguments.sizes]
+        results = [measure(size, Path(folder), arguments.shard_gb) for size in arguments.sizes]
     print(" | ".join(results[0]))
     for result in results:
         print(" | ".join(str(value) for value in result.values()))

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from transformers_delta_llava.analysis.inference import load_repo
-from transformers_delta_llava.conversion import convert_checkpoint, export_checkpoint, inspect_model
+from transformers_delta_llava.conversion import convert, convert_checkpoint, export_checkpoint, inspect_model, sources
 from transformers_delta_llava.hub.repo_files import check_repo, repo_files
 from transformers_delta_llava.utils import prompts
 from transformers_delta_llava.utils.errors import DeltaLlavaError
@@ -104,8 +104,6 @@ def test_sizes_are_read_before_anything_is_built(source, tmp_path, file, values,
 
 
 def test_a_tokenizer_that_panics_or_cannot_be_written(source, tmp_path, monkeypatch):
-    from transformers_delta_llava.conversion import convert
-
     class Panic(BaseException):
         pass
 
@@ -115,7 +113,7 @@ def test_a_tokenizer_that_panics_or_cannot_be_written(source, tmp_path, monkeypa
     monkeypatch.setattr(convert, "save_tokenizer", fail)
     with pytest.raises(DeltaLlavaError, match="The tokenizer cannot be written: No space left"):
         convert_checkpoint(source, tmp_path / "out")
-    monkeypatch.setattr(convert, "add_tokens", fail)
+    monkeypatch.setattr(sources, "add_tokens", fail)
     with pytest.raises(DeltaLlavaError, match="The tokenizer of llava-tiny cannot be used: No space left"):
         convert_checkpoint(source, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["given"]
