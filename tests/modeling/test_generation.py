@@ -108,6 +108,24 @@ class TestCachedImages:
             cache = model(**start, **show(first), use_cache=True)[CACHE_NAME]
             assert torch.equal(model.generate(**inputs, **show(given), **{CACHE_NAME: cache}, **GREEDY), expected)
 
+    def test_in_chunks(self, model, images):
+        """Older transformers read the prompt from its start, and without its images."""
+        first, both = prompt([9])[None], torch.cat([prompt([9])[None], prompt([36], seed=9)[None]], dim=1)
+        shown = {"pixel_values": images["pixel_values"][:2], "num_visual_tokens": [9, 36]}
+        options = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
+        expected = model.generate(both, **shown, **options).logits
+        for size in (8, 64):
+            cache = model(first, pixel_values=shown["pixel_values"][:1], num_visual_tokens=9, use_cache=True)[
+                CACHE_NAME
+            ]
+            options |= {CACHE_NAME: cache, "prefill_chunk_size": size}
+            if CACHE_NAME == "cache":
+                actual = model.generate(both, **shown, **options).logits
+                torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+            else:
+                with pytest.raises(ValueError, match="prefill_chunk_size: .* or use transformers 5.24"):
+                    model.generate(both, **shown, **options)
+
     def test_from_what_generate_returned(self, model, images):
         pixel_values = images["pixel_values"]
         ids = prompt([36])[None]

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import GenerationMixin
+from transformers import Cache, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
@@ -15,6 +15,20 @@ class DeltaLlavaGenerationMixin(GenerationMixin):
     """`generate` of [`DeltaLlavaForConditionalGeneration`]."""
 
     model: Any
+
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. Of a conversation that goes on from its cache, all images may be given again.
+
+        Those in the cache are left out before the prompt is cut in chunks: transformers hands images to placeholders in order.
+        """
+        ids, embeds, mask = kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        prompt = ids if embeds is None else embeds
+        cached = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+        if prompt is not None and 0 < cached < prompt.shape[1] and (mask is None or mask.shape[1] == prompt.shape[1]):
+            images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
+            kwargs |= self._drop_cached_images(images, ids, embeds, cached)
+        return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
         self,
@@ -33,30 +47,28 @@ class DeltaLlavaGenerationMixin(GenerationMixin):
             **kwargs,
         )
         if not is_first_iteration and kwargs.get("use_cache", True):  # the images are in the cache by now
-            cache = kwargs.get("cache", kwargs.get("past_key_values"))
             shown = images.get("pixel_values") is not None or (images.get("mm_encoder_outputs") or {}).get("image")
-            if shown and cache is not None and cache.get_seq_length() == 0:
+            cache = kwargs.get("cache", kwargs.get("past_key_values"))
+            is_prompt = next_sequence_length is None and input_ids.shape[1] > 1
+            if shown and cache is not None and (is_prompt or cache.get_seq_length() == 0):
                 raise ValueError(
                     "prefill_chunk_size: this version of transformers drops the images of a prompt that it reads in "
                     "chunks; leave prefill_chunk_size out, or use transformers 5.24 or newer."
                 )
             return inputs
-        if next_sequence_length is not None:
-            images = self._drop_cached_images(images, input_ids, inputs_embeds, next_sequence_length)
         return {**inputs, **images}
 
     def _drop_cached_images(
         self,
         images: dict[str, Any],
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
-        next_sequence_length: int,
+        cached: int,
     ) -> dict[str, Any]:
-        """The images whose placeholders are among the last `next_sequence_length`: the cache holds the others."""
+        """The images whose placeholders are not among the first `cached` tokens, which the cache holds."""
         encoded: Any = (images.get("mm_encoder_outputs") or {}).get("image")
         pixel_values: Any = images.get("pixel_values")
-        length = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]
-        if next_sequence_length >= length or (encoded is None and pixel_values is None):
+        if encoded is None and pixel_values is None:
             return images
         if encoded is not None:
             numbers = [len(tokens) for tokens in encoded.pooler_output]
@@ -66,7 +78,7 @@ class DeltaLlavaGenerationMixin(GenerationMixin):
         if mask.sum() != sum(numbers):  # such as new images alone
             return images
         kept: list[int] = []
-        new = mask[:, length - next_sequence_length :].sum(-1).tolist()
+        new = mask[:, cached:].sum(-1).tolist()
         for row, count in zip(_images_per_row(mask.sum(-1).tolist(), numbers), new):
             while count > 0 and row:
                 image = row.pop()
