@@ -1,12 +1,9 @@
 """The model and processor of a recipe, and the parameters that it trains."""
 
 import inspect
-import json
 import re
-import tempfile
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     BitsAndBytesConfig,
+    CLIPImageProcessorPil,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -30,7 +28,7 @@ from ..modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
 from ..utils.errors import RecipeError, one_line, shorten
 from ..utils.prompts import render_question
-from ..utils.validation import check_config
+from ..utils.validation import check_config, torch_dtype
 from .recipe import ModelRecipe, Recipe
 
 
@@ -62,7 +60,7 @@ def build_model(
 
 def _dtype(model: ModelRecipe, arguments: TrainingArguments) -> torch.dtype:
     if model.dtype != "auto":
-        return getattr(torch, model.dtype)
+        return torch_dtype(model.dtype)
     return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
 
 
@@ -145,8 +143,11 @@ def _new_processor(
     ids = add_tokens(tokenizer)
     own = read_own_template(str(recipe.model.tokenizer or language))
     template = read_chat_template(recipe.data.chat_template or "vicuna_v1", tokenizer, own)
-    images = _clip_images(image_processor) if isinstance(image_processor, dict) else image_processor
-    loaded = _load_image_processor(images) if isinstance(images, str) else images
+    if isinstance(image_processor, dict):  # the config of an untrained tower: CLIP's preprocessing at its size
+        side = image_processor.get("image_size", 224)
+        loaded = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    else:
+        loaded = _load_image_processor(image_processor)
     pad_images = True if recipe.data.pad_images is None else recipe.data.pad_images
     return _processor(loaded, tokenizer, template, recipe, pad_images), ids
 
@@ -164,25 +165,12 @@ def _processor(
     )
 
 
-def _clip_images(vision_config: dict[str, Any]) -> Any:
-    """CLIP's image processor at the size of a tower."""
-    side = vision_config.get("image_size", 224)
-    settings = {
-        "image_processor_type": "CLIPImageProcessor",
-        "size": {"shortest_edge": side},
-        "crop_size": {"height": side, "width": side},
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(settings))
-        return _load_image_processor(folder)
-
-
-def _load_image_processor(source: str) -> Any:
+def _load_image_processor(model_id: str) -> Any:
     try:
-        return AutoImageProcessor.from_pretrained(source)
+        return AutoImageProcessor.from_pretrained(model_id)
     except ImportError:
         # Before 5.19 this needs torchvision, which the image processors on Pillow do not.
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(model_id)
         name = str(settings.get("image_processor_type", "CLIPImageProcessor")).removesuffix("Fast").removesuffix("Pil")
         if not hasattr(transformers, f"{name}Pil"):
             raise

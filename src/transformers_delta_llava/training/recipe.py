@@ -26,7 +26,7 @@ from ..processing import CHAT_TEMPLATES
 from ..processing.chat_templates import find_conversation
 from ..utils.errors import RecipeError, one_line, shorten, suggestion
 from ..utils.files import read_text
-from ..utils.validation import validate
+from ..utils.validation import DTYPES, validate
 from .sampler import STRATEGIES
 
 
@@ -208,6 +208,7 @@ def _check_budgets(value: Any) -> Any:
     return value
 
 
+FROZEN_DTYPES = ("auto", *DTYPES)
 ModelId = Annotated[str, AfterValidator(_check_model_id)]
 Options = dict[str, Any]
 Count = Annotated[int, Field(ge=1)]
@@ -252,7 +253,7 @@ class ModelRecipe(Section):
     tokenizer: ModelId | None = None
     image_processor: ModelId | None = None
     config: Options = {}
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal[FROZEN_DTYPES] = "auto"  # type: ignore[valid-type]
     attn_implementation: str | None = None
     quantization_config: Options | None = None
 
