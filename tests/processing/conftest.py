@@ -79,8 +79,8 @@ def processor(make_processor: Callable[..., DeltaLlavaProcessor]) -> DeltaLlavaP
 
 
 @pytest.fixture
-def make_picture() -> Callable[..., Image.Image]:
-    """Pictures with structure at every scale, so that a shift or a wrong filter shows."""
+def make_image() -> Callable[..., Image.Image]:
+    """Images with structure at every scale, so that a shift or a wrong filter shows."""
 
     def make(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
         rows, columns = np.mgrid[0:height, 0:width]

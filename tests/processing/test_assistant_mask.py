@@ -31,9 +31,9 @@ def way(request: Any, monkeypatch: Any) -> None:
         monkeypatch.setattr(processing_delta_llava, "MASKS_EXPANDED_PLACEHOLDERS", False)
 
 
-def chats(make_picture: Any, name: str) -> list[list[dict[str, Any]]]:
+def chats(make_image: Any, name: str) -> list[list[dict[str, Any]]]:
     """Two rows: one with images in two turns (one where the format has one turn only), a shorter one with one image."""
-    image = {"type": "image", "image": make_picture()}
+    image = {"type": "image", "image": make_image()}
     long = [
         {"role": "user", "content": [image, image, {"type": "text", "text": "Which one?"}]},
         {"role": "assistant", "content": "The first, naïvely."},
@@ -55,14 +55,14 @@ def masked(processor: Any, batch: Any) -> list[str]:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", END)
 def test_the_masked_tokens_are_the_answers_with_their_ends(
-    make_processor: Any, make_tokenizer: Any, make_picture: Any, name: str, side: str, budgets: Any
+    make_processor: Any, make_tokenizer: Any, make_image: Any, name: str, side: str, budgets: Any
 ) -> None:
     tokenizer = make_tokenizer(padding_side=side)
     processor = make_processor(tokenizer=tokenizer, chat_template=load_chat_template(name))
     if isinstance(budgets, list) and name == "plain":
         budgets = budgets[:3]
     kwargs = {"num_visual_tokens": budgets, "return_tensors": "pt"}
-    batch = processor.apply_chat_template(chats(make_picture, name), **OPTIONS, **kwargs)
+    batch = processor.apply_chat_template(chats(make_image, name), **OPTIONS, **kwargs)
     gap, end = GAP.get(name, ""), END[name]
     first = f"{gap}The first, naïvely.{end}" + ("" if name == "plain" else f"{gap}Neither.{end}")
     assert masked(processor, batch) == [first, f"{gap}A cat.{end}"]
@@ -73,10 +73,10 @@ def test_the_masked_tokens_are_the_answers_with_their_ends(
 
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("how", ["default", "by name", "given"])
-def test_masks_know_which_template_is_meant(make_processor: Any, make_picture: Any, how: str) -> None:
+def test_masks_know_which_template_is_meant(make_processor: Any, make_image: Any, how: str) -> None:
     templates = {"default": load_chat_template("vicuna_v1"), "other": load_chat_template("phi_3")}
     processor = make_processor(chat_template=templates)
-    chat = chats(make_picture, "vicuna_v1")[1]
+    chat = chats(make_image, "vicuna_v1")[1]
     chosen = {"default": None, "by name": "other", "given": load_chat_template("chatml")}[how]
     batch = processor.apply_chat_template(chat, chat_template=chosen, **OPTIONS)
     end = {"default": "</s>", "by name": "<|end|>", "given": "<|im_end|>"}[how]
@@ -102,9 +102,9 @@ def test_a_mask_cut_off_by_truncation_is_empty(make_processor: Any) -> None:
     assert batch["assistant_masks"] == [[0, 0, 0]]
 
 
-def test_without_a_mask_nothing_changes(make_processor: Any, make_picture: Any) -> None:
+def test_without_a_mask_nothing_changes(make_processor: Any, make_image: Any) -> None:
     processor = make_processor(chat_template=load_chat_template("vicuna_v1"))
-    chat = chats(make_picture, "vicuna_v1")[1]
+    chat = chats(make_image, "vicuna_v1")[1]
     batch = processor.apply_chat_template(chat, tokenize=True, return_dict=True)
     assert set(batch) == {"input_ids", "attention_mask", "pixel_values"}
     assert processor.apply_chat_template(chat, tokenize=True) == batch["input_ids"]

@@ -1,4 +1,4 @@
-"""`num_visual_tokens="auto"`: the documented rule, and nothing but the picture decides."""
+"""`num_visual_tokens="auto"`: the documented rule, and nothing but the image decides."""
 
 from fractions import Fraction
 from math import isqrt
@@ -98,7 +98,7 @@ def test_finer_detail_gets_more_tokens(processor: Any) -> None:
     assert picks(processor, [noise]) == [576]
 
 
-def test_a_blank_picture_gets_one_token_even_with_noise(processor: Any) -> None:
+def test_a_blank_image_gets_one_token_even_with_noise(processor: Any) -> None:
     noise = np.random.default_rng(0).normal(128, 3, (200, 200, 3)).round().astype(np.uint8)
     assert picks(processor, [Image.new("RGB", (50, 50), "red"), Image.new("L", (5, 5)), noise]) == [1, 1, 1]
 
@@ -108,14 +108,14 @@ def test_a_slow_gradient_gets_few_tokens(processor: Any) -> None:
     assert picks(processor, [ramp]) == [4]
 
 
-def test_contrast_and_brightness_hardly_count(processor: Any, make_picture: Any) -> None:
-    picture = np.asarray(make_picture(60, 60)).astype(np.float64)
-    variants = [picture, picture / 2, picture / 2 + 120, 255 - picture]
+def test_contrast_and_brightness_hardly_count(processor: Any, make_image: Any) -> None:
+    image = np.asarray(make_image(60, 60)).astype(np.float64)
+    variants = [image, image / 2, image / 2 + 120, 255 - image]
     assert len(set(picks(processor, [variant.round().astype(np.uint8) for variant in variants]))) == 1
 
 
-def test_a_larger_loss_never_takes_more_tokens(processor: Any, make_picture: Any) -> None:
-    images = [make_picture(60, 40), board(6), Image.new("RGB", (9, 9), "blue")]
+def test_a_larger_loss_never_takes_more_tokens(processor: Any, make_image: Any) -> None:
+    images = [make_image(60, 40), board(6), Image.new("RGB", (9, 9), "blue")]
     shares = [0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1]
     rows = [picks(processor, images, auto_max_loss=share) for share in shares]
     assert all(more >= fewer for row, after in zip(rows, rows[1:]) for more, fewer in zip(row, after))
@@ -123,22 +123,22 @@ def test_a_larger_loss_never_takes_more_tokens(processor: Any, make_picture: Any
     assert len({row[0] for row in rows}) > 3
 
 
-# The same picture, the same pick.
+# The same image, the same pick.
 
 
-def test_the_form_of_a_picture_does_not_matter(processor: Any, make_picture: Any, tmp_path: Path) -> None:
-    picture = make_picture(70, 50)
-    picture.save(tmp_path / "a.png")
-    array = np.asarray(picture)
-    forms = [picture, array, torch.from_numpy(array.transpose(2, 0, 1).copy()), array / 255, tmp_path / "a.png"]
+def test_the_form_of_a_image_does_not_matter(processor: Any, make_image: Any, tmp_path: Path) -> None:
+    image = make_image(70, 50)
+    image.save(tmp_path / "a.png")
+    array = np.asarray(image)
+    forms = [image, array, torch.from_numpy(array.transpose(2, 0, 1).copy()), array / 255, tmp_path / "a.png"]
     assert len(set(picks(processor, forms))) == 1
     losses = processor.image_losses(forms)
     assert losses == [losses[0]] * len(forms)
 
 
 @pytest.mark.parametrize("return_tensors", [None, "np", "pt"])
-def test_the_form_of_the_result_does_not_matter(processor: Any, make_picture: Any, return_tensors: Any) -> None:
-    images = [make_picture(60, 40), board(6)]
+def test_the_form_of_the_result_does_not_matter(processor: Any, make_image: Any, return_tensors: Any) -> None:
+    images = [make_image(60, 40), board(6)]
     batch = processor(images=images, num_visual_tokens="auto", return_tensors=return_tensors)
     assert list(batch["num_visual_tokens"]) == picks(processor, images)
     if return_tensors == "pt":
@@ -157,35 +157,35 @@ OTHER_NORMALISATIONS = [
 @pytest.mark.parametrize("options", OTHER_NORMALISATIONS)
 @pytest.mark.parametrize("where", ["own", "call"])
 def test_normalisation_does_not_matter(
-    make_processor: Any, make_image_processor: Any, make_picture: Any, processor: Any, options: Any, where: str
+    make_processor: Any, make_image_processor: Any, make_image: Any, processor: Any, options: Any, where: str
 ) -> None:
-    picture = make_picture(SIDE, SIDE)
-    expected = processor.image_losses(picture)
+    image = make_image(SIDE, SIDE)
+    expected = processor.image_losses(image)
     if where == "own":
         other = make_processor(image_processor=make_image_processor(SIDE, **options))
-        assert other.image_losses(picture) == expected
-        assert picks(other, [picture], auto_max_loss=0.5) == picks(processor, [picture], auto_max_loss=0.5)
+        assert other.image_losses(image) == expected
+        assert picks(other, [image], auto_max_loss=0.5) == picks(processor, [image], auto_max_loss=0.5)
     else:
-        assert processor.image_losses(picture, **options) == processor.image_losses(picture, images_kwargs=options)
-        assert processor.image_losses(picture, **options) == expected
+        assert processor.image_losses(image, **options) == processor.image_losses(image, images_kwargs=options)
+        assert processor.image_losses(image, **options) == expected
 
 
 # Padding is not content.
 
 
 @pytest.mark.parametrize("size", [(100, 10), (10, 100), (SIDE, 7), (5000, 2), (31, 30)])
-def test_a_plain_picture_is_plain_however_it_is_padded(processor: Any, size: tuple[int, int]) -> None:
+def test_a_plain_image_is_plain_however_it_is_padded(processor: Any, size: tuple[int, int]) -> None:
     assert picks(processor, [Image.new("RGB", size, "white")]) == [1]
     assert processor.image_losses(Image.new("RGB", size, "white")) == [dict.fromkeys(BUDGETS, 0.0)]
 
 
 @pytest.mark.parametrize("colour", [(0, 0, 0), (1, 1, 1)])
 def test_the_colour_of_the_padding_does_not_matter(
-    make_processor: Any, make_image_processor: Any, make_picture: Any, processor: Any, colour: Any
+    make_processor: Any, make_image_processor: Any, make_image: Any, processor: Any, colour: Any
 ) -> None:
-    picture = make_picture(SIDE, 20)
+    image = make_image(SIDE, 20)
     other = make_processor(image_processor=make_image_processor(SIDE, image_mean=colour))
-    assert other.image_losses(picture) == processor.image_losses(picture)
+    assert other.image_losses(image) == processor.image_losses(image)
 
 
 @pytest.mark.parametrize("size", [(SIDE, 20), (20, SIDE), (100, 31), (31, 100)])
@@ -200,10 +200,10 @@ def test_the_colour_of_the_padding_does_not_matter(
     ],
     ids=["plain", "no crop", "crop", "crop that pads", "crop alone"],
 )
-def test_the_content_is_where_the_picture_is(
+def test_the_content_is_where_the_image_is(
     make_processor: Any, make_image_processor: Any, size: tuple[int, int], options: Any
 ) -> None:
-    # All that is white after the same steps on black is picture; its edges may be grey where it was resized.
+    # All that is white after the same steps on black is image; its edges may be grey where it was resized.
     processor = make_processor(image_processor=make_image_processor(SIDE, image_mean=[0] * 3, **options))
     pixels = processor(images=Image.new("RGB", size, "white"), return_tensors="pt")["pixel_values"][0]
     white = (levels := np.asarray(pixels * torch.tensor(processor.image_processor.image_std)[:, None, None])).min(
@@ -227,7 +227,7 @@ def test_the_content_is_where_the_picture_is(
 
 
 def test_without_padding_all_that_the_model_sees_counts(processor: Any) -> None:
-    # White left and right of a board: cut away by the crop to the middle, or part of a padded picture.
+    # White left and right of a board: cut away by the crop to the middle, or part of a padded image.
     wide = Image.new("RGB", (3 * SIDE, SIDE), "white")
     wide.paste(board(6), (SIDE, 0))
     assert picks(processor, [wide], do_pad=False) == picks(processor, [board(6)]) == [36]
@@ -253,7 +253,7 @@ def test_auto_mixes_with_numbers_and_rows_without_images(processor: Any) -> None
 
 
 def test_a_pick_is_announced_even_if_it_is_the_default(processor: Any) -> None:
-    # Else the inputs of two pictures would have different names, and pipelines could not put them in a batch.
+    # Else the inputs of two images would have different names, and pipelines could not put them in a batch.
     assert processor(images=board(2), text="<image>", num_visual_tokens="auto")["num_visual_tokens"] == [4]
 
 

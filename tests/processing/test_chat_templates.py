@@ -125,7 +125,7 @@ def test_images_come_first_in_their_turn_one_a_line(processor: Any, name: str) -
 
 
 @pytest.mark.parametrize("name", [name for name in CHAT_TEMPLATES if name != "plain"])
-def test_an_empty_system_message_is_no_system_message(processor: Any, name: str) -> None:
+def test_an_empty_system_message_is_left_out(processor: Any, name: str) -> None:
     messages = [{"role": "system", "content": ""}, user("Hi")]
     prompt = processor.apply_chat_template(messages, chat_template=load_chat_template(name))
     assert prompt.count("Hi") == 1
@@ -346,20 +346,20 @@ def test_an_unknown_template_is_refused_with_the_known_ones() -> None:
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("name", ["vicuna_v1", "llava_llama_2", "plain", "gemma"])
 def test_exactly_one_bos_comes_first_however_the_chat_becomes_tokens(
-    make_processor: Any, make_picture: Any, name: str, bos: bool
+    make_processor: Any, make_image: Any, name: str, bos: bool
 ) -> None:
-    picture = make_picture()
+    image = make_image()
     processor = make_processor(chat_template=load_chat_template(name, bos=bos))
     bos_id = processor.tokenizer.bos_token_id
-    messages = [user({"type": "image", "image": picture}, text("What?")), assistant("A cat.")]
+    messages = [user({"type": "image", "image": image}, text("What?")), assistant("A cat.")]
     at_once = processor.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"][0]
     prompt = processor.apply_chat_template(messages)
-    in_two_steps = processor(images=picture, text=prompt)["input_ids"][0]
+    in_two_steps = processor(images=image, text=prompt)["input_ids"][0]
     assert prompt.startswith("<s>") is bos
     assert at_once == in_two_steps
     assert at_once[0] == bos_id
     assert at_once.count(bos_id) == 1
-    as_given = processor(images=picture, text=prompt, add_special_tokens=False)["input_ids"][0]
+    as_given = processor(images=image, text=prompt, add_special_tokens=False)["input_ids"][0]
     assert as_given == (at_once if bos else at_once[1:])
 
 
@@ -401,14 +401,14 @@ def test_no_bos_where_the_tokenizer_adds_none(make_processor: Any, make_tokenize
     ],
 )
 @pytest.mark.parametrize("tokenize", [False, True])
-def test_what_is_no_conversation_is_refused(processor: Any, conversation: Any, message: str, tokenize: bool) -> None:
+def test_a_malformed_conversation_is_refused(processor: Any, conversation: Any, message: str, tokenize: bool) -> None:
     template = load_chat_template("vicuna_v1")
     with pytest.raises(ValueError, match=message):
         processor.apply_chat_template(conversation, chat_template=template, tokenize=tokenize, return_dict=tokenize)
 
 
-def test_a_word_of_the_user_is_no_image(processor: Any, make_picture: Any) -> None:
-    content = [{"type": "image", "image": make_picture()}, text("What does <image> mean?")]
+def test_the_tag_in_a_users_text_is_not_a_placeholder(processor: Any, make_image: Any) -> None:
+    content = [{"type": "image", "image": make_image()}, text("What does <image> mean?")]
     options = {"chat_template": load_chat_template("vicuna_v1"), "tokenize": True, "return_dict": True}
     inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
     assert inputs["input_ids"][0].count(processor.image_token_id) == 4
@@ -416,4 +416,4 @@ def test_a_word_of_the_user_is_no_image(processor: Any, make_picture: Any) -> No
     inputs = processor.apply_chat_template((message for message in later), **options)
     assert inputs["input_ids"][0].count(processor.image_token_id) == 4
     with pytest.raises(ValueError, match="text 0 holds 2, but 1 images came for it"):
-        processor(images=[[make_picture()]], text=["<image> What does <image> mean?"])
+        processor(images=[[make_image()]], text=["<image> What does <image> mean?"])

@@ -1,4 +1,4 @@
-"""Pictures of every size and kind become the pixel values that the authors' code computes."""
+"""Images of every size and kind become the pixel values that the authors' code computes."""
 
 import base64
 import contextlib
@@ -36,8 +36,8 @@ def on_a_square(image: Image.Image, mean: Any = OPENAI_CLIP_MEAN) -> Image.Image
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_pixel_values_are_those_of_the_released_code(processor: Any, make_picture: Any, size: tuple[int, int]) -> None:
-    image = make_picture(*size)
+def test_pixel_values_are_those_of_the_released_code(processor: Any, make_image: Any, size: tuple[int, int]) -> None:
+    image = make_image(*size)
     pixels = processor(images=image, return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 28, 28)
     assert pixels.dtype == torch.float32
@@ -48,8 +48,8 @@ def test_pixel_values_are_those_of_the_released_code(processor: Any, make_pictur
     np.testing.assert_allclose(pixels[0].numpy(), expected.transpose(2, 0, 1), atol=1e-6)
 
 
-def test_the_padding_has_clips_mean_colour_and_the_smaller_half_comes_first(raw: Any, make_picture: Any) -> None:
-    image = make_picture(4, 7)
+def test_the_padding_has_clips_mean_colour_and_the_smaller_half_comes_first(raw: Any, make_image: Any) -> None:
+    image = make_image(4, 7)
     pixels = raw(image)
     assert pixels.shape == (7, 7, 3)
     assert (pixels[:, :1] == (122, 116, 104)).all()
@@ -60,11 +60,11 @@ def test_the_padding_has_clips_mean_colour_and_the_smaller_half_comes_first(raw:
 @pytest.mark.parametrize("resample", list(Image.Resampling))
 @pytest.mark.parametrize("size", [(100, 90), (90, 101), (7, 250)])
 def test_working_in_strips_changes_no_bit(
-    make_processor: Any, make_image_processor: Any, make_picture: Any, monkeypatch: Any, size: Any, resample: Any
+    make_processor: Any, make_image_processor: Any, make_image: Any, monkeypatch: Any, size: Any, resample: Any
 ) -> None:
     image_processor = make_image_processor(resample=resample)
     monkeypatch.setattr(image_utils_delta_llava, "STRIP_PIXELS", 1000)
-    image = make_picture(*size)
+    image = make_image(*size)
     pixels = make_processor(image_processor=image_processor)(images=image, return_tensors="pt")["pixel_values"]
     assert torch.equal(pixels, image_processor(on_a_square(image), return_tensors="pt")["pixel_values"])
 
@@ -85,17 +85,17 @@ def test_the_square_of_a_long_image_is_never_in_memory(
 
 @pytest.mark.parametrize("do_pad", [None, True, False])
 @pytest.mark.parametrize("default", [True, False])
-def test_padding_can_be_left_out(make_processor: Any, make_picture: Any, default: bool, do_pad: bool | None) -> None:
+def test_padding_can_be_left_out(make_processor: Any, make_image: Any, default: bool, do_pad: bool | None) -> None:
     processor = make_processor(do_pad=default)
-    image = make_picture(60, 30)
+    image = make_image(60, 30)
     pixels = processor(images=image, do_pad=do_pad, return_tensors="pt")["pixel_values"]
     shown = on_a_square(image) if (default if do_pad is None else do_pad) else image
     assert torch.equal(pixels, processor.image_processor(shown, return_tensors="pt")["pixel_values"])
 
 
-def test_siglips_image_processor_works_with_its_own_mean_and_size(make_processor: Any, make_picture: Any) -> None:
+def test_siglips_image_processor_works_with_its_own_mean_and_size(make_processor: Any, make_image: Any) -> None:
     image_processor = SiglipImageProcessorPil(size={"height": 36, "width": 24})
-    image = make_picture(50, 20)
+    image = make_image(50, 20)
     pixels = make_processor(image_processor=image_processor)(images=image, return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 36, 24)
     square = on_a_square(image, (0.5, 0.5, 0.5))
@@ -115,16 +115,16 @@ def test_siglips_image_processor_works_with_its_own_mean_and_size(make_processor
     ],
 )
 def test_arguments_of_the_image_processor_reach_padding_and_resizing(
-    processor: Any, make_picture: Any, options: dict[str, Any]
+    processor: Any, make_image: Any, options: dict[str, Any]
 ) -> None:
-    image = make_picture(50, 20)
+    image = make_image(50, 20)
     square = on_a_square(image, options.get("image_mean", OPENAI_CLIP_MEAN))
     expected = processor.image_processor(square, return_tensors="pt", **options)["pixel_values"]
     for given in (options, {"images_kwargs": options}):
         assert torch.equal(processor(images=image, return_tensors="pt", **given)["pixel_values"], expected)
 
 
-# Kinds of pictures. `raw` gives the 8-bit RGB pixels that reach the model, before normalising.
+# Kinds of images. `raw` gives the 8-bit RGB pixels that reach the model, before normalising.
 
 
 @pytest.fixture
@@ -142,8 +142,8 @@ def raw(make_processor: Any, make_image_processor: Any) -> Any:
 @pytest.mark.parametrize(
     "mode", ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"]
 )
-def test_every_mode_of_pillow_becomes_rgb(raw: Any, make_picture: Any, mode: str) -> None:
-    image = make_picture(9, 9)
+def test_every_mode_of_pillow_becomes_rgb(raw: Any, make_image: Any, mode: str) -> None:
+    image = make_image(9, 9)
     through = {"La": "LA", "RGBa": "RGBA", "PA": "P"}.get(mode)
     given = image.convert(through).convert(mode) if through else image.convert(mode)
     opaque = {"LA": "L", "La": "L", "PA": "P", "RGBa": "RGB"}.get(mode, mode)
@@ -151,8 +151,8 @@ def test_every_mode_of_pillow_becomes_rgb(raw: Any, make_picture: Any, mode: str
     np.testing.assert_array_equal(raw(given), expected)
 
 
-def test_transparency_is_dropped_as_convert_does(raw: Any, make_picture: Any, recwarn: Any) -> None:
-    image = make_picture(9, 9)
+def test_transparency_is_dropped_as_convert_does(raw: Any, make_image: Any, recwarn: Any) -> None:
+    image = make_image(9, 9)
     see_through = image.copy()
     see_through.putalpha(Image.new("L", image.size, 7))
     np.testing.assert_array_equal(raw(see_through), np.asarray(image))
@@ -169,14 +169,14 @@ EIGHT_BITS = (SIXTEEN_BITS // 257).astype(np.uint8)
 
 
 def test_sixteen_bits_are_scaled_not_clipped(raw: Any, tmp_path: Path) -> None:
-    pictures = [Image.fromarray(SIXTEEN_BITS), Image.fromarray(SIXTEEN_BITS.astype(np.int32))]
-    assert [picture.mode for picture in pictures] == ["I;16", "I"]
-    pictures[0].save(tmp_path / "grey.png")
-    for image in (*pictures, tmp_path / "grey.png", str(tmp_path / "grey.png")):
+    images = [Image.fromarray(SIXTEEN_BITS), Image.fromarray(SIXTEEN_BITS.astype(np.int32))]
+    assert [image.mode for image in images] == ["I;16", "I"]
+    images[0].save(tmp_path / "grey.png")
+    for image in (*images, tmp_path / "grey.png", str(tmp_path / "grey.png")):
         np.testing.assert_array_equal(raw(image), np.repeat(EIGHT_BITS[..., None], 3, axis=2))
 
 
-def test_pictures_of_floats_are_scaled_not_clipped(raw: Any) -> None:
+def test_images_of_floats_are_scaled_not_clipped(raw: Any) -> None:
     for scale in (1 / 255, 1.0):
         image = Image.fromarray(EIGHT_BITS.astype(np.float32) * np.float32(scale))
         np.testing.assert_array_equal(raw(image)[..., 1], EIGHT_BITS)
@@ -193,15 +193,15 @@ def test_pictures_of_floats_are_scaled_not_clipped(raw: Any) -> None:
     np.testing.assert_array_equal(image_utils_delta_llava._to_bytes(farther, stretch=True), [[0, 128, 255]])
 
 
-@pytest.mark.parametrize("kind", ["picture", "path", "jpeg path"])
-def test_pictures_are_turned_upright(raw: Any, make_picture: Any, tmp_path: Path, kind: str) -> None:
-    image = make_picture(8, 8)
+@pytest.mark.parametrize("kind", ["image", "path", "jpeg path"])
+def test_images_are_turned_upright(raw: Any, make_image: Any, tmp_path: Path, kind: str) -> None:
+    image = make_image(8, 8)
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright: turn clockwise to show
     path = tmp_path / ("turned.jpg" if kind == "jpeg path" else "turned.png")
     image.save(path, exif=exif)
     stored = np.asarray(Image.open(path))
-    shown = raw(Image.open(path) if kind == "picture" else path)
+    shown = raw(Image.open(path) if kind == "image" else path)
     np.testing.assert_array_equal(shown, np.rot90(stored, -1))
 
 
@@ -226,15 +226,15 @@ ARRAYS = {
 
 
 @pytest.mark.parametrize("kind", ARRAYS)
-def test_arrays_and_tensors_are_taken_as_they_are_laid_out(raw: Any, make_picture: Any, kind: str) -> None:
-    array = np.array(make_picture(9, 9))
+def test_arrays_and_tensors_are_taken_as_they_are_laid_out(raw: Any, make_image: Any, kind: str) -> None:
+    array = np.array(make_image(9, 9))
     array[0, 0], array[0, 1] = 0, 255
     np.testing.assert_array_equal(raw(ARRAYS[kind](array)), array)
 
 
 @pytest.mark.parametrize("shape", [(9, 9), (9, 9, 1), (1, 9, 9)])
-def test_grey_arrays_become_rgb(raw: Any, make_picture: Any, shape: tuple[int, ...]) -> None:
-    grey = np.asarray(make_picture(9, 9).convert("L"))
+def test_grey_arrays_become_rgb(raw: Any, make_image: Any, shape: tuple[int, ...]) -> None:
+    grey = np.asarray(make_image(9, 9).convert("L"))
     for array in (grey.reshape(shape), torch.from_numpy(grey.copy()).reshape(shape)):
         np.testing.assert_array_equal(raw(array), np.repeat(grey[..., None], 3, axis=2))
     truth = grey > 127
@@ -254,14 +254,14 @@ def test_the_smallest_arrays_and_ambiguous_layouts(raw: Any) -> None:
     np.testing.assert_array_equal(raw(cube, **nested), cube.transpose(1, 2, 0))
 
 
-def test_a_url_or_base64_picture_goes_through_transformers(raw: Any, make_picture: Any, tmp_path: Path) -> None:
-    make_picture(6, 6).save(tmp_path / "a.png")
+def test_a_url_or_base64_image_goes_through_transformers(raw: Any, make_image: Any, tmp_path: Path) -> None:
+    make_image(6, 6).save(tmp_path / "a.png")
     data = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
-    np.testing.assert_array_equal(raw(f"data:image/png;base64,{data}"), np.asarray(make_picture(6, 6)))
+    np.testing.assert_array_equal(raw(f"data:image/png;base64,{data}"), np.asarray(make_image(6, 6)))
 
 
-def test_the_callers_picture_stays_as_it_is(processor: Any, make_picture: Any) -> None:
-    image = make_picture(20, 10).convert("P")
+def test_the_callers_image_stays_as_it_is(processor: Any, make_image: Any) -> None:
+    image = make_image(20, 10).convert("P")
     before = image.tobytes()
     processor(images=image)
     assert (image.mode, image.size, image.tobytes()) == ("P", (20, 10), before)
@@ -275,10 +275,10 @@ BAD_IMAGES = {
     "a data URL without data": ("data:image/png;base64", "no comma"),
     "a data URL of noise": ("data:image/png;base64,%%%", "not base64"),
     "a host that does not exist": ("http://no.such.host.invalid/a.png", "cannot be read: "),
-    "empty picture": (Image.new("RGB", (0, 5)), r"empty \(0 x 5\)"),
+    "empty image": (Image.new("RGB", (0, 5)), r"empty \(0 x 5\)"),
     "empty array": (np.zeros((0, 5, 3), np.uint8), "empty"),
     "NaN": (np.full((4, 4, 3), np.nan), "NaN"),
-    "NaN in a picture": (Image.fromarray(np.full((4, 4), np.nan, np.float32)), "NaN"),
+    "NaN in a image": (Image.fromarray(np.full((4, 4), np.nan, np.float32)), "NaN"),
     "infinite": (torch.full((3, 4, 4), torch.inf), "infinite"),
     "two channels": (np.zeros((7, 5, 2), np.uint8), r"shape \(7, 5, 2\)"),
     "five channels": (torch.zeros(5, 7, 7), r"shape \(5, 7, 7\)"),
@@ -292,26 +292,26 @@ BAD_IMAGES = {
 
 
 @pytest.mark.parametrize("case", BAD_IMAGES)
-def test_what_is_no_picture_is_refused_by_its_number(processor: Any, make_picture: Any, case: str) -> None:
+def test_a_bad_image_is_refused_by_its_number(processor: Any, make_image: Any, case: str) -> None:
     image, message = BAD_IMAGES[case]
     with pytest.raises(ValueError, match=f"^Image 1 cannot be used: .*{message}"):
-        processor(images=[make_picture(), image], text="<image><image>")
+        processor(images=[make_image(), image], text="<image><image>")
 
 
-@pytest.mark.parametrize("content", [b"", b"this is no picture", None])
+@pytest.mark.parametrize("content", [b"", b"not an image", None])
 def test_a_broken_file_is_refused_by_its_number(
-    processor: Any, make_picture: Any, tmp_path: Path, content: bytes | None
+    processor: Any, make_image: Any, tmp_path: Path, content: bytes | None
 ) -> None:
     path = tmp_path / "broken.png"
-    make_picture(50, 50).save(path)
+    make_image(50, 50).save(path)
     path.write_bytes(path.read_bytes()[:-900] if content is None else content)  # None: a file cut short
     with pytest.raises(ValueError, match="^Image 0 cannot be used: "):
         processor(images=path, text="<image>")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_floats_that_are_rescaled_already_stay_so(processor: Any, make_picture: Any, dtype: Any) -> None:
-    image = make_picture()
+def test_floats_that_are_rescaled_already_stay_so(processor: Any, make_image: Any, dtype: Any) -> None:
+    image = make_image()
     expected = processor(images=image, return_tensors="np")["pixel_values"]
     floats = np.asarray(image).astype(dtype) / 255
     for kwargs in ({"do_rescale": False}, {"images_kwargs": {"do_rescale": False}}, {}):
@@ -324,9 +324,9 @@ def test_floats_that_are_rescaled_already_stay_so(processor: Any, make_picture: 
         processor(images=[image, floats], do_rescale=False)
 
 
-def test_images_as_files_bytes_and_mappings(raw: Any, make_picture: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_images_as_files_bytes_and_mappings(raw: Any, make_image: Any, tmp_path: Path, monkeypatch: Any) -> None:
     path = tmp_path / "an image.png"
-    make_picture(6, 6).save(path)
+    make_image(6, 6).save(path)
     data = path.read_bytes()
     encoded = base64.b64encode(data).decode()
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -337,11 +337,11 @@ def test_images_as_files_bytes_and_mappings(raw: Any, make_picture: Any, tmp_pat
     sources += [f"data:{kind};base64,{encoded}" for kind in ("image/png", "", "IMAGE/x-odd;q=1", "text/plain")]
     sources += [f"data:,{urllib.parse.quote(data)}", f"DATA:image/png;BASE64,{encoded.rstrip('=')}"]
     for source in sources:
-        np.testing.assert_array_equal(raw(source), np.asarray(make_picture(6, 6)))
+        np.testing.assert_array_equal(raw(source), np.asarray(make_image(6, 6)))
 
 
-def test_generators_and_columns_are_lists(processor: Any, make_picture: Any) -> None:
-    images = [make_picture(), make_picture(seed=1)]
+def test_generators_and_columns_are_lists(processor: Any, make_image: Any) -> None:
+    images = [make_image(), make_image(seed=1)]
     texts = ["<image>a", "<image>b"]
     expected = processor(images=images, text=texts, return_tensors="np")
     column = datasets.Dataset.from_dict({"image": images, "text": texts}).cast_column("image", datasets.Image())
@@ -355,14 +355,14 @@ def test_generators_and_columns_are_lists(processor: Any, make_picture: Any) -> 
         (([image] for image in images), texts),
         ([iter([image]) for image in images], texts),
     ]
-    for pictures, text in given:
-        found = processor(images=pictures, text=text, return_tensors="np")
+    for some_images, text in given:
+        found = processor(images=some_images, text=text, return_tensors="np")
         for name in ("input_ids", "pixel_values"):
             np.testing.assert_array_equal(found[name], expected[name])
 
 
-def test_everything_that_a_call_takes_may_be_in_a_chat(processor: Any, make_picture: Any, tmp_path: Path) -> None:
-    image = make_picture(28, 28)
+def test_everything_that_a_call_takes_may_be_in_a_chat(processor: Any, make_image: Any, tmp_path: Path) -> None:
+    image = make_image(28, 28)
     image.save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
     array = np.array(image)
@@ -395,10 +395,10 @@ def test_everything_that_a_call_takes_may_be_in_a_chat(processor: Any, make_pict
         {"crop_size": {"height": 0, "width": 0}},
     ],
 )
-def test_sizes_that_the_tower_cannot_take_are_refused(processor: Any, make_picture: Any, options: Any) -> None:
+def test_sizes_that_the_tower_cannot_take_are_refused(processor: Any, make_image: Any, options: Any) -> None:
     for given in (options, {"images_kwargs": options}):
         with pytest.raises(ValueError, match="the vision tower takes|too large|positive integers"):
-            processor(images=make_picture(50, 20), **given)
+            processor(images=make_image(50, 20), **given)
 
 
 @pytest.mark.parametrize("name", ["max_length", "pad_to_multiple_of"])
@@ -429,11 +429,11 @@ def bicubic(length: int, side: int) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [(1200, 40), (40, 1201), (1001, 240), (243, 1003), (3333, 1), (1, 3001)])
 def test_long_images_are_resized_as_if_whole_to_within_a_bound(
-    make_processor: Any, make_image_processor: Any, make_picture: Any, monkeypatch: Any, size: tuple[int, int]
+    make_processor: Any, make_image_processor: Any, make_image: Any, monkeypatch: Any, size: tuple[int, int]
 ) -> None:
     monkeypatch.setattr(image_utils_delta_llava, "LONG_SIDE", 1000)
     image_processor = make_image_processor(do_normalize=False, image_mean=[0, 0, 0])
-    image = make_picture(*size)
+    image = make_image(*size)
     found = make_processor(image_processor=image_processor)(images=image, return_tensors="np")["pixel_values"][0]
     error = np.abs(found.transpose(1, 2, 0) * 255 - exact(image, 28).clip(0, 255))
     assert error.max() <= 4 and error.mean() < 0.5
@@ -506,9 +506,9 @@ class Answers(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(make_picture: Any) -> Any:
+def server(make_image: Any) -> Any:
     file = io.BytesIO()
-    make_picture(6, 6).save(file, "PNG")
+    make_image(6, 6).save(file, "PNG")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as running:
         running.image, running.is_done = file.getvalue(), False  # type: ignore[attr-defined]
         threading.Thread(target=running.serve_forever, daemon=True).start()
@@ -517,8 +517,8 @@ def server(make_picture: Any) -> Any:
         running.shutdown()
 
 
-def test_a_url_is_read(raw: Any, make_picture: Any, server: str) -> None:
-    np.testing.assert_array_equal(raw(f"{server}/image"), np.asarray(make_picture(6, 6)))
+def test_a_url_is_read(raw: Any, make_image: Any, server: str) -> None:
+    np.testing.assert_array_equal(raw(f"{server}/image"), np.asarray(make_image(6, 6)))
 
 
 @pytest.mark.parametrize(

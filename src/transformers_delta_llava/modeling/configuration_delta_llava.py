@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 from transformers import AutoConfig, PreTrainedConfig
 
 
-# Of all files that a repo carries, `delta-llava update` brings the newest.
+# Of the Hub files in a repo; `delta-llava update` replaces them by those of this version.
 CODE_VERSION = "0.1.0"
 MODELING_FILE = "modeling_delta_llava"
 AUTO_MAP = {
@@ -104,7 +104,7 @@ class DeltaLlavaConfig(PreTrainedConfig):
 
     model_type = "delta_llava"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
-    # What `Trainer.evaluate` and `predict` do not gather: it does not have one row per example.
+    # Outputs that do not have one row per example, so that `Trainer.evaluate` and `predict` cannot gather them.
     keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states", "image_outputs"]
     attribute_map = {"image_seq_length": "num_visual_tokens"}  # transformers' name for it
 
@@ -241,7 +241,7 @@ class DeltaLlavaConfig(PreTrainedConfig):
         return [s for s in range(1, self.grid_size + 1) if self.grid_size % (s * self.projector_window_size) == 0]
 
     def to_dict(self) -> dict[str, Any]:
-        """As in the base class, plus the version of the code and the whole `auto_map`, which would have the saved class only."""
+        """As in the base class, plus the code's version and the complete `auto_map`; transformers writes the saved class only."""
         return {**super().to_dict(), "auto_map": dict(AUTO_MAP), "code_version": CODE_VERSION}
 
 
@@ -268,13 +268,13 @@ def _check_choices(config: DeltaLlavaConfig) -> None:
             _refuse(field, getattr(config, field), f"use one of {', '.join(map(repr, choices))}")
     try:
         from transformers.activations import ACT2FN
-    except ImportError:  # without torch, which a config can do without
+    except ImportError:  # without torch, which a config does not need
         ACT2FN = {config.projector_hidden_act: None}
     if config.projector_hidden_act not in ACT2FN:
         _refuse(
             "projector_hidden_act",
             config.projector_hidden_act,
-            "use an activation that transformers knows, such as 'gelu'",
+            "use a key of transformers' ACT2FN, such as 'gelu'",
         )
     if config.projector_layout == "released" and config.projector_window_size != 1:
         _refuse(
@@ -295,7 +295,7 @@ def _check_tower(config: DeltaLlavaConfig) -> None:
             _refuse(
                 f"vision_config.{field}",
                 getattr(vision, field, None),
-                "use one whole number: the patch grid must be square",
+                "use one integer: the patch grid must be square",
             )
     if config.grid_size < 1:
         _refuse(
@@ -334,7 +334,7 @@ def _check_projector(config: DeltaLlavaConfig) -> None:
     width = config.vision_config.hidden_size
     for field in ("delta_rank", "projector_head_dim", "projector_sr_ratio", "projector_window_size"):
         if not _is_int(getattr(config, field), minimum=1):
-            _refuse(field, getattr(config, field), "use a whole number of at least 1")
+            _refuse(field, getattr(config, field), "use an integer of at least 1")
     if config.grid_size % config.projector_window_size:
         _refuse(
             "projector_window_size",
@@ -347,7 +347,7 @@ def _check_projector(config: DeltaLlavaConfig) -> None:
     if width % 4:
         _refuse("vision_config.hidden_size", width, "2-D sinusoidal positions need a multiple of 4")
 
-    # The released block splits its channels between attention and convolution, so each needs a head.
+    # The released block splits its channels between attention and convolution, and each needs a head.
     needed = 2 if config.projector_layout == "released" and config.use_transformer_block else 1
     if width % config.projector_head_dim or width < needed * config.projector_head_dim:
         _refuse(

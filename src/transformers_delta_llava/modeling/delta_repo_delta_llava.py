@@ -1,7 +1,7 @@
 """Delta repos: the low-rank deltas of a projector in a folder of their own, tied to their base by a hash.
 
-`deltas.safetensors` holds `delta_u` and `delta_v` of every DeltaProjection, named as in the projector
-(`q_proj.delta_u`), in one dtype; `delta_config.json` what they fit; `README.md` is the card.
+`deltas.safetensors` has `delta_u` and `delta_v` of every DeltaProjection, named as in the projector (`q_proj.delta_u`), in
+one dtype; `delta_config.json` says which base and layout they fit; `README.md` is the card.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ library_name: transformers
 # {title}
 
 Low-rank deltas of a [Delta-LLaVA](https://arxiv.org/abs/2512.18910) projector: {parameters:,} numbers of rank {rank} in
-{dtype}, to be put on {base}. Layout `{layout}`. Source: {source}.
+{dtype}, for {base}. Layout `{layout}`. Source: {source}.
 
 ```python
 model.load_deltas("{title}")  # a Delta-LLaVA with that base; another one is refused
@@ -45,7 +45,7 @@ model.load_deltas("{title}")  # a Delta-LLaVA with that base; another one is ref
 def hash_base(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> str:
     """SHA-256 of base weights rounded to `dtype`.
 
-    What is hashed: for each name, sorted, the line `name (out, in)` and the values, row by row, little-endian.
+    For each name, sorted, the line `name (out, in)` and the values, row by row, little-endian.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
@@ -61,7 +61,7 @@ def hashes_of_base(weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 
 def is_base(weights: Mapping[str, torch.Tensor], hashes: Any) -> bool:
-    """Whether `weights` are the base that `hashes` (of `hashes_of_base`) belong to, in whichever dtype."""
+    """Whether `hashes`, a result of `hashes_of_base`, belong to `weights`, in whichever dtype."""
     return isinstance(hashes, dict) and any(
         hashes.get(dtype_name(dtype)) == hash_base(weights, dtype) for dtype in HASH_DTYPES
     )
@@ -88,7 +88,7 @@ def describe_deltas(
         rank, layout, sharing: `delta_rank`, `projector_layout`, `delta_sharing` of the config they fit.
         base_sha256: of `hashes_of_base`.
         base_name: Hub id or path of the base; of a path only the last part is written.
-        source: where the deltas come from, for people.
+        source: where the deltas come from, in words.
     """
     name = None
     if base_name:
@@ -113,7 +113,7 @@ def write_delta_repo(
     config: dict[str, Any],
     overwrite: bool = False,
 ) -> None:
-    """Write a delta repo; the folder appears when it is whole.
+    """Write a delta repo; the folder appears when it is complete.
 
     Args:
         folder: must not exist, or be empty.
@@ -138,25 +138,25 @@ def write_delta_repo(
     with tempfile.TemporaryDirectory(
         prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
     ) as temporary:
-        growing, previous = Path(temporary) / "growing", Path(temporary) / "previous"
-        growing.mkdir()
+        new, previous = Path(temporary) / "new", Path(temporary) / "previous"
+        new.mkdir()
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        weights = growing / DELTA_WEIGHTS
+        weights = new / DELTA_WEIGHTS
         weights.touch()
         mode = weights.stat().st_mode
         try:
             save_file(contiguous, weights, metadata={"format": "pt"})
-        except SafetensorError as error:  # it wraps what the file system says
+        except SafetensorError as error:  # it wraps errors of the file system
             raise OSError(f"{folder.name}/{DELTA_WEIGHTS} cannot be written: {error}") from error
         weights.chmod(mode)  # some safetensors versions let only the owner read
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (growing / DELTA_CONFIG).write_text(text, encoding="utf-8")
-        (growing / "README.md").write_text(_card(folder.name, config), encoding="utf-8")
-        _check_replaceable(folder, overwrite)  # one may have appeared in the meantime
+        (new / DELTA_CONFIG).write_text(text, encoding="utf-8")
+        (new / "README.md").write_text(_card(folder.name, config), encoding="utf-8")
+        _check_replaceable(folder, overwrite)  # it may have appeared in the meantime
         if folder.exists():
             folder.rename(previous)
         try:
-            growing.rename(folder)
+            new.rename(folder)
         except BaseException:
             if previous.exists():
                 previous.rename(folder)
@@ -169,7 +169,7 @@ def _check_replaceable(folder: Path, overwrite: bool) -> None:
     if not overwrite:
         raise FileExistsError(f"{folder.name} exists; choose another folder, or pass overwrite=True.")
     if not (folder / DELTA_CONFIG).is_file():
-        raise FileExistsError(f"{folder.name} holds no deltas, so it is not replaced; choose another folder.")
+        raise FileExistsError(f"{folder.name} is not a delta repo, so it is not replaced; choose another folder.")
 
 
 def _card(title: str, config: dict[str, Any]) -> str:
@@ -230,7 +230,7 @@ def read_delta_config(folder_or_repo: str | os.PathLike, **hub_kwargs: Any) -> d
 
 
 def read_delta_tensors(folder_or_repo: str | os.PathLike, **hub_kwargs: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a folder or Hub repo, by name, in the file's dtype; nothing is checked but that it can be read.
+    """The tensors of a folder or Hub repo, by name, in the file's dtype; their names and shapes are not checked.
 
     Raises:
         ValueError: the file is broken.

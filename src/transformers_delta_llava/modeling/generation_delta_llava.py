@@ -7,7 +7,7 @@ from transformers import Cache, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
-# Arguments of the models that hold images.
+# Arguments of `forward` with images.
 IMAGE_INPUTS = ("pixel_values", "num_visual_tokens", "mm_encoder_outputs")
 
 
@@ -93,7 +93,7 @@ class DeltaLlavaGenerationMixin(GenerationMixin):
         return {"mm_encoder_outputs": {**images["mm_encoder_outputs"], "image": features}}
 
     def heal_tokens(self, input_ids: torch.LongTensor, tokenizer: Any = None) -> torch.LongTensor:
-        """As in transformers, which writes prompts anew as text: here all but the last token stays, images above all."""
+        """As in transformers, which encodes the prompt's text again: here all tokens but the last stay, images among them."""
         placeholders = self.model.get_placeholder_mask(input_ids)
         if tokenizer is None or not placeholders.any():
             return super().heal_tokens(input_ids, tokenizer)
@@ -101,7 +101,7 @@ class DeltaLlavaGenerationMixin(GenerationMixin):
         for row, mask in zip(input_ids, placeholders):
             text = row[int(mask.nonzero().max()) + 1 :] if mask.any() else row
             healed = super().heal_tokens(text[None], tokenizer)[0]
-            # The text alone may encode in another way; then its last token says nothing about this one.
+            # The text alone may be split into other tokens; then its last one does not replace this one.
             if len(healed) > 1 and len(text) > 1 and healed[-2] == text[-2]:
                 row[-1] = healed[-1]
         return input_ids
@@ -114,8 +114,8 @@ class DeltaLlavaGenerationMixin(GenerationMixin):
         **model_kwargs: Any,
     ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
         # Images are flattened over rows. Beams need each row's images as a group (A B A B); repeating image by image
-        # (A A B B) would hand a row the wrong image. Each is encoded once, and its visual tokens are repeated. Newer
-        # transformers encode images before this; they see them here as `mm_encoder_outputs`.
+        # (A A B B) would give a row the wrong image. Each is encoded once, and its visual tokens are repeated. Newer
+        # transformers encode images before this, and pass `mm_encoder_outputs`.
         pixel_values = model_kwargs.get("pixel_values")
         encoded = model_kwargs.get("mm_encoder_outputs") or {}
         if expand_size == 1 or (pixel_values is None and "image" not in encoded):

@@ -27,8 +27,8 @@ from .projector_layers_delta_llava import PositionEmbedding2D, ProjectedWindowAt
 from .vision_tower_delta_llava import has_known_layers, rename_saved_tower, run_vision_tower
 
 
-# What quantisers leave alone: every visual token passes through the tower and the projector, and they are small beside the
-# language model. Listed as both models, with and without a head, name their parts.
+# Modules that quantisers skip: every visual token passes through the tower and the projector, and they are small beside the
+# language model. With the names of both models, with and without a head.
 MODULES_NOT_TO_CONVERT = frozenset(
     f"{prefix}{part}" for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector")
 ) | {"lm_head"}
@@ -69,12 +69,12 @@ class DeltaLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 
 def _nested_tuple(output: ModelOutput) -> tuple:
-    """The values of an output as a tuple, an output among them as a tuple too."""
+    """The values of an output as a tuple, nested outputs included."""
     return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in output.values())
 
 
 def _pick_cache(cache: Cache | None, past_key_values: Cache | None) -> dict[str, Cache | None]:
-    """The cache under the name that the installed transformers gives it.
+    """The cache, by its argument's name in the installed transformers.
 
     Raises:
         ValueError: if it was given under both names.
@@ -103,11 +103,11 @@ class DeltaLlavaPreTrainedModel(DeltaMixin, PreTrainedModel):
     def post_init(self) -> None:
         super().post_init()
         if getattr(self.config, "quantization_config", None) is not None:
-            # Every quantiser reads it.
+            # All quantisers read it.
             self._keep_in_fp32_modules = set(self._keep_in_fp32_modules or ()) | MODULES_NOT_TO_CONVERT
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
-        # It also means float32 in a float16 model. Here what is kept from quantisers has the dtype of the model.
+        # `_keep_in_fp32_modules` also means float32 in a float16 model; here it keeps modules from quantisers only.
         return {
             name: kept for name, kept in super()._get_dtype_plan(dtype).items() if name not in MODULES_NOT_TO_CONVERT
         }
@@ -115,8 +115,8 @@ class DeltaLlavaPreTrainedModel(DeltaMixin, PreTrainedModel):
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """As in PyTorch, but PEFT does not see the DeltaProjections.
 
-        PEFT finds its targets by the ends of their names, and stops at a target that it cannot adapt. `q_proj` and
-        `v_proj`, which it is asked for most often, would find the language model's maps and these.
+        PEFT selects its targets by the ends of their names, and raises on a target that it cannot adapt. `q_proj` and
+        `v_proj`, the most usual targets, would match the language model's maps and these.
         """
         modules = super().named_modules(*args, **kwargs)
         frame = inspect.currentframe()
@@ -126,7 +126,7 @@ class DeltaLlavaPreTrainedModel(DeltaMixin, PreTrainedModel):
         return ((name, module) for name, module in modules if not isinstance(module, DeltaProjection))
 
     def _tuple_or_dict(self, output: ModelOutput, return_dict: bool | None) -> Any:
-        """The output as the caller, or else the config, wants it."""
+        """The output as `return_dict`, or else the config, asks."""
         wants_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
 
@@ -180,7 +180,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
     def get_patch_features(
         self, pixel_values: torch.Tensor, **kwargs: Any
     ) -> tuple[BaseModelOutputWithPooling, torch.Tensor, list[torch.Tensor]]:
-        """What the projector reads of images: the tower's output, the single-level stream and the levels.
+        """The tower's output, and the projector's inputs: the single-level stream and the levels.
 
         Features are (images, N, C), without the class token, in the projector's dtype. `kwargs` go to the tower.
         """
@@ -305,7 +305,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs['image'].")
         if pixel_values is not None or image_outputs is not None:
             mask = self.get_placeholder_mask(input_ids, inputs_embeds)
-            # Read before the tower runs: later, reading would wait for it. A graph that is being traced has no values.
+            # Before the tower runs: later, reading the value would wait for it. A graph that is traced has no values.
             num_placeholders = None if torch.compiler.is_compiling() else int(mask.sum())
         if pixel_values is not None:
             if num_visual_tokens is None and num_placeholders is not None:
@@ -370,7 +370,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, DeltaLlavaGe
         Args:
             vision_model_name_or_path: a CLIP or SigLIP model (or its vision tower alone), on the Hub or in a folder.
             text_model_name_or_path: a causal language model, on the Hub or in a folder.
-            processor: the `DeltaLlavaProcessor` that the model will be used with. Its image token becomes
+            processor: the `DeltaLlavaProcessor` for the model. Its image token becomes
                 `config.image_token_id`, and the embeddings grow (to a multiple of 64) if its tokenizer needs it.
             dtype: dtype of the whole model; that of the language model by default.
             config_kwargs: further arguments of [`DeltaLlavaConfig`].
