@@ -32,17 +32,17 @@ def render_cards() -> dict[str, str]:
 def _paper_card(entry: dict, facts: dict, paper: list[dict]) -> ModelCard:
     tower = facts["towers"][entry["tower"]]["name"]
     language = facts["language_models"][entry["language_model"]]
-    config = _config(KNOWN_TOWERS[tower], language["config"], entry["visual_tokens"])
-    return ModelCard.of(
+    config = _config(KNOWN_TOWERS[tower], language["config"], entry["num_visual_tokens"])
+    return ModelCard.from_config(
         config,
         name=entry["name"],
         vision_tower=tower,
         base_models=[language["name"], tower],
         training=_paper_training(entry),
         paper=tuple(
-            PaperResult(row["table"], row["row"], row["visual_tokens"], row["values"])
+            PaperResult(row["table"], row["row"], row["num_visual_tokens"], row["values"])
             for row in paper
-            if (row["model"], row["visual_tokens"]) == (entry["of"], entry["visual_tokens"])
+            if (row["model"], row["num_visual_tokens"]) == (entry["of"], entry["num_visual_tokens"])
         ),
         notes=tuple(entry.get("notes", ())),
     )
@@ -55,7 +55,7 @@ def _paper_training(entry: dict) -> tuple[str, ...]:
         "The paper: one epoch each of the projector on 558K captions and of projector and language model on LLaVA's 665K "
         "mixture, on 8 H100 GPUs.",
         f"Here: `examples/recipes/pretrain-{size}.yaml`, then `examples/recipes/finetune-{size}.yaml`, with "
-        f"`num_visual_tokens={entry['visual_tokens']}` and this vision tower. Nobody has run them at full size with this package.",
+        f"`num_visual_tokens={entry['num_visual_tokens']}` and this vision tower. Nobody has run them at full size with this package.",
     )
 
 
@@ -65,7 +65,7 @@ def _easy_vqa_card(entry: dict) -> ModelCard:
     config = _config(model["vision_config"], model["text_config"], budgets[0], **model["config"])
     results = ROOT / entry["results"]
     steps = [f"`{r}`: {s['arguments']['num_train_epochs']} epochs" for r, s in zip(entry["recipes"], stages)]
-    return ModelCard.of(
+    return ModelCard.from_config(
         config,
         name=entry["name"],
         vision_tower="CLIP's architecture, trained from nothing",
@@ -91,11 +91,11 @@ def read_easy_vqa(path: Path) -> tuple[Measured, ...]:
     )  # fmt: skip
 
 
-def _config(tower: dict, text: dict, visual_tokens: int, **settings: object) -> DeltaLlavaConfig:
+def _config(tower: dict, text: dict, num_visual_tokens: int, **settings: object) -> DeltaLlavaConfig:
     if tower["model_type"] == "siglip_vision_model":  # it has no class token to leave out
         settings["vision_feature_select_strategy"] = "full"
     config = DeltaLlavaConfig(vision_config=tower, text_config=text, image_token_id=0, scale_factor=1, **settings)
-    config.scale_factor = config.scale_factor_for(visual_tokens)
+    config.scale_factor = config.scale_factor_for(num_visual_tokens)
     return config
 
 

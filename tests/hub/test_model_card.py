@@ -16,7 +16,7 @@ def card(**changes):
         "base_models": ["lmsys/vicuna-7b-v1.5", "openai/clip-vit-large-patch14-336"],
         "conversion": CONVERSION,
     }
-    return ModelCard.of(DeltaLlavaConfig(), **{**facts, **changes}).render()
+    return ModelCard.from_config(DeltaLlavaConfig(), **{**facts, **changes}).render()
 
 
 def test_the_header():
@@ -55,7 +55,7 @@ def test_the_deltas_are_counted():
     assert "rank 16" in card()
     assert (
         "## Deltas"
-        not in ModelCard.of(
+        not in ModelCard.from_config(
             DeltaLlavaConfig(use_delta_projection=False), name="a", vision_tower="b", base_models=[]
         ).render()
     )
@@ -83,9 +83,9 @@ def test_what_was_measured_is_in_the_index_and_the_papers_numbers_are_not():
 
 
 def test_a_configuration_without_weights_says_so():
-    assert "No weights of this configuration" in card(conversion=None)
-    assert "No weights of this configuration" not in card()
-    assert "No weights of this configuration" not in card(conversion=None, weights="They are there.")
+    assert "has no weights of this configuration" in card(conversion=None)
+    assert "has no weights of this configuration" not in card()
+    assert "has no weights of this configuration" not in card(conversion=None, weights="They are there.")
 
 
 def test_the_budgets_are_the_configs():

@@ -160,7 +160,7 @@ def _plan_generation(found: Source, config: DeltaLlavaConfig) -> tuple[Generatio
 
 
 def _model_card(found: Source, config: DeltaLlavaConfig, name: str, cast_to: torch.dtype | None) -> ModelCard:
-    return ModelCard.of(
+    return ModelCard.from_config(
         config,
         name=name,
         vision_tower=found.tower.name,

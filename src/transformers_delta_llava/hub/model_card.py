@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from ..modeling import DeltaLlavaConfig, DeltaLlavaProjector
 
 
-# Licences of language models that checkpoints are made of, as the Hub names them. The first that is known is inherited:
+# Licences of the language models of checkpoints, as the Hub names them. The first known one is inherited:
 # the language model holds nearly all of the weights.
 LICENSES = {
     "ByteDance-Seed/Seed-OSS-36B-Instruct": "apache-2.0",
@@ -26,7 +26,7 @@ TAGS = ["delta-llava", "vision-language-model", "visual-token-reduction", "custo
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was done to the weights: the dtype all were cast to, if they were; rows and tokens that were added."""
+    """Changes of a conversion to the weights: the dtype they were cast to, or None; rows and tokens that were added."""
 
     cast_to: str | None
     new_rows: int
@@ -51,7 +51,7 @@ class Measured:
     split: str
     metric: str
     value: float
-    visual_tokens: int
+    num_visual_tokens: int
     script: str
 
 
@@ -61,7 +61,7 @@ class PaperResult:
 
     table: int
     row: str
-    visual_tokens: int
+    num_visual_tokens: int
     values: dict[str, float]
 
 
@@ -73,12 +73,12 @@ class ModelCard:
         name: the repo's Hub id or its folder's name, for the examples; the title is its last part.
         vision_tower: name of the tower.
         text_model_type: type of the language model.
-        base_models: Hub ids of what the checkpoint was made of; may be empty.
-        visual_tokens: visual tokens per image by default.
+        base_models: Hub ids of the models that the checkpoint was trained from; may be empty.
+        num_visual_tokens: visual tokens per image by default.
         budgets: every possible number of visual tokens with its scale factor.
-        deltas: the projector's low-rank deltas; None where it has none.
+        deltas: the projector's low-rank deltas; None without them.
         license: as the Hub names it; by default the language model's, where that is known.
-        conversion: what was done to a checkpoint's weights; None where none was converted.
+        conversion: changes to a checkpoint's weights; None where no checkpoint was converted.
         weights: a sentence on where the weights are, where they were not converted.
         training: sentences on how it was trained.
         measured: results for `model-index`.
@@ -90,7 +90,7 @@ class ModelCard:
     vision_tower: str
     text_model_type: str
     base_models: list[str]
-    visual_tokens: int
+    num_visual_tokens: int
     budgets: list[tuple[int, int]]
     deltas: Deltas | None
     license: str | None
@@ -102,16 +102,16 @@ class ModelCard:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, config: DeltaLlavaConfig, *, base_models: list[str], **facts: object) -> "ModelCard":
-        """A card with what `config` and `base_models` say about the model, and the other `facts` as given."""
-        known = {
+    def from_config(cls, config: DeltaLlavaConfig, *, base_models: list[str], **facts: object) -> "ModelCard":
+        """A card with the facts that follow from `config` and `base_models`, and the other `facts` as given."""
+        derived = {
             "text_model_type": config.text_config.model_type,
-            "visual_tokens": config.num_visual_tokens,
+            "num_visual_tokens": config.num_visual_tokens,
             "budgets": [(tokens, config.scale_factor_for(tokens)) for tokens in config.visual_token_budgets],
             "deltas": count_deltas(config),
             "license": next((LICENSES[name] for name in base_models if name in LICENSES), None),
         }
-        return cls(base_models=base_models, **{**known, **facts})
+        return cls(base_models=base_models, **{**derived, **facts})
 
     @property
     def title(self) -> str:
@@ -127,12 +127,12 @@ class ModelCard:
         """The card as Markdown with its YAML header."""
         environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True)
         template = environment.from_string(files(__package__).joinpath("model_card.md.jinja").read_text("utf-8"))
-        fewer = [tokens for tokens, _ in self.budgets if tokens < self.visual_tokens]
+        fewer = [tokens for tokens, _ in self.budgets if tokens < self.num_visual_tokens]
         return template.render(
             card=self,
             header=self._header(),
             patches=self.budgets[0][0],
-            example_budget=fewer[0] if fewer else self.visual_tokens,
+            example_budget=fewer[0] if fewer else self.num_visual_tokens,
             benchmarks=list(dict.fromkeys(name for result in self.paper for name in result.values)),
         )
 
@@ -144,7 +144,7 @@ class ModelCard:
                 dataset_name=result.dataset,
                 dataset_split=result.split,
                 metric_type=result.metric,
-                metric_name=f"{result.metric} at {result.visual_tokens} visual tokens",
+                metric_name=f"{result.metric} at {result.num_visual_tokens} visual tokens",
                 metric_value=result.value,
             )
             for result in self.measured
@@ -161,7 +161,7 @@ class ModelCard:
 
 
 def count_deltas(config: DeltaLlavaConfig) -> Deltas | None:
-    """Count the projector's parameters without making them."""
+    """Count the projector's parameters without allocating them."""
     if not config.use_delta_projection:
         return None
     with torch.device("meta"):

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, normalizers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..utils.errors import DeltaLlavaError, one_line
-from ..utils.files import local_folder, read_json, read_text, write_json
+from ..utils.files import local_folder, read_json, read_optional_json, read_text, write_json
 
 
 IMAGE_TOKEN = "<image>"
@@ -32,7 +32,7 @@ TOKENIZER_FILES = (
 # What transformers needs to read a `tokenizer.model`: modules and the packages they come in.
 _SENTENCEPIECE = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-# How the rule begins that gives text after an image its word mark.
+# The beginning of the rule that adds the word mark to text after an image.
 WORD_MARK_RULE = rf"(?:(?<={IMAGE_TOKEN})|"
 # Settings that would run a source's code, or that describe the loading of it, paths among them.
 _DROPPED_SETTINGS = (
@@ -47,19 +47,19 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(
-    spec: str, text_config: PreTrainedConfig, sentencepiece_class: str | None
+    model_id: str, text_config: PreTrainedConfig, sentencepiece_class: str | None
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or the Hub without running code from there.
 
     Args:
-        spec: a folder or a Hub id.
+        model_id: a folder or a Hub id.
         text_config: config of the language model it belongs to.
         sentencepiece_class: tokenizer class for a folder that holds a `tokenizer.model` and does not say its class.
 
     Raises:
         DeltaLlavaError: no tokenizer there, one that cannot be read, or a package for it is missing.
     """
-    folder = local_folder(spec, "tokenizer", TOKENIZER_FILES)
+    folder = local_folder(model_id, "tokenizer", TOKENIZER_FILES)
     if not has_tokenizer(folder):
         raise DeltaLlavaError(
             f"{folder.name} has no tokenizer ({', '.join(_VOCABULARY_FILES)}); pass the folder or Hub id of the language "
@@ -87,13 +87,12 @@ def load_tokenizer(
     return tokenizer
 
 
-def read_own_template(spec: str) -> str | None:
+def read_own_template(model_id: str) -> str | None:
     """The chat template that a tokenizer in a folder or on the Hub brings, or None."""
-    folder = local_folder(spec, "tokenizer", TOKENIZER_FILES)
+    folder = local_folder(model_id, "tokenizer", TOKENIZER_FILES)
     if (folder / TEMPLATE_FILE).is_file():
         return read_text(folder / TEMPLATE_FILE)
-    settings = folder / "tokenizer_config.json"
-    template = read_json(settings).get("chat_template") if settings.is_file() else None
+    template = read_optional_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # several, by name
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
         template = named[0].get("template") if named else None
@@ -118,9 +117,9 @@ def _is_installed(module: str) -> bool:
 
 
 def _write_settings(folder: Path, sentencepiece_class: str | None) -> None:
-    """Say outright what transformers took for granted when the authors' checkpoints were made, and no longer does."""
+    """Write out the defaults of the transformers that the authors used, which later ones changed."""
     path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.is_file() else {}
+    settings = read_optional_json(path)
     for name in _DROPPED_SETTINGS:
         settings.pop(name, None)
     length = settings.get("model_max_length")
@@ -146,19 +145,19 @@ class TokenIds:
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase) -> TokenIds:
     """Add the image token, and a padding token where there is none, each once; pad on the left from now on."""
-    wanted = [IMAGE_TOKEN]
+    required = [IMAGE_TOKEN]
     if tokenizer.pad_token is None:
-        wanted.append(PAD_TOKEN)
+        required.append(PAD_TOKEN)
         tokenizer.pad_token = PAD_TOKEN
     known = tokenizer.get_vocab()
-    added = [token for token in wanted if token not in known]
+    added = [token for token in required if token not in known]
     if added or not _separates_at_images(tokenizer):
-        tokens = [AddedToken(token, special=True, normalized=False) for token in wanted]
+        tokens = [AddedToken(token, special=True, normalized=False) for token in required]
         tokenizer.add_tokens(tokens, special_tokens=True)
     if not _separates_at_images(tokenizer):
         _mark_first_words(tokenizer)
     tokenizer.padding_side = "left"
-    tokenizer.init_kwargs["padding_side"] = "left"  # only what it was made with is saved
+    tokenizer.init_kwargs["padding_side"] = "left"  # only its arguments are saved
     image, pad = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, tokenizer.pad_token])
     return TokenIds(image, pad, max(tokenizer.get_vocab().values()) + 1, added)
 
@@ -175,21 +174,21 @@ def _separates_at_images(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _mark_first_words(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Open the text after an image, and after BOS at the start, with SentencePiece's word mark.
+    """Begin the text after an image, and after BOS at the start, with SentencePiece's word mark.
 
-    The authors' code cuts prompts at their images and encodes the pieces one by one, so each opens with the mark. A Llama
-    tokenizer with `legacy=False` gives it only to text that stands at the very start, where templates write BOS. A rule in
-    front of it gives the mark back in these places and in no other: text after other special tokens stays as it is.
+    The authors' code splits prompts at their images and encodes the pieces one by one, so each begins with the mark. A
+    Llama tokenizer with `legacy=False` adds it only at the very start of a text, where templates write BOS. A rule before its
+    normalizer adds the mark in these places and in no other: text after other special tokens stays as it is.
     """
     bos, eos = tokenizer.bos_token or IMAGE_TOKEN, tokenizer.eos_token or IMAGE_TOKEN
     start, end = re.escape(bos), re.escape(eos)
-    places = WORD_MARK_RULE + rf"(?<=\A{start}))(?![ \u2581]|{IMAGE_TOKEN}|{start}|{end}|\z)"
+    pattern = WORD_MARK_RULE + rf"(?<=\A{start}))(?![ \u2581]|{IMAGE_TOKEN}|{start}|{end}|\z)"
     backend = tokenizer.backend_tokenizer
-    rules = [normalizers.Replace(Regex(places), "\u2581")]
+    rules = [normalizers.Replace(Regex(pattern), "\u2581")]
     backend.normalizer = normalizers.Sequence([*rules, *([backend.normalizer] if backend.normalizer else [])])
     # Normalisation sees no token that is not itself normalised.
-    seen = [AddedToken(token, special=True, normalized=True) for token in dict.fromkeys((IMAGE_TOKEN, bos, eos))]
-    tokenizer.add_tokens(seen, special_tokens=True)
+    tokens = [AddedToken(token, special=True, normalized=True) for token in dict.fromkeys((IMAGE_TOKEN, bos, eos))]
+    tokenizer.add_tokens(tokens, special_tokens=True)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, max_length: int | None) -> None:

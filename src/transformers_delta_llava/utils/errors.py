@@ -132,7 +132,7 @@ def _short_repr(value: object) -> str:
 
 
 class RecipeError(DeltaLlavaError):
-    """A recipe, or a run of one, that cannot go on as it stands."""
+    """A recipe, or a run of one, that cannot continue as it is."""
 
 
 class DataError(DeltaLlavaError):

@@ -123,7 +123,7 @@ def sha256_of(file: Path) -> str:
 
 
 def refuse_special_files(folder: Path) -> None:
-    """Refuse a folder in which a pipe, a socket or a device lies: libraries that read the folder would wait for ever.
+    """Refuse a folder in which a pipe, a socket or a device lies: libraries that read the folder would hang.
 
     Raises:
         DeltaLlavaError: naming the first.
@@ -211,7 +211,7 @@ def public_name(model_id: str) -> str:
 
 
 def hub_id_of(name: object, *folders: Path) -> str | None:
-    """The Hub id that a checkpoint says it was made of, in a form that may be published.
+    """The Hub id that a config names, in a form that may be published.
 
     Args:
         name: as it stands in a config: a Hub id, or a path of the machine that trained the checkpoint.
