@@ -1,16 +1,16 @@
-"""Whether heat lies where the answer is to be seen: easy-VQA's test images, on whose plain ground there is one shape.
+"""Whether saliency lies where the answer is to be seen: easy-VQA's test images, on whose plain ground there is one shape.
 
     python benchmarks/explanations.py [--images 200]
 
-For every place and budget the script looks at the first token of one answer per image, once with the heat that
+For every place and budget the script looks at the first token of one answer per image, once with the saliency that
 `delta-llava explain` draws (gradient times activation at each position), once with Grad-CAM's (gradients averaged over the
 positions first). It prints, and writes to `benchmarks/results/explanations.md`:
 
-- none: images for which no heat is left, as nothing speaks for the token; the other columns leave them out;
-- on the shape: mean share of the heat in the cells that the shape reaches into;
-- cells: mean share of the cells that it reaches into, which is what heat spread evenly would have there;
-- hottest: images whose hottest cell is one of them;
-- denser: images with more heat per area on the shape than beside it.
+- none: images for which no saliency is left, as nothing speaks for the token; the other columns leave them out;
+- on the shape: mean share of the saliency in the cells that the shape reaches into;
+- cells: mean share of the cells that it reaches into, which is what saliency spread evenly would have there;
+- highest: images whose highest cell is one of them;
+- denser: images with more saliency per area on the shape than beside it.
 
 Nothing is drawn by chance.
 """
@@ -26,7 +26,7 @@ from PIL import Image
 from rich.progress import track
 
 from transformers_delta_llava.analysis import load_repo
-from transformers_delta_llava.analysis.explain import heat_map, token_gradients
+from transformers_delta_llava.analysis.explain import saliency_map, token_gradients
 from transformers_delta_llava.analysis.inference import answer_ids, encode_question
 from transformers_delta_llava.conversion import convert_checkpoint
 from transformers_delta_llava.evaluation import Question, load_questions
@@ -36,12 +36,12 @@ ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "examples" / "easy-vqa"
 LOOKS = [("visual_tokens", 64), ("visual_tokens", 16), ("visual_tokens", 4)]
 LOOKS += [("patches", budget) for budget in (64, 16, 4, 1)]
-HEAD = "| heat at | visual tokens | method | none | on the shape | cells | hottest | denser |\n|---|---|---|---|---|---|---|---|"
+HEAD = "| saliency at | visual tokens | method | none | on the shape | cells | highest | denser |\n|---|---|---|---|---|---|---|---|"
 
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description="Where heat lies on images of which we know it.")
+    parser = argparse.ArgumentParser(description="Where saliency lies on images of which we know it.")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "explanations.md")
     arguments = parser.parse_args()
@@ -60,9 +60,9 @@ def main() -> None:
             said = answer_ids(model, inputs, 1)
             activations, gradients = token_gradients(model, inputs, said, on)
             shape = shape_mask(image)
-            found["as drawn"].append(judge(heat_map(activations, gradients).numpy(), shape))
+            found["as drawn"].append(judge(saliency_map(activations, gradients).numpy(), shape))
             averaged = gradients.mean(0, keepdim=True).expand_as(gradients)
-            found["Grad-CAM"].append(judge(heat_map(activations, averaged).numpy(), shape))
+            found["Grad-CAM"].append(judge(saliency_map(activations, averaged).numpy(), shape))
         rows += [f"| {on} | {budget} | {method} | {summary(judged)} |" for method, judged in found.items()]
     table = "\n".join(rows)
     print(table)
@@ -87,15 +87,15 @@ def shape_mask(image: Image.Image) -> np.ndarray:
     return np.abs(pixels - np.array(max(corners, key=corners.count))).sum(-1) > 30
 
 
-def judge(heat: np.ndarray, shape: np.ndarray) -> tuple[float, float, bool, bool] | None:
-    """Heat on the shape, cells of the shape, whether it is hottest there, whether it is denser there; None without heat."""
-    if not heat.any():
+def judge(saliency: np.ndarray, shape: np.ndarray) -> tuple[float, float, bool, bool] | None:
+    """Saliency on the shape, cells of the shape, whether it is highest there, whether it is denser there; None without saliency."""
+    if not saliency.any():
         return None
-    grid = len(heat)
+    grid = len(saliency)
     share = shape.reshape(grid, shape.shape[0] // grid, grid, -1).mean((1, 3))
     reached = share > 0
-    on, off = (heat * share).sum() / share.sum(), (heat * (1 - share)).sum() / (1 - share).sum()
-    return heat[reached].sum() / heat.sum(), reached.mean(), bool(reached.flat[heat.argmax()]), bool(on > off)
+    on, off = (saliency * share).sum() / share.sum(), (saliency * (1 - share)).sum() / (1 - share).sum()
+    return saliency[reached].sum() / saliency.sum(), reached.mean(), bool(reached.flat[saliency.argmax()]), bool(on > off)
 
 
 def summary(judged: Sequence[Any]) -> str:

@@ -28,8 +28,8 @@ from torch import nn
 from transformers import set_seed
 
 from projectors import AveragePoolingProjector, MLPProjector, TokenPackerStyleProjector
-from projectors.plot import write_plot
 from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaProjector
+from transformers_delta_llava.analysis import line_plot
 from transformers_delta_llava.evaluation import answer_questions, draw_test_questions, score_answers
 from transformers_delta_llava.training import load_recipe
 from transformers_delta_llava.training.recipe import Recipe
@@ -210,7 +210,8 @@ def show(runs: list[dict[str, Any]], steps: tuple[int, ...]) -> None:
     lines = [title, "", " | ".join(header), " | ".join("---" for _ in header), *(" | ".join(row) for row in rows)]
     stem = RESULTS.with_name(f"{RESULTS.stem}-{'-'.join(map(str, steps))}")
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    write_plot(points, f"easy-VQA after {trained} steps", stem.with_suffix(".svg"))
+    title = f"easy-VQA after {trained} steps, percent right"
+    line_plot(points, title, "visual tokens per image", stem.with_suffix(".svg"), log_x=True)
 
 
 def _spread(values: list[float]) -> str:

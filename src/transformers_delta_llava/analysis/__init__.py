@@ -1,9 +1,17 @@
 """What trained models do and cost."""
 
 from .budgets import BudgetComparison, BudgetRun, compare_budgets
-from .explain import Explanation, explain
-from .figures import bar_plot, draw_explanations, draw_heat, line_plot, write_comparison
-from .inference import load_config, load_picture, load_repo
+from .explain import Explanation, explain, explain_budgets
+from .figures import (
+    bar_plot,
+    check_figure_path,
+    line_plot,
+    overlay_saliency,
+    plot_comparison,
+    plot_delta_stats,
+    plot_explanations,
+)
+from .inference import load_config, load_image, load_repo
 from .profile import (
     PAPER_NOTE,
     PARTS,
@@ -29,17 +37,20 @@ __all__ = [
     "Floor",
     "ModelProfile",
     "bar_plot",
+    "check_figure_path",
     "compare_budgets",
-    "draw_explanations",
-    "draw_heat",
     "explain",
+    "explain_budgets",
     "line_plot",
     "load_config",
-    "load_picture",
+    "load_image",
     "load_repo",
+    "overlay_saliency",
     "paper_flops",
+    "plot_comparison",
+    "plot_delta_stats",
+    "plot_explanations",
     "profile_model",
     "roofline",
     "shape_config",
-    "write_comparison",
 ]

@@ -18,24 +18,17 @@ from ..utils.prompts import max_prompt_tokens
 from .inference import count_visual_tokens, encode_question
 
 
-TIMES = (
-    "Medians of {repeats} runs after a warm-up, batch of one. The times are the model's: the first token takes the vision "
-    "tower, the projector and the language model over the whole prompt; in all, every token of the answer. Reading and "
-    "resizing the picture and turning text to tokens and back are not in them."
-)
-
-
 @dataclass(frozen=True)
 class BudgetRun:
     """
-    What was said with so many visual tokens, and the milliseconds it took.
+    The answer with so many visual tokens, and the milliseconds it took.
 
     `tower_ms` is the vision tower's part of `first_token_ms`, which is part of `total_ms`. `loss` is the share of the
-    picture's variance that the rule of `num_visual_tokens="auto"` takes to be lost, `picked` whether that rule chose
-    this budget. `prompt_tokens` counts text and visual tokens.
+    image's variance that the rule of `num_visual_tokens="auto"` takes to be lost, `chosen_by_auto` whether that rule
+    chose this budget. `prompt_tokens` counts text and visual tokens.
     """
 
-    visual_tokens: int
+    num_visual_tokens: int
     prompt_tokens: int
     answer: str
     answer_tokens: int
@@ -43,12 +36,12 @@ class BudgetRun:
     first_token_ms: float
     total_ms: float
     loss: float
-    picked: bool
+    chosen_by_auto: bool
 
 
 @dataclass(frozen=True)
 class BudgetComparison:
-    """The runs of one picture and one prompt, with what is needed to repeat them."""
+    """The runs of one image and one prompt, with what is needed to repeat them."""
 
     prompt: str
     runs: list[BudgetRun]
@@ -62,8 +55,12 @@ class BudgetComparison:
 
     @property
     def times(self) -> str:
-        """What the times hold, in words."""
-        return TIMES.format(repeats=self.repeats)
+        """What the times include, in words."""
+        return (
+            f"Medians of {self.repeats} runs after a warm-up, batch of one. The times are the model's: the first token "
+            "takes the vision tower, the projector and the language model over the whole prompt; the total takes every "
+            "token of the answer. Reading and resizing the image, and tokenizing, are not included."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """What a JSON report holds."""
@@ -87,7 +84,7 @@ def compare_budgets(
     Args:
         model: on any device, in evaluation mode.
         processor: its own.
-        image: any picture.
+        image: any image.
         prompt: what to ask.
         budgets: numbers of visual tokens, or `"auto"`; all that the processor has when `None`.
         auto_max_loss: what `"auto"` may lose; the processor's default when `None`.
@@ -103,38 +100,37 @@ def compare_budgets(
         if number < 1:
             raise ValueError(f"{name}={number}: use at least 1.")
     (losses,) = processor.image_losses(image)
-    most = max_prompt_tokens(model.config)
+    limit = max_prompt_tokens(model.config)
     inputs: dict[int, Any] = {}
     for budget in budgets or processor.visual_token_budgets:
-        encoded = encode_question(processor, image, prompt, budget, auto_max_loss, most)
+        encoded = encode_question(processor, image, prompt, budget, auto_max_loss, limit)
         inputs.setdefault(count_visual_tokens(processor, encoded), encoded.to(model.device, model.dtype))
-    picked = count_visual_tokens(processor, encode_question(processor, image, prompt, "auto", auto_max_loss, most))
+    chosen = count_visual_tokens(processor, encode_question(processor, image, prompt, "auto", auto_max_loss, limit))
 
-    timed: dict[int, list[_Watch]] = {budget: [] for budget in inputs}
+    timed: dict[int, list[TimingStreamer]] = {budget: [] for budget in inputs}
     for repeat in range(1 + repeats):
         for budget in inputs:
-            watch = _run(model, inputs[budget], max_new_tokens if repeat else min(2, max_new_tokens))
-            if repeat:
-                timed[budget].append(watch)
+            timed[budget].append(
+                _generate(model, inputs[budget], max_new_tokens if repeat else min(2, max_new_tokens))
+            )
             if on_run is not None:
                 on_run()
 
     runs = []
-    for budget in sorted(inputs, reverse=True):
-        watches = timed[budget]
-        answer = processor.decode(watches[-1].tokens, skip_special_tokens=True).strip()
-        tower, first, total = (statistics.median(times) for times in zip(*(watch.times() for watch in watches)))
+    for budget, (_, *streamers) in sorted(timed.items(), reverse=True):
+        tower, first, total = (statistics.median(times) for times in zip(*(s.times() for s in streamers)))
+        tokens = streamers[-1].tokens
         runs.append(
             BudgetRun(
-                visual_tokens=budget,
+                num_visual_tokens=budget,
                 prompt_tokens=inputs[budget]["input_ids"].shape[1],
-                answer=answer,
-                answer_tokens=len(watches[-1].tokens),
+                answer=processor.decode(tokens, skip_special_tokens=True).strip(),
+                answer_tokens=len(tokens),
                 tower_ms=tower,
                 first_token_ms=first,
                 total_ms=total,
                 loss=losses[budget],
-                picked=budget == picked,
+                chosen_by_auto=budget == chosen,
             )
         )
     return BudgetComparison(
@@ -150,8 +146,8 @@ def compare_budgets(
     )
 
 
-class _Watch(BaseStreamer):
-    """Takes the time of every token; its answer's ids are in `tokens`."""
+class TimingStreamer(BaseStreamer):
+    """Takes the time of every token of an answer; their ids are in `tokens`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -161,35 +157,38 @@ class _Watch(BaseStreamer):
         self.start = self.tower_end = self.now()
 
     def now(self) -> float:
+        """Seconds, once the device has done what it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def mark_tower(self, *_: Any) -> None:
+        """Hook of the projector: what it reads is there."""
         self.tower_end = self.now()
 
     def put(self, value: torch.Tensor) -> None:
+        """Take the ids of the prompt, then those of each step."""
         if not self.prompt_is_next:
             self.marks.append(self.now())
             self.tokens += value.flatten().tolist()
         self.prompt_is_next = False
 
     def end(self) -> None:
-        pass
+        """Nothing is left to do."""
 
     def times(self) -> tuple[float, float, float]:
         """Milliseconds to the end of the tower, to the first token, to the last."""
-        first, *_, last = self.marks * 2
-        return tuple(1000 * (mark - self.start) for mark in (self.tower_end, first, last))  # type: ignore[return-value]
+        tower, first, last = (1000 * (mark - self.start) for mark in (self.tower_end, self.marks[0], self.marks[-1]))
+        return tower, first, last
 
 
 @torch.inference_mode()
-def _run(model: DeltaLlavaForConditionalGeneration, inputs: Any, max_new_tokens: int) -> _Watch:
-    watch = _Watch(model.device)
-    hook = model.model.multi_modal_projector.register_forward_pre_hook(watch.mark_tower)
+def _generate(model: DeltaLlavaForConditionalGeneration, inputs: Any, max_new_tokens: int) -> TimingStreamer:
+    streamer = TimingStreamer(model.device)
+    hook = model.model.multi_modal_projector.register_forward_pre_hook(streamer.mark_tower)
     try:
-        watch.start = watch.now()
-        model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, streamer=watch)
+        streamer.start = streamer.now()
+        model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, streamer=streamer)
     finally:
         hook.remove()
-    return watch
+    return streamer

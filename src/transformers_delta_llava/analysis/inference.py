@@ -30,8 +30,8 @@ def load_repo(
         dtype: float32, bfloat16 or float16.
 
     Raises:
-        DeltaLlavaError: there is no such repo, it is of something else, parts of it are missing, or device or dtype are
-            not to be had here.
+        DeltaLlavaError: there is no such repo, it holds another model, parts of it are missing, or the device or
+            the dtype cannot be used.
     """
     weights_dtype = torch_dtype(dtype)
     _check_device(device)
@@ -55,14 +55,14 @@ def load_config(model: str) -> DeltaLlavaConfig:
     The configuration of a Delta-LLaVA repo, folder or Hub id.
 
     Raises:
-        DeltaLlavaError: there is no such repo, it is of something else, or its config.json makes no sense.
+        DeltaLlavaError: there is no such repo, it holds another model, or its config.json is invalid.
     """
     _check_repo(model)
     with _reading(model):
         return DeltaLlavaConfig.from_pretrained(model)
 
 
-def load_picture(image: str) -> Image.Image:
+def load_image(image: str) -> Image.Image:
     """
     The image of a file, an `http:`, `https:`, `file:` or `data:` URL, read whole.
 
@@ -75,11 +75,11 @@ def load_picture(image: str) -> Image.Image:
     ):
         raise DeltaLlavaError(f"{shorten(image)}: there is no such image.")
     try:
-        picture = open_image(image)
-        picture.load()
+        loaded = open_image(image)
+        loaded.load()
     except Exception as error:  # whatever Pillow or the network raises
         raise DeltaLlavaError(f"{shorten(image)} is not an image that can be read: {one_line(error, 300)}.") from error
-    return picture
+    return loaded
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def _check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise DeltaLlavaError(f"device={device!r} is not to be had here: {_first_sentence(error)}.") from error
+        raise DeltaLlavaError(f"device={device!r} cannot be used: {_first_sentence(error)}.") from error
 
 
 def _read_settings(model: str) -> Mapping[str, Any]:
@@ -115,11 +115,11 @@ def _read_settings(model: str) -> Mapping[str, Any]:
             return DeltaLlavaConfig.get_config_dict(model)[0]
     refuse_special_files(folder)
     if not (folder / "config.json").is_file():
-        raise DeltaLlavaError(f"{model} is no model: it has no config.json.")
+        raise DeltaLlavaError(f"{model} is not a model: it has no config.json.")
     try:
         return read_json(folder / "config.json")
     except ValueError as error:
-        raise DeltaLlavaError(f"{model} is no model: {one_line(error)}.") from error
+        raise DeltaLlavaError(f"{model} is not a model: {one_line(error)}.") from error
 
 
 def _check_repo(model: str) -> None:
@@ -127,10 +127,10 @@ def _check_repo(model: str) -> None:
     try:
         check_sizes(settings, "config.json")
     except ValueError as error:
-        raise DeltaLlavaError(f"{model} is no model: {one_line(error)}.") from error
+        raise DeltaLlavaError(f"{model} is not a model: {one_line(error)}.") from error
     model_type = settings.get("model_type")
     if not isinstance(model_type, str):
-        raise DeltaLlavaError(f"{model} is no model: its config.json names no model_type.")
+        raise DeltaLlavaError(f"{model} is not a model: its config.json names no model_type.")
     if model_type != "delta_llava":
         raise DeltaLlavaError(
             f"{model} is a {shorten(model_type)}, not a delta_llava; `delta-llava convert` makes a repo of a checkpoint in "
@@ -147,11 +147,11 @@ def encode_question(
     max_tokens: int | None = None,
 ) -> Any:
     """
-    Inputs, a batch of one, of one turn in the processor's chat template: the picture, then the prompt.
+    Inputs, a batch of one, of one turn in the processor's chat template: the image, then the prompt.
 
     Args:
         processor: of any repo.
-        image: any picture.
+        image: any image.
         prompt: what to ask.
         num_visual_tokens: a budget or `"auto"`; the processor's default when `None`.
         auto_max_loss: what `"auto"` may lose; the processor's default when `None`.
@@ -174,41 +174,52 @@ def encode_question(
     return inputs
 
 
+def check_budgets(processor: DeltaLlavaProcessor, budgets: Sequence[Any]) -> None:
+    """
+    Refuse `budgets` that are neither `"auto"` nor what the processor has, before anything runs.
+
+    Raises:
+        ValueError: the processor's own sentence.
+    """
+    processor._resolve_budgets(list(budgets), None)
+
+
 def count_visual_tokens(processor: DeltaLlavaProcessor, inputs: Any) -> int:
-    """Visual tokens of the one picture in `inputs`."""
+    """Visual tokens of the one image in `inputs`."""
     return int((inputs["input_ids"] == processor.image_token_id).sum())
 
 
-def find_token(processor: DeltaLlavaProcessor, ids: Sequence[int], token: int | str, budget: int) -> int:
+def find_token(processor: DeltaLlavaProcessor, ids: Sequence[int], token: int | str, num_visual_tokens: int) -> int:
     """
-    Position among the `ids` of the answer at a `budget`: `token` itself, or where its text starts.
+    Position among the `ids` of an answer with `num_visual_tokens`: `token` itself, or where its text starts.
 
     Raises:
         ValueError: the answer is empty, or has no such token.
     """
     if not ids:
-        raise ValueError(f"The answer with {budget} visual tokens is empty: there is no token to explain.")
+        raise ValueError(f"The answer with {num_visual_tokens} visual tokens is empty: there is no token to explain.")
     if isinstance(token, int) and 0 <= token < len(ids):
         return token
     if isinstance(token, str):
         wanted = token.strip()
         for start in range(len(ids)):
-            said = token_text(processor, ids[start : start + 1])
-            for stop in range(start + 2, len(ids) + 1):  # a word may be in several pieces
-                if not said or said == wanted or len(said.rstrip("\ufffd")) > len(wanted):
-                    break  # a character of which a piece holds a part reads as U+FFFD
-                said = token_text(processor, ids[start:stop])
-            if said and said == wanted:
+            text = token_text(processor, ids[start : start + 1])
+            # A word may be in several tokens, and so may a character: its parts decode to U+FFFD.
+            for stop in range(start + 2, len(ids) + 1):
+                if not text or text == wanted or len(text.rstrip("\ufffd")) > len(wanted):
+                    break
+                text = token_text(processor, ids[start:stop])
+            if text and text == wanted:
                 return start
-    pieces = ", ".join(f"{place} {token_text(processor, [index])!r}" for place, index in enumerate(ids[:20]))
+    pieces = ", ".join(f"{index} {token_text(processor, [token_id])!r}" for index, token_id in enumerate(ids[:20]))
     more = f" and {len(ids) - 20} more" if len(ids) > 20 else ""
     raise ValueError(
-        f"token={token!r}: the answer with {budget} visual tokens does not have it; its tokens are {pieces}{more}."
+        f"token={token!r}: the answer with {num_visual_tokens} visual tokens does not have it; its tokens are {pieces}{more}."
     )
 
 
 def token_text(processor: DeltaLlavaProcessor, ids: Sequence[int]) -> str:
-    """What ids read, special tokens among them, without blanks around it."""
+    """Text of ids, special tokens among them, stripped."""
     return str(processor.decode(list(ids))).strip()
 
 

@@ -1,16 +1,27 @@
 """`delta-llava budget`."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
-from rich.text import Text
 
-from .options import number_or_word
+from .options import (
+    AutoMaxLoss,
+    Device,
+    Dtype,
+    Image,
+    Json,
+    MaxNewTokens,
+    Model,
+    Prompt,
+    cell,
+    number_or_word,
+    print_json,
+    progress,
+    say,
+)
 
 
 if TYPE_CHECKING:
@@ -18,68 +29,54 @@ if TYPE_CHECKING:
 
 
 def budget(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a Delta-LLaVA.", show_default=False)],
-    image: Annotated[str, typer.Argument(help="Picture: a file or a URL.", show_default=False)],
-    prompt: Annotated[str, typer.Argument(help="What to ask about it.", show_default=False)],
+    model: Model,
+    image: Image,
+    prompt: Prompt,
     num_visual_tokens: Annotated[
         list[str] | None,
-        typer.Option(help="Visual tokens, or auto; may be given several times; by default all that there are."),
+        typer.Option(help="Visual tokens, or auto; may be given several times; by default every budget."),
     ] = None,
-    auto_max_loss: Annotated[
-        float | None, typer.Option(help="What auto may lose of the picture, 0 to 1; by default the model's.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of the longest answer.")] = 64,
+    auto_max_loss: AutoMaxLoss = None,
+    max_new_tokens: MaxNewTokens = 64,
     repeats: Annotated[int, typer.Option(help="Timed runs, of which the median counts.")] = 3,
-    device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="Precision to run in: float32, bfloat16 or float16.")] = "float32",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    as_json: Json = False,
     output: Annotated[
-        Path | None, typer.Option(help="Write a page or a picture as well: FILE.html or FILE.png.", show_default=False)
+        Path | None, typer.Option(help="Write a figure as well: FILE.png or FILE.svg.", show_default=False)
     ] = None,
 ) -> None:
     """Ask one question at every number of visual tokens: answers and times side by side."""
     from transformers.utils.logging import disable_progress_bar  # these take seconds to import
 
-    from ..analysis import compare_budgets, load_picture, load_repo, write_comparison
-    from ..analysis.figures import SUFFIXES, check_output
+    from ..analysis import check_figure_path, compare_budgets, load_image, load_repo, plot_comparison
 
     if output is not None:
-        check_output(output, SUFFIXES)
+        check_figure_path(output)
     disable_progress_bar()
-    picture = load_picture(image)
+    loaded_image = load_image(image)
     loaded, processor = load_repo(model, device, dtype)
-    wanted = [number_or_word(word) for word in num_visual_tokens or []]
-    talk = Console(stderr=True)
-    with Progress(console=talk, transient=True, disable=not talk.is_terminal) as bar:
-        task = bar.add_task("asking", total=(1 + repeats) * len(wanted or processor.visual_token_budgets))
-        found = compare_budgets(
-            loaded,
-            processor,
-            picture,
-            prompt,
-            wanted,
-            auto_max_loss,
-            max_new_tokens,
-            repeats,
-            lambda: bar.advance(task),
+    budgets = [number_or_word(word) for word in num_visual_tokens or []]
+    with progress("running", (1 + repeats) * len(budgets or processor.visual_token_budgets)) as advance:
+        comparison = compare_budgets(
+            loaded, processor, loaded_image, prompt, budgets, auto_max_loss, max_new_tokens, repeats, advance
         )
     if as_json:
-        typer.echo(json.dumps({"model": Path(model).name, **found.to_dict()}, indent=2))
+        print_json({"model": Path(model).name, **comparison.to_dict()})
     else:
-        _print(found)
+        _print_table(comparison)
     if output is not None:
-        write_comparison(found, picture, processor, Path(model).name, output)
-        talk.print(f"wrote {output}", markup=False, highlight=False, soft_wrap=True)
+        plot_comparison(comparison, loaded_image, processor, Path(model).name, output)
+        say(f"wrote {output}")
 
 
-def _print(found: "BudgetComparison") -> None:
-    table = Table(title=Text(found.prompt), caption=found.times, caption_justify="left")
-    for name in ("visual tokens", "loss", "first token, ms", "in all, ms", "tokens said"):
+def _print_table(comparison: "BudgetComparison") -> None:
+    table = Table(title=cell(comparison.prompt), caption=comparison.times, caption_justify="left")
+    for name in ("visual tokens", "loss", "first token, ms", "total, ms", "answer tokens"):
         table.add_column(name, justify="right")
     table.add_column("answer", overflow="fold")
-    for run in found.runs:
-        tokens = f"auto: {run.visual_tokens}" if run.picked else str(run.visual_tokens)
+    for run in comparison.runs:
+        tokens = f"auto: {run.num_visual_tokens}" if run.chosen_by_auto else str(run.num_visual_tokens)
         times = f"{run.first_token_ms:.1f}", f"{run.total_ms:.1f}"
-        # Text, as an answer may hold what rich takes for markup.
-        table.add_row(tokens, f"{run.loss:.2f}", *times, str(run.answer_tokens), Text(run.answer))
+        table.add_row(tokens, f"{run.loss:.2f}", *times, str(run.answer_tokens), cell(run.answer))
     Console().print(table)

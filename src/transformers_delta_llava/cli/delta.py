@@ -1,6 +1,5 @@
 """`delta-llava delta`."""
 
-import json
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -10,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .options import cell, say
+from .options import Json, ShardSize, cell, print_json, say
 
 
 if TYPE_CHECKING:
@@ -31,9 +30,7 @@ class Dtype(str, Enum):
 
 Output = Annotated[Path, typer.Argument(help="Folder to write; it must not exist.", show_default=False)]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="Dtype of the deltas; by default the source's.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Force = Annotated[bool, typer.Option("--force", help="Take deltas that belong to another base.")]
-ShardSize = Annotated[str, typer.Option(help="Most bytes per weight file.")]
 
 
 @delta.command()
@@ -111,18 +108,23 @@ def merge(
 def stats(
     source: Annotated[str, typer.Argument(help="Folder or Hub id of a delta repo or a model.", show_default=False)],
     base: Annotated[str | None, typer.Option(help="For a delta repo: the model with its base.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="SVG to write; it must not exist.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Figure to write: FILE.png or FILE.svg.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Print singular values and norms of deltas, by projection and level."""
-    from ..deltas import delta_stats, write_plot
+    from ..analysis import check_figure_path, plot_delta_stats
+    from ..deltas import delta_stats
 
+    if plot is not None:
+        check_figure_path(plot)
     rows = delta_stats(source, base)
     if plot is not None:
-        write_plot(rows, f"Deltas of {Path(source).name}", plot)
+        plot_delta_stats(rows, f"Deltas of {Path(source).name}", plot)
         say(f"wrote {plot}")
     if as_json:
-        typer.echo(json.dumps([{**asdict(row), "ratio": row.ratio} for row in rows], indent=2))
+        print_json([{**asdict(row), "ratio": row.ratio} for row in rows])
     else:
         _print_table(rows)
 
@@ -147,7 +149,7 @@ def _print_table(rows: list["DeltaRow"]) -> None:
 
 def _print_report(report: "DeltaReport", as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(asdict(report), indent=2))
+        print_json(asdict(report))
         return
     say(f"rank {report.rank}, {report.parameters:,} numbers")
     if report.energy_by_projection:

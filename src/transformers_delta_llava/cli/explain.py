@@ -1,16 +1,26 @@
 """`delta-llava explain`."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from rich.text import Text
 
-from .options import number_or_word
+from .options import (
+    Device,
+    Dtype,
+    Image,
+    Json,
+    MaxNewTokens,
+    Model,
+    Prompt,
+    cell,
+    number_or_word,
+    print_json,
+    progress,
+    say,
+)
 
 
 if TYPE_CHECKING:
@@ -18,9 +28,9 @@ if TYPE_CHECKING:
 
 
 def explain(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a Delta-LLaVA.", show_default=False)],
-    image: Annotated[str, typer.Argument(help="Picture: a file or a URL.", show_default=False)],
-    prompt: Annotated[str, typer.Argument(help="What to ask about it.", show_default=False)],
+    model: Model,
+    image: Image,
+    prompt: Prompt,
     num_visual_tokens: Annotated[
         list[str] | None,
         typer.Option(
@@ -34,55 +44,42 @@ def explain(
         str,
         typer.Option(help="Where to look: visual_tokens, or patches (the one to see anything with 1 visual token)."),
     ] = "visual_tokens",
-    max_new_tokens: Annotated[int, typer.Option(help="Length of the longest answer.")] = 64,
-    output: Annotated[Path, typer.Option(help="Picture to write: FILE.png or FILE.jpg.")] = Path("explain.png"),
-    device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="Precision to run in: float32, bfloat16 or float16.")] = "float32",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the heat, instead of a table.")] = False,
+    max_new_tokens: MaxNewTokens = 64,
+    output: Annotated[Path, typer.Option(help="Figure to write: FILE.png or FILE.svg.")] = Path("explain.png"),
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    as_json: Json = False,
 ) -> None:
-    """Show which parts of a picture an answer comes from, at several numbers of visual tokens side by side."""
+    """Show which parts of an image an answer comes from, at several numbers of visual tokens side by side."""
     from transformers.utils.logging import disable_progress_bar  # these take seconds to import
 
-    from .. import analysis
-    from ..analysis.explain import check_question, default_budgets
-    from ..analysis.figures import EXPLAIN_SUFFIXES, check_output, write_picture
-    from ..analysis.inference import encode_question
-    from ..utils.prompts import max_prompt_tokens
+    from ..analysis import check_figure_path, explain_budgets, load_image, load_repo, plot_explanations
+    from ..analysis.explain import check_question
 
-    check_output(output, EXPLAIN_SUFFIXES)
+    check_figure_path(output)
     check_question(prompt, on, max_new_tokens)
     disable_progress_bar()
-    picture = analysis.load_picture(image)
-    loaded, processor = analysis.load_repo(model, device, dtype)
-    wanted = [number_or_word(word) for word in dict.fromkeys(num_visual_tokens or [])]
-    for budget in wanted:  # refuses what it is not, before anything runs
-        encode_question(processor, picture, prompt, budget, max_tokens=max_prompt_tokens(loaded.config))
-    talk = Console(stderr=True)
-    found = [
-        analysis.explain(loaded, processor, picture, prompt, budget, number_or_word(token), on, max_new_tokens)
-        for budget in track(
-            wanted or default_budgets(processor),
-            "explaining",
-            console=talk,
-            transient=True,
-            disable=not talk.is_terminal,
+    loaded_image = load_image(image)
+    loaded, processor = load_repo(model, device, dtype)
+    budgets = [number_or_word(word) for word in dict.fromkeys(num_visual_tokens or [])]
+    with progress("explaining", len(budgets) or None) as advance:
+        explanations = explain_budgets(
+            loaded, processor, loaded_image, prompt, budgets, number_or_word(token), on, max_new_tokens, advance
         )
-    ]
-    write_picture(analysis.draw_explanations(picture, found, processor, prompt, on), output)
+    plot_explanations(loaded_image, explanations, processor, prompt, output, on)
     if as_json:
-        runs = [{**vars(run), "heat": run.heat.tolist()} for run in found]
-        typer.echo(json.dumps({"model": Path(model).name, "prompt": prompt, "on": on, "runs": runs}, indent=2))
+        runs = [{**vars(run), "saliency": run.saliency.tolist()} for run in explanations]
+        print_json({"model": Path(model).name, "prompt": prompt, "on": on, "runs": runs})
     else:
-        _print(prompt, found)
-    talk.print(f"wrote {output}", markup=False, highlight=False, soft_wrap=True)
+        _print_table(prompt, explanations)
+    say(f"wrote {output}")
 
 
-def _print(prompt: str, found: "list[Explanation]") -> None:
-    table = Table(title=Text(prompt))
+def _print_table(prompt: str, explanations: "list[Explanation]") -> None:
+    table = Table(title=cell(prompt))
     table.add_column("visual tokens", justify="right")
     table.add_column("explained", overflow="fold")
     table.add_column("answer", overflow="fold")
-    for run in found:
-        # Text, as an answer may hold what rich takes for markup.
-        table.add_row(str(run.num_visual_tokens), Text(run.token), Text(run.answer))
+    for run in explanations:
+        table.add_row(str(run.num_visual_tokens), cell(run.token), cell(run.answer))
     Console().print(table)

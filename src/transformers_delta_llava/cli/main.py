@@ -8,7 +8,6 @@ import typer
 
 from .. import __version__
 from ..utils.errors import one_line
-from .app import show_app
 from .budget import budget
 from .convert import convert
 from .delta import delta
@@ -19,14 +18,14 @@ from .inspect import inspect
 from .options import name_options
 from .profile import profile
 from .push import push
-from .serve import serve
-from .space import space
+from .serve import app as serve_app
+from .serve import serve, space
 from .train import train
 from .update import update
 
 
 app = typer.Typer(name="delta-llava", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.command("app")(show_app)
+app.command("app")(serve_app)
 app.command()(budget)
 app.command()(convert)
 app.add_typer(delta, name="delta")

@@ -1,7 +1,7 @@
 """Delta repos and the DeltaProjections of stored models: read, re-rank, apply and merge without running the model."""
 
 from .edit import DeltaReport, apply_deltas, extract_deltas, merge_into_base, truncate_deltas
-from .stats import DeltaRow, delta_stats, write_plot
+from .stats import DeltaRow, delta_stats
 
 
 __all__ = [
@@ -12,5 +12,4 @@ __all__ = [
     "extract_deltas",
     "merge_into_base",
     "truncate_deltas",
-    "write_plot",
 ]

@@ -5,22 +5,26 @@ The package `easy-vqa` on PyPI holds all of it: 4,000 training images with 38,57
 """
 
 import random
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
+from ..analysis.inference import check_budgets
 from ..modeling import DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
 from ..utils.prompts import check_prompt, check_texts, max_prompt_tokens
+from .scores import Score, score_answers
 
 
 MAX_NEW_TOKENS = 8  # no answer needs more
 
 
 class Question(NamedTuple):
-    """What is asked, what is right, the number of the image in its split, and the image's file."""
+    """A question, its right answer, the number of the image in its split, and the image's file."""
 
     text: str
     answer: str
@@ -65,7 +69,7 @@ def draw_test_questions(limit: int | None = None) -> list[Question]:
 
 
 def majority_answers(train: Sequence[Question], questions: Sequence[Question]) -> list[str]:
-    """What one answers without looking: for each question the answer it most often had in training."""
+    """Guesses without the image: for each question the answer that it most often had in training."""
     overall = Counter(question.answer for question in train).most_common(1)[0][0]
     counts: dict[str, Counter[str]] = {}
     for question in train:
@@ -98,15 +102,18 @@ def answer_questions(
         on_budgets: called with the visual tokens that each image of a batch got.
 
     Raises:
-        ValueError: a budget that the model does not have, a loss that is no share, or a question that is longer than the
-            model's positions.
+        ValueError: a batch size below 1, a budget that the model does not have, a loss that is not a share, or a question
+            that is longer than the model's positions.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: ask at least one question at a time.")
     model.eval()
-    most = max_prompt_tokens(model.config)
+    limit = max_prompt_tokens(model.config)
     answers: list[str] = []
-    for batch in _batches(questions, batch_size):
+    for start in range(0, len(questions), batch_size):
+        batch = questions[start : start + batch_size]
         for question in batch:
-            check_texts([question.text], processor.tokenizer, most)
+            check_texts([question.text], processor.tokenizer, limit)
         inputs = processor.apply_chat_template(
             [_conversation(question) for question in batch],
             add_generation_prompt=True,
@@ -114,20 +121,20 @@ def answer_questions(
             return_dict=True,
             processor_kwargs=_options(num_visual_tokens=num_visual_tokens, auto_max_loss=auto_max_loss),
         ).to(model.device, model.dtype)
-        check_prompt(inputs["input_ids"].shape[1], most)
+        check_prompt(inputs["input_ids"].shape[1], limit)
         if on_budgets is not None:
-            told = inputs.get("num_visual_tokens")
-            on_budgets([processor.image_seq_length] * len(batch) if told is None else told.tolist())
+            budgets = inputs.get("num_visual_tokens")
+            on_budgets([processor.image_seq_length] * len(batch) if budgets is None else budgets.tolist())
         output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
-        said = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers += [text.strip() for text in said]
+        texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers += [text.strip() for text in texts]
         if on_batch is not None:
             on_batch(len(batch))
     return answers
 
 
 def _options(**given: Any) -> dict[str, Any]:
-    """Options of a processor's call, made anew for each: transformers writes into them."""
+    """Options of a processor's call, a new dictionary for each: transformers writes into it."""
     options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "padding_side": "left"}
     return options | {name: value for name, value in given.items() if value is not None}
 
@@ -137,6 +144,78 @@ def _conversation(question: Question) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}]
 
 
-def _batches(questions: Sequence[Question], batch_size: int) -> Iterator[Sequence[Question]]:
-    for start in range(0, len(questions), batch_size):
-        yield questions[start : start + batch_size]
+@dataclass(frozen=True)
+class BudgetResult:
+    """Scores at one setting: `num_visual_tokens`, with `auto_max_loss` where that is `"auto"`.
+
+    `budgets` counts, per number of visual tokens, the questions that were asked with it.
+    """
+
+    num_visual_tokens: int | str
+    auto_max_loss: float | None
+    seconds: float
+    budgets: dict[int, int]
+    scores: dict[str, Score]
+
+    @property
+    def mean_visual_tokens(self) -> float:
+        """Per question."""
+        return sum(budget * count for budget, count in self.budgets.items()) / sum(self.budgets.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a JSON report holds."""
+        result: dict[str, Any] = {"num_visual_tokens": self.num_visual_tokens, "seconds": round(self.seconds, 1)}
+        result["scores"] = {name: score.to_dict() for name, score in self.scores.items()}
+        if self.auto_max_loss is not None:
+            result |= {"auto_max_loss": self.auto_max_loss, "mean_visual_tokens": self.mean_visual_tokens}
+            result["budgets"] = {str(budget): count for budget, count in self.budgets.items()}
+        return result
+
+
+def expand_settings(
+    processor: DeltaLlavaProcessor, budgets: Sequence[int | str], auto_max_losses: Sequence[float] | None = None
+) -> list[tuple[int | str, float | None]]:
+    """
+    Every budget with `None`, and `"auto"` with every one of `auto_max_losses`, by default the processor's own.
+
+    Raises:
+        ValueError: a budget that the processor does not have, a loss that is not a share, or losses without `"auto"`.
+    """
+    check_budgets(processor, budgets)
+    for loss in auto_max_losses or []:
+        if not 0 <= loss <= 1:
+            raise ValueError(f"auto_max_loss={loss}: use a share from 0 to 1.")
+    if auto_max_losses and "auto" not in budgets:
+        raise ValueError("auto_max_loss goes with num_visual_tokens=auto.")
+    losses = auto_max_losses or [processor.auto_max_loss]
+    return [(budget, loss) for budget in budgets for loss in (losses if budget == "auto" else [None])]
+
+
+def evaluate_easy_vqa(
+    model: DeltaLlavaForConditionalGeneration,
+    processor: DeltaLlavaProcessor,
+    questions: Sequence[Question],
+    settings: Sequence[tuple[int | str, float | None]],
+    batch_size: int = 64,
+    on_batch: Callable[[int], None] | None = None,
+) -> tuple[list[BudgetResult], dict[str, Score]]:
+    """
+    Scores of the model's answers at every one of `settings` (see `expand_settings`), and those of `majority_answers`.
+
+    Args:
+        model, processor, questions, batch_size, on_batch: see `answer_questions`.
+        settings: numbers of visual tokens and what `"auto"` may lose.
+
+    Raises:
+        ValueError: see `answer_questions`.
+    """
+    truths = [question.answer for question in questions]
+    results = []
+    for budget, loss in settings:
+        spent: list[int] = []
+        start = time.perf_counter()
+        answers = answer_questions(model, processor, questions, budget, batch_size, on_batch, loss, spent.extend)
+        seconds = time.perf_counter() - start
+        budgets = dict(sorted(Counter(spent).items(), reverse=True))
+        results.append(BudgetResult(budget, loss, seconds, budgets, score_answers(truths, answers)))
+    return results, score_answers(truths, majority_answers(load_questions("train"), questions))

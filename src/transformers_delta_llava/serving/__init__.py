@@ -1,4 +1,4 @@
-"""Serving: `transformers serve` with what it lacks for Delta-LLaVA, and a page to ask a model by hand."""
+"""Serving: `transformers serve` with what it lacks for Delta-LLaVA, and a demo app."""
 
 from .app import build_app, launch_app, write_space
 from .transformers_serve import serve

@@ -3,11 +3,12 @@
 import asyncio
 import base64
 import binascii
+import copy
 import functools
 import io
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -28,12 +29,12 @@ from ..utils.validation import FileModel, validate
 TEXT_PARTS, IMAGE_PARTS = ("text", "input_text", "output_text"), ("image_url", "input_image")
 # Each fetch ends by itself, so that a few that are slow leave threads for the others.
 _FETCHING = ThreadPoolExecutor(64, "fetching")
-# What stands for one turn where several follow each other.
+# Roles whose turns in a row become one.
 JOINED_ROLES = ("system", "user", "assistant")
 
 
 class _ProcessorOptions(FileModel):
-    """What a request may ask of the processor. It checks the values itself; all else is the server's to say."""
+    """Options of the processor that a request may set. The processor checks the values; all other options are the server's."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -43,7 +44,7 @@ class _ProcessorOptions(FileModel):
 
 
 class _TemplateOptions(_ProcessorOptions):
-    """What a request may ask of the chat template: nothing but the processor's options. A template of its own could loop."""
+    """Options of the chat template that a request may set: only the processor's. A template of its own could loop."""
 
     processor_kwargs: _ProcessorOptions | None = None
 
@@ -55,9 +56,8 @@ class _Message(FileModel):
     @field_validator("content")
     @classmethod
     def _check_parts(cls, content: Any, info: ValidationInfo) -> Any:
-        if isinstance(content, str) or (
-            content is None and info.data.get("role") == "assistant"
-        ):  # one with tool calls
+        # Without content an assistant calls tools.
+        if isinstance(content, str) or (content is None and info.data.get("role") == "assistant"):
             return content
         if not isinstance(content, list):
             raise ValueError("use a string, or a list of parts of type text and image_url")
@@ -75,7 +75,7 @@ class _Message(FileModel):
 
 
 class Request(FileModel):
-    """What the endpoints have in common, as far as the server itself does not check it."""
+    """Fields of every endpoint, as far as the server itself does not check them."""
 
     chat_template_kwargs: _TemplateOptions | None = None
     generation_config: str | None = None
@@ -120,20 +120,20 @@ class ResponsesRequest(Request):
         return items
 
 
-async def prepare(body: dict, kind: type[Request], processor: DeltaLlavaProcessor, limit: int | None) -> dict:
+async def prepare(body: dict, schema: type[Request], processor: DeltaLlavaProcessor, limit: int | None) -> dict:
     """
     A request as the server takes it.
 
     Args:
         body: the request; it is left as it is.
-        kind: of which endpoint.
+        schema: of the endpoint's requests.
         processor: of the model.
         limit: the model's positions.
 
     Raises:
         DeltaLlavaError: what is wrong with it, in one sentence.
     """
-    request = validate(kind, body, "The request")
+    request = validate(schema, body, "The request")
     body = {name: value for name, value in body.items() if value is not None}
     if request.logit_bias is not None:
         if not all(token.lstrip("-").isdecimal() for token in request.logit_bias):
@@ -153,21 +153,25 @@ async def prepare(body: dict, kind: type[Request], processor: DeltaLlavaProcesso
 
 async def fetch_images(messages: list) -> list:
     """
-    `messages` whose images are all data URLs: those of the network are read here, side by side, while others are served.
+    A copy of `messages` whose images are all data URLs: those of the network are read here, side by side, while other
+    requests are served.
 
     Raises:
         DeltaLlavaError: a URL that gives no image in time, or a path on this machine, which nobody may read from outside.
     """
-    urls = {url for part in _parts(messages) if (url := _image_url(part)) is not None}
-    remote = sorted(url for url in urls if url[:8].lower().startswith(("http://", "https://")))
-    data = {url: _data_url(url) for url in urls.difference(remote)}
+    messages = copy.deepcopy(messages)
+    parts = [(part, url) for part in _parts(messages) if (url := _image_url(part)) is not None]
+    remote = sorted({url for _, url in parts if url[:8].lower().startswith(("http://", "https://"))})
+    contents = {url: _data_url(url) for _, url in parts if url not in remote}
     loop, limit = asyncio.get_running_loop(), URL_MAX_BYTES // max(1, len(remote))  # for all of them together
     try:
         fetched = await asyncio.gather(*(loop.run_in_executor(_FETCHING, download, url, limit) for url in remote))
     except Exception as error:  # whatever the network raises
         raise DeltaLlavaError(f"An image cannot be used: {one_line(error)}.") from error
-    data |= {url: "data:;base64," + base64.b64encode(found).decode() for url, found in zip(remote, fetched)}
-    return [_with_urls(message, data) for message in messages]
+    contents |= {url: f"data:;base64,{base64.b64encode(data).decode()}" for url, data in zip(remote, fetched)}
+    for part, url in parts:
+        part["image_url"] = {"url": contents[url]}
+    return messages
 
 
 def _data_url(url: str) -> str:
@@ -182,13 +186,13 @@ def _data_url(url: str) -> str:
     return f"data:;base64,{url}"
 
 
-def _parts(messages: Iterable[Any]) -> Iterator[dict]:
-    """The parts of the messages' content, and what of `messages` are parts themselves."""
-    for message in messages:
-        content = message.get("content") if isinstance(message, dict) else None
-        yield from (
-            part for part in [message, *(content if isinstance(content, list) else [])] if isinstance(part, dict)
-        )
+def _parts(items: list) -> Iterator[dict]:
+    """The parts of messages' content, and those `items` that are parts themselves."""
+    for item in items:
+        if isinstance(item, dict):
+            yield item
+            if isinstance(item.get("content"), list):
+                yield from (part for part in item["content"] if isinstance(part, dict))
 
 
 def _image_url(part: dict) -> str | None:
@@ -196,17 +200,6 @@ def _image_url(part: dict) -> str | None:
     url = part.get("image_url") if part.get("type") in IMAGE_PARTS else None
     url = url.get("url") if isinstance(url, dict) else url
     return url if isinstance(url, str) else None
-
-
-def _with_urls(message: Any, data: dict[str, str]) -> Any:
-    """A message, or a part of one, with the data URLs instead of its own URLs."""
-    if not isinstance(message, dict):
-        return message
-    if (url := _image_url(message)) is not None:
-        return {**message, "image_url": {"url": data[url]}}
-    if isinstance(message.get("content"), list):
-        return {**message, "content": [_with_urls(part, data) for part in message["content"]]}
-    return message
 
 
 def to_conversation(messages: list[dict]) -> list[dict]:
@@ -251,9 +244,9 @@ def check_conversation(turns: list[dict], options: dict, processor: DeltaLlavaPr
     check_prompt(sum(least if isinstance(choice, str) else choice for choice in choices), limit)
 
 
-# What the server and the processor raise for a request that makes no sense. The server itself would answer 500.
+# What the server and the processor raise for a bad request. The server itself would answer 500.
 BAD_REQUEST = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
-# Answers that one request may have computed side by side: beams, or several sequences.
+# Beams, or sequences, of one request at most.
 MAX_SEQUENCES = 16
 
 
@@ -269,7 +262,7 @@ def serve(repo: str, arguments: Sequence[str] = (), num_visual_tokens: int | Non
         num_visual_tokens: visual tokens per image where a request does not say; by default the repo's.
 
     Raises:
-        ValueError: there is no such repo, it is of another model type, it does not have this budget, or the server's
+        ValueError: there is no such repo, it holds another model, it does not have this budget, or the server's
             dependencies are not installed.
     """
     if not is_serve_available():
@@ -295,11 +288,11 @@ def register() -> None:
     from transformers.cli.serving import server
 
     if not hasattr(server.build_server, "__wrapped__"):
-        server.build_server = _checking(server.build_server)
+        server.build_server = _with_checks(server.build_server)
 
 
-def _checking(build_server: Any) -> Any:
-    """`build_server`, whose application checks requests, and answers 400 with the reason to those that are at fault."""
+def _with_checks(build_server: Any) -> Any:
+    """`build_server`, whose application checks requests, and answers 400 with the reason to bad ones."""
     from fastapi import Request
     from fastapi.responses import JSONResponse
     from huggingface_hub.errors import StrictDataclassError
@@ -313,13 +306,15 @@ def _checking(build_server: Any) -> Any:
         return JSONResponse({"error": {"message": reason, "type": type(error).__name__, "code": 400}}, 400)
 
     @functools.wraps(build_server)
-    def build(model_manager: Any, chat_handler: Any, **parts: Any) -> Any:
-        model_manager.load_model_and_processor = _guarding(model_manager.load_model_and_processor)
-        kinds = {"completion_handler": CompletionRequest, "response_handler": ResponsesRequest}
-        chat_handler.handle_request = _prepared(chat_handler, ChatRequest)
-        for name, kind in kinds.items():
-            parts[name].handle_request = _prepared(parts[name], kind)
-        application = build_server(model_manager, chat_handler, **parts)
+    def build(model_manager: Any, chat_handler: Any, **handlers: Any) -> Any:
+        model_manager.load_model_and_processor = _with_limits(model_manager.load_model_and_processor)
+        for handler, schema in (
+            (chat_handler, ChatRequest),
+            (handlers["completion_handler"], CompletionRequest),
+            (handlers["response_handler"], ResponsesRequest),
+        ):
+            handler.handle_request = _with_preparation(handler, schema)
+        application = build_server(model_manager, chat_handler, **handlers)
         for error in (*BAD_REQUEST, TemplateError, StrictDataclassError):
             application.add_exception_handler(error, refuse)
         return application
@@ -327,35 +322,35 @@ def _checking(build_server: Any) -> Any:
     return build
 
 
-def _prepared(handler: Any, kind: Any) -> Any:
+def _with_preparation(handler: Any, schema: type[Request]) -> Any:
     """The `handle_request` of `handler`, for requests that were checked and whose images were fetched."""
     handle, manager = handler.handle_request, handler.model_manager
 
     @functools.wraps(handle)
     async def handle_request(body: dict, request_id: str) -> Any:
         model, processor = manager.load_model_and_processor(manager.process_model_name(manager.force_model))
-        body = await prepare(body, kind, processor, max_prompt_tokens(model.config))
-        return await handle(body, request_id)
+        return await handle(await prepare(body, schema, processor, max_prompt_tokens(model.config)), request_id)
 
     return handle_request
 
 
-def _guarding(load: Any) -> Any:
-    """`load`, which gives model and processor, such that prompts are measured and generation keeps to the positions."""
+def _with_limits(load: Any) -> Any:
+    """`load`, which returns model and processor, with prompts measured and answers kept to the model's positions."""
 
     @functools.wraps(load)
-    def load_guarded(*args: Any, **kwargs: Any) -> Any:
+    def load_limited(*args: Any, **kwargs: Any) -> Any:
         model, processor = load(*args, **kwargs)
         if isinstance(processor, DeltaLlavaProcessor) and "apply_chat_template" not in vars(processor):
-            _guard(model, processor)
+            limit = max_prompt_tokens(model.config)
+            processor.apply_chat_template = _limit_rendering(processor, limit)  # type: ignore[method-assign]
+            model.generate = _limit_generate(model.generate, limit)
         return model, processor
 
-    return load_guarded
+    return load_limited
 
 
-def _guard(model: Any, processor: DeltaLlavaProcessor) -> None:
-    limit = max_prompt_tokens(model.config)
-    render, generate = processor.apply_chat_template, model.generate
+def _limit_rendering(processor: DeltaLlavaProcessor, limit: int | None) -> Any:
+    render = processor.apply_chat_template
 
     @functools.wraps(render)
     def apply_chat_template(conversation: Any, *args: Any, **kwargs: Any) -> Any:
@@ -368,21 +363,24 @@ def _guard(model: Any, processor: DeltaLlavaProcessor) -> None:
             check_prompt(ids.shape[-1] if hasattr(ids, "shape") else len(ids[0]), limit)
         return inputs
 
+    return apply_chat_template
+
+
+def _limit_generate(generate: Any, limit: int | None) -> Any:
     @functools.wraps(generate)
     def generate_within(*args: Any, tokenizer: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
         if generation_config is not None:
-            _limit_generation(generation_config, limit, kwargs["input_ids"].shape[-1])
-        # Stop strings need the vocabulary; the server hands the processor over.
+            _limit_settings(generation_config, limit, kwargs["input_ids"].shape[-1])
+        # Stop strings need the vocabulary; the server passes the processor.
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         return generate(*args, tokenizer=tokenizer, generation_config=generation_config, **kwargs)
 
-    processor.apply_chat_template = apply_chat_template  # type: ignore[method-assign]
-    model.generate = generate_within
+    return generate_within
 
 
-def _limit_generation(settings: Any, limit: int | None, num_tokens: int) -> None:
+def _limit_settings(settings: Any, limit: int | None, num_tokens: int) -> None:
     """
-    Keep the answer to a prompt of `num_tokens` within the positions, and beams to a number that does not end the server.
+    Keep the answer to a prompt of `num_tokens` within the positions, and beams to a number that fits into memory.
 
     Raises:
         DeltaLlavaError: too many beams or sequences, or no position is left.
@@ -392,6 +390,6 @@ def _limit_generation(settings: Any, limit: int | None, num_tokens: int) -> None
         if isinstance(number, int) and number > MAX_SEQUENCES:
             raise DeltaLlavaError(f"{name}={number}: this server computes up to {MAX_SEQUENCES}.")
     if limit is not None:
-        check_prompt(num_tokens + 1, limit)  # the first token of the answer has to have a position
+        check_prompt(num_tokens + 1, limit)  # the first token of the answer needs a position
         longest = settings.max_new_tokens
         settings.max_new_tokens = min(limit - num_tokens, limit if longest is None else longest)

@@ -16,9 +16,9 @@ from ...utils.prompts import check_prompt, max_prompt_tokens, render_question
 from ...utils.validation import check_config
 
 
-# What a task that says nothing about its answers gets.
+# For tasks without generation settings.
 MAX_NEW_TOKENS = 128
-# Settings of a task that concern generation here; others are meant for one model or another.
+# Generation settings that a task may bring; others are meant for particular models.
 SETTINGS = ("max_new_tokens", "num_beams", "temperature", "top_k", "top_p")
 
 
@@ -39,7 +39,7 @@ class DeltaLlavaLmms(lmms):
         ValueError: a budget that the model does not have; later, a prompt longer than the model's positions.
     """
 
-    is_simple = False  # it wants conversations, not a text and a list of pictures
+    is_simple = False  # it wants conversations, not a text and a list of images
 
     def __init__(
         self,
@@ -102,8 +102,8 @@ class DeltaLlavaLmms(lmms):
         settings = batch[0][2]
         stops = _stop_strings(settings.get("until"))
         output = self.model.generate(**inputs, **_generation_settings(settings))
-        said = self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers = [_cut(text, stops).strip() for text in said]
+        texts = self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers = [_cut(text, stops).strip() for text in texts]
         for (context, _, original, *_), answer in zip(batch, answers):
             self.cache_hook.add_partial("generate_until", (context, original), answer)
         return answers

@@ -25,7 +25,7 @@ class EasyVqa(ConfigurableMessagesTask):
 
 
 def doc_to_visual(doc: dict) -> list[Image.Image]:
-    """The picture that a question is about."""
+    """The image that a question is about."""
     with Image.open(doc["image_path"]) as image:
         return [image.convert("RGB")]
 
