@@ -5,15 +5,23 @@ A published repo carries its code. What is deprecated today breaks it later, so 
 
 import logging
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
+
+from tests.tiny import tiny_config, tiny_processor
+from transformers_delta_llava import DeltaLlavaForConditionalGeneration
+from transformers_delta_llava.cli.main import main
+from transformers_delta_llava.conversion import convert_checkpoint
 
 
 pytest_plugins = ["tests.checkpoints"]
-_PINS = Path(__file__).parents[1] / "constraints-oldest.txt"
+ROOT = Path(__file__).parents[1]
+_PINS = ROOT / "constraints-oldest.txt"
 OLDEST = re.findall(r"transformers==([\d.]+)", _PINS.read_text(encoding="utf-8"))[0]
 # Deprecations that our code cannot avoid, as regular expressions, and why.
 ALLOWED = {
@@ -57,3 +65,42 @@ def logged_deprecations() -> Iterator[list[str]]:
     yield handler.messages
     logger.removeHandler(handler)
     assert not handler.messages
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> DeltaLlavaForConditionalGeneration:
+    """A model of `tiny_config`, seed 0. Only to be read."""
+    torch.manual_seed(0)
+    return DeltaLlavaForConditionalGeneration(tiny_config()).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_repo(tiny_model: DeltaLlavaForConditionalGeneration, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder `tiny` of that model and its processor. Only to be read."""
+    folder = tmp_path_factory.mktemp("repos") / "tiny"
+    tiny_model.save_pretrained(folder)
+    tiny_processor(tiny_model.config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def easy_vqa_repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped checkpoint, converted. Only to be read."""
+    folder = tmp_path_factory.mktemp("repos") / "easy-vqa"
+    convert_checkpoint(ROOT / "examples" / "easy-vqa", folder)
+    return folder
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs `delta-llava` with arguments; returns its exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["delta-llava", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "140")
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        captured = capsys.readouterr()
+        return int(stopped.value.code or 0), captured.out, captured.err
+
+    return run

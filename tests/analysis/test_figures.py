@@ -1,39 +1,162 @@
-"""Plots are well-formed SVGs that show their numbers."""
+"""Figures show their numbers and texts, whole or not at all."""
 
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from transformers_delta_llava.analysis import bar_plot, line_plot
+from tests.tiny import tiny_config, tiny_processor
+from transformers_delta_llava.analysis import (
+    BudgetComparison,
+    BudgetRun,
+    Explanation,
+    bar_plot,
+    figures,
+    line_plot,
+    overlay_saliency,
+    plot_comparison,
+    plot_delta_stats,
+    plot_explanations,
+)
+from transformers_delta_llava.deltas import DeltaRow
 
 
-SVG = "{http://www.w3.org/2000/svg}"
+EVIL = "<script>alert('1')</script> & $\\frac{1}$ \x1b[31m {{ 7 * 7 }}"
 
 
-@pytest.mark.parametrize("log_x", [False, True])
-@pytest.mark.parametrize("log_y", [False, True])
-def test_lines(tmp_path: Path, log_x: bool, log_y: bool) -> None:
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    return tiny_processor(tiny_config())
+
+
+@pytest.fixture(scope="module")
+def noise() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))
+
+
+def texts(path: Path) -> list[str]:
+    """Texts of an SVG, in their order."""
+    return ["".join(node.itertext()) for node in ET.parse(path).iter() if node.tag.endswith("}text")]
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".PNG"])
+@pytest.mark.parametrize("log", [False, True])
+def test_lines_and_bars(tmp_path: Path, suffix: str, log: bool) -> None:
+    path = tmp_path / f"plot{suffix}"
     lines = {"a < b": [(4, 30.0), (1, 10.0), (2, 20.0)], "flat": [(1, 5.0)]}
-    line_plot(lines, "Title & more", "tokens", tmp_path / "new" / "plot.svg", log_x=log_x, log_y=log_y)
-    root = ET.parse(tmp_path / "new" / "plot.svg").getroot()
-    texts = [node.text for node in root.iter(f"{SVG}text")]
-    assert {"a < b", "flat", "Title & more", "tokens", "1", "2", "4"} <= set(texts)
-    marks = [(float(node.get("cx")), float(node.get("cy"))) for node in root.iter(f"{SVG}circle")]
-    assert len(marks) == 4
-    first = marks[:3]
-    assert first == sorted(first) and [y for _, y in first] == sorted((y for _, y in first), reverse=True)
-    assert all(70 <= x <= 610 and 40 <= y <= 360 for x, y in marks)
-    left, middle, right = (x for x, _ in first)
-    assert (middle - left == pytest.approx(right - middle, abs=0.2)) == log_x
+    line_plot(lines, "Title & more", "tokens", path, log_x=log, log_y=log)
+    if suffix == ".PNG":
+        assert Image.open(path).format == "PNG"
+        return
+    assert {"a < b", "flat", "Title & more", "tokens", "1", "2", "4"} <= set(texts(path))
+    again = path.read_bytes()
+    line_plot(lines, "Title & more", "tokens", path, log_x=log, log_y=log)
+    assert path.read_bytes() == again  # no date, no random ids
+    bar_plot({"576": {"tower": 1.0, "prefill": 7.0}, "1": {"tower": 1.0, "prefill": 0.0}}, "TFLOPs", "tokens", path)
+    assert {"576", "1", "8", "tower", "prefill"} <= set(texts(path))
 
 
-def test_bars_stack_to_their_sum(tmp_path: Path) -> None:
-    bars = {"576": {"tower": 1.0, "prefill": 7.0}, "1": {"tower": 1.0, "prefill": 0.0}}
-    bar_plot(bars, "TFLOPs", "visual tokens", tmp_path / "bars.svg")
-    root = ET.parse(tmp_path / "bars.svg").getroot()
-    boxes = [node for node in root.iter(f"{SVG}rect") if node.get("x") and node.get("width") != "12"]
-    heights = [float(node.get("height")) for node in boxes]
-    assert heights == pytest.approx([40, 280, 40, 0], abs=0.2)  # 320 pixels for 8
-    assert float(boxes[1].get("y")) + heights[1] == pytest.approx(float(boxes[0].get("y")), abs=0.2)
-    assert {"576", "1", "8", "tower", "prefill"} <= {node.text for node in root.iter(f"{SVG}text")}
+def test_deltas(tmp_path: Path) -> None:
+    path = tmp_path / "plot.svg"
+    row = DeltaRow("k_proj", 12, 4, 3.0, 6.0, 2, [2.0, 1.0, 0.0])
+    plot_delta_stats([row, DeltaRow("q_proj", None, 4, 1.0, 4.0, 1, [1.0])], "Deltas of x", path)
+    assert {"k_proj level 12", "q_proj", "0.5", "0.25", "norm of the delta in units of its base's"} <= set(texts(path))
+    plot_delta_stats([DeltaRow("k_proj", None, 4, 3.0, None, 2, [2.0, 1.0])], "Deltas of x", path)
+    assert {"3", "norm of the delta", "Deltas of x"} <= set(texts(path))
+    plot_delta_stats([DeltaRow("k_proj", None, 4, 0.0, 6.0, 1, [0.0])], "zero", path)
+    assert "all deltas are zero" in texts(path)
+
+
+def comparison(answer: str, prompt: str) -> BudgetComparison:
+    runs = [BudgetRun(n, 50, answer, 2, 1.0, 3.0, 4.0, 1 / n, n == 36) for n in (144, 36, 1)]
+    return BudgetComparison(prompt, runs, 0.3, 3, 64, "cpu", "float32", 1, {"torch": "2", "transformers": "5"})
+
+
+def test_a_comparison_shows_answers_and_times_as_they_are(processor: Any, noise: Any, tmp_path: Path) -> None:
+    path = tmp_path / "figure.svg"
+    plot_comparison(comparison(EVIL, EVIL), noise, processor, "tiny", path)
+    text = " ".join(texts(path))
+    shown = " ".join(EVIL.replace("\x1b", "\\x1b").split())
+    assert text.count(shown) == 4  # the prompt and three answers
+    assert (
+        text.count("chosen by auto") == 1
+        and text.count("first token 3.0 ms, 2 tokens in 4.0 ms") == 3
+        and "loss 0.03" in text
+    )
+    assert "Medians of 3 runs" in text and "1 visual token, loss" in text and "vision tower" in text
+    assert ET.parse(path).getroot().findall(".//{*}script") == []
+
+
+@pytest.mark.parametrize("answer", ["", "word " * 300, "x" * 2000, "two\n\nlines", "日本語のとても長い答え" * 30])
+def test_figures_hold_every_answer(processor: Any, noise: Any, tmp_path: Path, answer: str) -> None:
+    """Nothing is cut at an edge, and a long answer does not run into the next."""
+    plot_comparison(comparison(answer, "what is it? " * 20), noise, processor, "model", tmp_path / "budgets.png")
+    explanations = [Explanation(torch.rand(6, 6), answer, "cat", 36) for _ in range(6)]
+    plot_explanations(noise, explanations, processor, "what? " * 40, tmp_path / "explain.png")
+    for name in ("budgets.png", "explain.png"):
+        pixels = np.asarray(Image.open(tmp_path / name).convert("RGB"))
+        assert pixels.min() < 128
+        for edge in (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]):
+            assert (edge == 255).all(), name
+
+
+def test_explanations_are_side_by_side(processor: Any, noise: Any, tmp_path: Path) -> None:
+    path = tmp_path / "figure.svg"
+    explanations = [Explanation(torch.rand(6, 6), "a cat", "cat", 36), Explanation(torch.zeros(1, 1), "", "$", 1)]
+    plot_explanations(noise, explanations, processor, EVIL, path, "patches")
+    assert {"the image", "36 visual tokens", "a cat", "saliency of “cat”", "1 visual token", "(empty)"} <= set(
+        texts(path)
+    )
+    assert "no saliency of “$”" in texts(path) and any("at the patches" in text for text in texts(path))
+    assert len(ET.parse(path).getroot().findall(".//{*}image")) == 3
+
+
+def test_a_mosaic_has_one_tile_per_token() -> None:
+    tiles = np.kron(np.array([[0, 200], [200, 0]], np.uint8), np.ones((12, 12), np.uint8))
+    assert np.asarray(figures.mosaic(Image.fromarray(tiles), 4)).tolist() == [[0, 200], [200, 0]]
+    assert np.asarray(figures.mosaic(Image.fromarray(tiles), 1)).tolist() == [[100]]
+
+
+def test_saliency_is_drawn_where_it_is(processor: Any) -> None:
+    grey = Image.new("RGB", (48, 24), "grey")
+    none = np.asarray(overlay_saliency(grey, Explanation(torch.zeros(6, 6), "", "", 36), processor), int)
+    assert none.shape == (336, 336, 3)
+    view = np.asarray(figures.tower_view(grey, processor).resize((336, 336)), int)
+    assert (none <= view).all() and none.std(axis=(0, 1)).max() < 20  # darker, the same all over but for the padding
+    saliency = torch.zeros(6, 6)
+    saliency[1, 4] = 1
+    one = np.asarray(overlay_saliency(grey, Explanation(saliency, "", "", 36), processor), int)
+    changed = np.abs(one - none).sum(-1)
+    row, column = np.unravel_index(changed.argmax(), changed.shape)
+    assert 56 <= row < 112 and 224 <= column < 280
+    assert not changed[168:].any() and not changed[:, :168].any()
+    even = np.asarray(overlay_saliency(grey, Explanation(torch.ones(1, 1), "", "", 1), processor), int)
+    assert (even[100:200].std(axis=(0, 1)) < 1).all() and (even.sum(-1) > none.sum(-1)).all()
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(
+        ValueError, match=r"^Figures need matplotlib: pip install 'transformers-delta-llava\[plots\]'\.$"
+    ):
+        line_plot({"a": [(1, 1)]}, "", "", tmp_path / "a.svg")
+
+
+def test_an_error_leaves_the_earlier_figure(tmp_path: Path, monkeypatch: Any) -> None:
+    from matplotlib.figure import Figure
+
+    def save(self: Any, path: Path, **_: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    path = tmp_path / "a.svg"
+    path.write_text("old")
+    with pytest.raises(OSError, match="No space left"):
+        line_plot({"a": [(1, 1)]}, "", "", path)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

@@ -1,12 +1,10 @@
-"""Numbers by projection and level, and the plot."""
-
-import xml.etree.ElementTree as ElementTree
+"""Numbers by projection and level."""
 
 import pytest
 import torch
 
 from tests.deltas.conftest import LAYOUTS, make
-from transformers_delta_llava.deltas import delta_stats, extract_deltas, write_plot
+from transformers_delta_llava.deltas import delta_stats, extract_deltas
 
 
 EXPECTED = {
@@ -51,31 +49,16 @@ def test_rows(layout, tmp_path):
     assert all(row.base_norm is None and row.ratio is None for row in alone)
     assert [row.ratio for row in beside] == pytest.approx([row.ratio for row in rows])
 
-    for number, some in enumerate((rows, alone)):
-        write_plot(some, "A & B", tmp_path / f"{number}.svg")
-        root = ElementTree.parse(tmp_path / f"{number}.svg").getroot()
-        shapes = [element.tag.rpartition("}")[2] for element in root.iter()]
-        assert shapes.count("polyline") == len(rows) and shapes.count("rect") == len(rows) + 1
-        assert "A & B" in {element.text for element in root.iter()}
 
-
-def test_zero_deltas_are_plotted_as_such(tmp_path):
+def test_zero_deltas_have_no_norm(tmp_path):
     model = make()
     model.load_delta_state_dict({n: torch.zeros_like(t) for n, t in model.delta_state_dict().items()})
     model.save_pretrained(tmp_path / "repo")
     rows = delta_stats(tmp_path / "repo")
     assert all(row.norm == 0 and row.rank_99 == 1 for row in rows)
-    write_plot(rows, "zero", tmp_path / "plot.svg")
-    assert "all deltas are zero" in (tmp_path / "plot.svg").read_text()
 
 
 def test_bad_input(tmp_path, released_repo):
-    rows = delta_stats(released_repo)
-    with pytest.raises(ValueError, match="call it plot.svg"):
-        write_plot(rows, "", tmp_path / "plot.png")
-    (tmp_path / "plot.svg").write_text("mine")
-    with pytest.raises(FileExistsError):
-        write_plot(rows, "", tmp_path / "plot.svg")
     deltas = released_repo.parent / "deltas"
     with pytest.raises(ValueError, match="the base is a model"):
         delta_stats(deltas, base=deltas)

@@ -1,14 +1,9 @@
 import builtins
-import json
 
 import pytest
-import torch
 from PIL import Image
-from typer.testing import CliRunner
 
-from tests.tiny import tiny_config, tiny_processor
-from transformers_delta_llava import DeltaLlavaForConditionalGeneration
-from transformers_delta_llava.cli.main import app
+from tests.tiny import tiny_processor
 from transformers_delta_llava.evaluation import (
     Question,
     answer_questions,
@@ -20,22 +15,8 @@ from transformers_delta_llava.evaluation import (
 
 
 @pytest.fixture(scope="module")
-def model() -> DeltaLlavaForConditionalGeneration:
-    torch.manual_seed(0)
-    return DeltaLlavaForConditionalGeneration(tiny_config()).eval()
-
-
-@pytest.fixture(scope="module")
-def processor(model):
-    return tiny_processor(model.config)
-
-
-@pytest.fixture(scope="module")
-def saved(model, processor, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
+def processor(tiny_model):
+    return tiny_processor(tiny_model.config)
 
 
 @pytest.fixture(scope="module")
@@ -103,104 +84,43 @@ def test_a_missing_package_is_one_sentence(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("budget", [None, 4])
-def test_batched_answers_are_those_of_single_questions(model, processor, questions, budget) -> None:
+def test_batched_answers_are_those_of_single_questions(tiny_model, processor, questions, budget) -> None:
     counts = []
-    together = answer_questions(model, processor, questions, budget, batch_size=3, on_batch=counts.append)
-    alone = [answer_questions(model, processor, [question], budget)[0] for question in questions]
+    together = answer_questions(tiny_model, processor, questions, budget, batch_size=3, on_batch=counts.append)
+    alone = [answer_questions(tiny_model, processor, [question], budget)[0] for question in questions]
     assert together == alone
     assert counts == [3, 2]
     assert all(together)  # the comparison would hold of nothing at all
 
 
-def test_the_budget_reaches_the_projector(model, processor, questions) -> None:
+def test_the_budget_reaches_the_projector(tiny_model, processor, questions) -> None:
     shapes = []
-    hook = model.model.multi_modal_projector.register_forward_hook(lambda _, __, out: shapes.append(out.shape[:2]))
-    answer_questions(model, processor, questions, 9, batch_size=5)
+    hook = tiny_model.model.multi_modal_projector.register_forward_hook(
+        lambda _, __, out: shapes.append(out.shape[:2])
+    )
+    answer_questions(tiny_model, processor, questions, 9, batch_size=5)
     hook.remove()
     assert shapes == [(5, 9)]
 
 
-def test_command_prints_and_writes_the_numbers(saved, tmp_path) -> None:
-    arguments = ["evaluate", "easy-vqa", saved, "--limit", "6", "--num-visual-tokens", "4"]
-    arguments += ["--num-visual-tokens", "1", "--output", str(tmp_path / "numbers.json")]
-    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "120"}, catch_exceptions=False)
-    assert result.exit_code == 0
-    report = json.loads((tmp_path / "numbers.json").read_text())
-    assert (report["questions"], report["model"]) == (6, "model")
-    assert [entry["num_visual_tokens"] for entry in report["results"]] == [4, 1]
-    assert report["results"][0]["scores"]["overall"]["accuracy"] == 0.0  # random weights: no word is an answer
-    alone = report["question_alone"]["overall"]
-    assert f"{alone['accuracy']:.2f} ({alone['interval_95'][0]:.2f} to" in result.stdout
-    assert "4 visual tokens" in result.stdout and "1 visual tokens" in result.stdout
-
-
-def test_auto_picks_image_by_image(model, processor, questions, tmp_path) -> None:
+def test_auto_picks_image_by_image(tiny_model, processor, questions, tmp_path) -> None:
     board = Image.new("RGB", (24, 24), "white")
     board.paste(Image.new("RGB", (12, 12)), (0, 0))
     board.save(tmp_path / "board.png")
     asked = [questions[0], Question("what", "", 9, str(tmp_path / "board.png")), questions[1]]
     spent: list[int] = []
-    together = answer_questions(model, processor, asked, "auto", batch_size=2, on_budgets=spent.extend)
+    together = answer_questions(tiny_model, processor, asked, "auto", batch_size=2, on_budgets=spent.extend)
     assert spent == [1, 4, 1]
-    assert together == [answer_questions(model, processor, [q], n)[0] for q, n in zip(asked, spent)]
+    assert together == [answer_questions(tiny_model, processor, [q], n)[0] for q, n in zip(asked, spent)]
     spent.clear()
-    answer_questions(model, processor, asked, "auto", auto_max_loss=1, on_budgets=spent.extend)
-    answer_questions(model, processor, asked, on_budgets=spent.extend)
+    answer_questions(tiny_model, processor, asked, "auto", auto_max_loss=1, on_budgets=spent.extend)
+    answer_questions(tiny_model, processor, asked, on_budgets=spent.extend)
     assert spent == [1, 1, 1, 36, 36, 36]
 
 
-def test_command_measures_auto(saved, tmp_path) -> None:
-    arguments = ["evaluate", "easy-vqa", saved, "--limit", "4", "--num-visual-tokens", "auto"]
-    arguments += ["--auto-max-loss", "0.5", "--auto-max-loss", "1", "--output", str(tmp_path / "numbers.json")]
-    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "140"}, catch_exceptions=False)
-    assert result.exit_code == 0
-    half, all_of_it = json.loads((tmp_path / "numbers.json").read_text())["results"]
-    assert (half["num_visual_tokens"], half["auto_max_loss"]) == ("auto", 0.5)
-    assert sum(half["picked"].values()) == 4
-    assert half["mean_visual_tokens"] == sum(int(n) * times for n, times in half["picked"].items()) / 4 > 1
-    assert (all_of_it["mean_visual_tokens"], all_of_it["picked"]) == (1, {"1": 4})
-    assert "auto, loss up to 0.5" in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--num-visual-tokens", "5"], "--num-visual-tokens 5: the model has 144, 36, 16, 9, 4, 1, or say auto."),
-        (["--num-visual-tokens", "many"], "--num-visual-tokens many: the model has"),
-        (["--num-visual-tokens", "auto", "--auto-max-loss", "2"], "--auto-max-loss 2.0: give a share from 0 to 1."),
-        (["--auto-max-loss", "0.2"], "--auto-max-loss goes with --num-visual-tokens auto."),
-    ],
-)
-def test_bad_choices_are_refused_before_anything_runs(saved, options, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        CliRunner().invoke(app, ["evaluate", "easy-vqa", saved, "--limit", "4", *options], catch_exceptions=False)
-
-
-def test_a_question_longer_than_the_models_positions_is_refused(model, processor, questions, monkeypatch):
-    monkeypatch.setattr(model.config.text_config, "max_position_embeddings", 180)
+def test_a_question_longer_than_the_models_positions_is_refused(tiny_model, processor, questions, monkeypatch):
+    monkeypatch.setattr(tiny_model.config.text_config, "max_position_embeddings", 180)
     with pytest.raises(ValueError, match="The prompt is too long: it has 2.. tokens, and the model has 180 positions"):
-        answer_questions(model, processor, questions[:1])
+        answer_questions(tiny_model, processor, questions[:1])
     with pytest.raises(ValueError, match="The prompt is too long: it has more than 180 tokens"):
-        answer_questions(model, processor, [questions[0]._replace(text="a" * 10**6)])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--dtype", "int8"], "dtype='int8': use one of"),
-        (["--device", "abacus"], "device='abacus' is not to be had here"),
-        (["--batch-size", "0"], "--batch-size 0: ask at least one"),
-        (["--limit", "0"], "limit=0: ask at least one"),
-        (["--output", "no/such/folder/x.json"], "name a file in a folder that exists"),
-    ],
-)
-def test_bad_options_are_refused_in_one_sentence(saved, options, message):
-    error = CliRunner().invoke(app, ["evaluate", "easy-vqa", saved, *options]).exception
-    assert isinstance(error, ValueError) and message in str(error)
-
-
-def test_a_folder_of_something_else_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
-    for command in (["evaluate", "easy-vqa"], ["profile"]):
-        error = CliRunner().invoke(app, [*command, str(tmp_path)]).exception
-        assert isinstance(error, ValueError) and "is a llava, not a delta_llava" in str(error)
+        answer_questions(tiny_model, processor, [questions[0]._replace(text="a" * 10**6)])

@@ -20,13 +20,13 @@ from transformers_delta_llava.serving import write_space
 pytestmark = needs("app")
 
 
-# The environment does not have the package: a Space brings it, the command gets it from here.
+# The environment does not have the package; the server gets it from here, as a Space would from its git URL.
 SOURCE = str(ROOT / "src")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
 # Where a new screenshot for the documentation is to go.
 SCREENSHOT = os.environ.get("DELTA_LLAVA_SCREENSHOT")
-TALK = 200
+LENGTH = 200
 
 
 @pytest.fixture(scope="module")
@@ -47,30 +47,30 @@ def server(engine, repo):
 
 
 @pytest.fixture(scope="module")
-def talker(engine, repo, tmp_path_factory):
+def long_answers(engine, repo, tmp_path_factory):
     """The page of a repo that has the same weights, and does not stop after one word."""
-    folder = tmp_path_factory.mktemp("talker") / "easy-vqa"
+    folder = tmp_path_factory.mktemp("long_answers") / "easy-vqa"
     shutil.copytree(repo, folder)
     settings = folder / "generation_config.json"
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "min_new_tokens": TALK}))
-    with serve(engine, folder, "--num-visual-tokens", 64, "--max-new-tokens", TALK) as running:
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "min_new_tokens": LENGTH}))
+    with serve(engine, folder, "--num-visual-tokens", 64, "--max-new-tokens", LENGTH) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory) -> Path:
-    """A red circle in the lower right of a larger picture than the model ever saw."""
-    picture = Image.new("RGB", (480, 480), (232, 236, 241))
-    ImageDraw.Draw(picture).ellipse((270, 270, 430, 430), (214, 38, 38))
+    """A red circle in the lower right of a larger image than the model ever saw."""
+    image = Image.new("RGB", (480, 480), (232, 236, 241))
+    ImageDraw.Draw(image).ellipse((270, 270, 430, 430), (214, 38, 38))
     path = tmp_path_factory.mktemp("photo") / "circle.png"
-    picture.save(path)
+    image.save(path)
     return path
 
 
 @pytest.fixture(scope="module")
 def no_photo(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("photo") / "words.png"
-    path.write_text("not a picture")
+    path.write_text("not an image")
     return path
 
 
@@ -89,59 +89,61 @@ def test_answers_are_those_of_our_own_evaluation(engine, server, repo, questions
     budgets = [16, 4, 1, 64, 16, 4, 1, 64]
     expected = [answer_questions(model, processor, [q], budget)[0] for q, budget in zip(questions, budgets)]
     answers = ask(engine, server, *([q.image, q.text, budget] for q, budget in zip(questions, budgets)))
-    assert [said.get("text", said) for said in answers] == expected
-    for budget, said in zip(budgets, answers):
-        assert said["spent"].startswith(f"{budget} visual token") and said["spent"].count(" ms") == 2, said["spent"]
+    assert [answer.get("text", answer) for answer in answers] == expected
+    for budget, answer in zip(budgets, answers):
+        assert answer["costs"].startswith(f"{budget} visual token") and answer["costs"].count(" ms") == 2, answer[
+            "costs"
+        ]
 
 
-def test_visitors_at_the_same_time_do_not_mix(engine, talker, questions):
+def test_visitors_at_the_same_time_do_not_mix(engine, long_answers, questions):
     requests = [[q.image, q.text, budget] for q, budget in zip(questions[:4], (64, 16, 4, 1))]
-    alone = ask(engine, talker, *requests)
-    together = ask(engine, talker, *requests, together=True)
-    assert [said["text"] for said in together] == [said["text"] for said in alone]
-    assert len({said["text"] for said in alone}) > 1
+    alone = ask(engine, long_answers, *requests)
+    together = ask(engine, long_answers, *requests, together=True)
+    assert [answer["text"] for answer in together] == [answer["text"] for answer in alone]
+    assert len({answer["text"] for answer in alone}) > 1
 
 
-def test_streaming(engine, talker, questions):
-    (said,) = ask(engine, talker, [questions[0].image, questions[0].text, 16])
-    assert len(said["steps"]) > 10
-    assert all(said["text"].startswith(step.strip()) for step in said["steps"])
+def test_streaming(engine, long_answers, questions):
+    (answer,) = ask(engine, long_answers, [questions[0].image, questions[0].text, 16])
+    assert len(answer["steps"]) > 10
+    assert all(answer["text"].startswith(step.strip()) for step in answer["steps"])
 
 
-def test_the_heat_is_where_the_shape_is(engine, server, photo):
+def test_the_saliency_is_where_the_shape_is(engine, server, photo):
     wanted = [(16, "patches", "red"), (16, "visual tokens", ""), (1, "visual tokens", "")]
     answers = ask(engine, server, *([photo, "what color is the shape?", *more] for more in wanted))
-    for places, said in zip((8, 4, 8), answers, strict=True):
-        assert (said["text"], said["source"]) == ("red", f"Where “red” comes from, in {places} x {places} places")
-    said = answers[0]
-    heat = Image.open(said["heat"])
-    assert heat.format == "PNG"
-    # The warmest place: the picture itself has no yellow.
-    red, green, blue = (np.asarray(heat.convert("RGB"), float)[..., channel] for channel in range(3))
+    for cells, answer in zip((8, 4, 8), answers, strict=True):
+        assert (answer["text"], answer["caption"]) == ("red", f"Saliency of “red”, in {cells} x {cells} cells")
+    answer = answers[0]
+    saliency = Image.open(answer["saliency"])
+    assert saliency.format == "PNG"
+    # The warmest place: the image itself has no yellow.
+    red, green, blue = (np.asarray(saliency.convert("RGB"), float)[..., channel] for channel in range(3))
     row, column = np.unravel_index((red + green - 2 * blue).argmax(), red.shape)
-    assert row > heat.height / 2 and column > heat.width / 2, (row, column)
+    assert row > saliency.height / 2 and column > saliency.width / 2, (row, column)
 
 
 def test_bad_questions_are_answered_with_a_sentence(engine, server, photo, no_photo):
     question = "what shape is in the image?"
     bad = {
-        "There is no picture: upload one first.": [None, question, 16],
-        "This file is not a picture that can be read.": [no_photo, question, 16],
+        "There is no image: upload one first.": [None, question, 16],
+        "This file cannot be read as an image.": [no_photo, question, 16],
         "There is no question.": [photo, " \n", 16],
         "num_visual_tokens=7: this model cannot give it; use one of 64, 16, 4, 1.": [photo, question, 7],
     }
     *refused, good = ask(engine, server, *bad.values(), [photo, question, 16])
-    for words, said in zip(bad, refused, strict=True):
-        assert words in said.get("error", said), said
+    for words, answer in zip(bad, refused, strict=True):
+        assert words in answer.get("error", answer), answer
     assert good["text"] == "circle"
-    (said,) = ask(engine, server, [photo, question, 16, "patches", "square"])
-    assert said["text"] == "circle" and said["heat"] is None
+    (answer,) = ask(engine, server, [photo, question, 16, "patches", "square"])
+    assert answer["text"] == "circle" and answer["saliency"] is None
 
 
 def test_files_that_nobody_uploaded_are_not_read(engine, server, photo):
     def answer_about(path: str) -> str:
-        picture = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        data = [picture, "what shape is in the image?", 16, "none", ""]
+        image = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        data = [image, "what shape is in the image?", 16, "none", ""]
         status, text = server.post("/gradio_api/call/ask", json.dumps({"data": data}).encode())
         return server.get(f"/gradio_api/call/ask/{json.loads(text)['event_id']}") if status == 200 else text
 
@@ -164,24 +166,24 @@ def visit(engine, server, photo, no_photo, question: str) -> dict:
 def test_in_a_browser(engine, server, photo, no_photo):
     seen = visit(engine, server, photo, no_photo, "what color is the shape?")
     assert seen["title"] == "easy-vqa"
-    no_picture, bad_picture, no_question = seen["complaints"]
-    assert "There is no picture: upload one first." in no_picture
-    assert "This file is not a picture that can be read." in bad_picture
+    no_image, bad_image, no_question = seen["errors_shown"]
+    assert "There is no image: upload one first." in no_image
+    assert "This file cannot be read as an image." in bad_image
     assert "There is no question." in no_question
-    assert [said["tokens"] for said in seen["answers"]] == [16, 1, 64]
-    for said in seen["answers"]:
-        assert said["text"] == "red"
-        assert said["spent"].startswith(f"{said['tokens']} visual token")
-        assert said["source"] == "Where “red” comes from, in 8 x 8 places"
-    assert len({said["map"] for said in seen["answers"]}) == 3
+    assert [answer["tokens"] for answer in seen["answers"]] == [16, 1, 64]
+    for answer in seen["answers"]:
+        assert answer["text"] == "red"
+        assert answer["costs"].startswith(f"{answer['tokens']} visual token")
+        assert answer["caption"] == "Saliency of “red”, in 8 x 8 cells"
+    assert len({answer["map"] for answer in seen["answers"]}) == 3
     assert seen["elsewhere"] == [] and seen["errors"] == []
     if SCREENSHOT:
         shutil.copyfile(engine.scratch / "page.png", SCREENSHOT)
 
 
-def test_the_answer_grows_in_a_browser(engine, talker, photo, no_photo):
-    seen = visit(engine, talker, photo, no_photo, "what color is the shape?")
-    assert [said["tokens"] for said in seen["answers"]] == [64, 4, 64]
+def test_the_answer_grows_in_a_browser(engine, long_answers, photo, no_photo):
+    seen = visit(engine, long_answers, photo, no_photo, "what color is the shape?")
+    assert [answer["tokens"] for answer in seen["answers"]] == [64, 4, 64]
     first = seen["answers"][0]
     partial = {text.strip() for text in first["seen"]} - {"", first["text"]}
     assert partial, "the answer came in one piece"
@@ -189,16 +191,14 @@ def test_the_answer_grows_in_a_browser(engine, talker, photo, no_photo):
 
 
 def test_a_space(engine, repo, tmp_path, photo):
-    missing = ["-c", "import importlib.util as u; print(u.find_spec('transformers_delta_llava'))"]
-    assert engine.run_python(*missing).strip() == "None"
     folder = tmp_path / "space"
-    write_space(folder, "org/easy-vqa", num_visual_tokens=4)
+    write_space(folder, "org/easy-vqa", "https://example.org/repo.git", num_visual_tokens=4)
     port = free_port()
-    settings = {"DELTA_LLAVA_MODEL": str(repo), "GRADIO_SERVER_PORT": str(port)}
+    settings = {"DELTA_LLAVA_MODEL": str(repo), "GRADIO_SERVER_PORT": str(port), "PYTHONPATH": SOURCE}
     with engine.serve([folder / "app.py"], port, health="/config", **settings) as space:
-        (said,) = ask(engine, space, [photo, "what shape is in the image?", 4, "visual tokens", ""])
-    assert said["text"] == "circle"
-    assert Image.open(said["heat"]).width > 0
+        (answer,) = ask(engine, space, [photo, "what shape is in the image?", 4, "visual tokens", ""])
+    assert answer["text"] == "circle"
+    assert Image.open(answer["saliency"]).width > 0
 
 
 def test_a_budget_that_the_model_does_not_have_is_refused_at_once(engine, repo):
@@ -206,5 +206,5 @@ def test_a_budget_that_the_model_does_not_have_is_refused_at_once(engine, repo):
     environment = engine.environment(PYTHONPATH=SOURCE)
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
-    sentence = "num_visual_tokens=7: this model cannot give it; use one of 1, 4, 16, 64."
+    sentence = "`num_visual_tokens=7` is not a budget of this model; it has 64, 16, 4, 1."
     assert result.stderr.splitlines()[-1] == f"delta-llava: {sentence}"

@@ -1,4 +1,4 @@
-"""Requests before they reach `transformers serve`: what is refused, what is changed, and how images are fetched."""
+"""Requests before they reach `transformers serve`: refusals, changes, and how images are fetched."""
 
 import asyncio
 import base64
@@ -37,8 +37,8 @@ def encoded() -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def run(processor, body, kind=ChatRequest, limit=200) -> dict:
-    return asyncio.run(prepare(body, kind, processor, limit))
+def run(processor, body, schema=ChatRequest, limit=200) -> dict:
+    return asyncio.run(prepare(body, schema, processor, limit))
 
 
 def with_options(**options) -> dict:
@@ -77,19 +77,19 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused(processor, case):
+def test_bad_requests_are_refused(processor, case):
     body, message = REFUSED[case]
     with pytest.raises(ValueError, match=f"^The request: .*{message}") as caught:
         run(processor, body)
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_changed(processor):
+def test_changes(processor):
     body = {"messages": [USER], "logit_bias": {"5": 3, "-1": 0.5}, "chat_template_kwargs": None, "seed": None}
     before = repr(body)
-    found = run(processor, body)
-    assert found == {"messages": [USER], "logit_bias": {"5": 3.0, "-1": 0.5}}
-    assert all(type(bias) is float for bias in found["logit_bias"].values())
+    prepared = run(processor, body)
+    assert prepared == {"messages": [USER], "logit_bias": {"5": 3.0, "-1": 0.5}}
+    assert all(type(bias) is float for bias in prepared["logit_bias"].values())
     assert repr(body) == before
     assert run(processor, with_options(processor_kwargs={"num_visual_tokens": 4}, num_visual_tokens=4))
 
@@ -161,11 +161,11 @@ def test_more_images_than_positions_are_not_fetched(processor):
 
 def test_turns_in_a_row_and_developers():
     text = {"type": "text", "text": "a"}
-    picture = {"type": "image", "url": "data:,"}
+    image_part = {"type": "image", "url": "data:,"}
     messages = [
         {"role": "developer", "content": [text]},
         {"role": "system", "content": "b"},
-        {"role": "user", "content": [picture]},
+        {"role": "user", "content": [image_part]},
         {"role": "user", "content": [text]},
         {"role": "assistant", "content": None},
         {"role": "tool", "content": [text]},
@@ -173,7 +173,7 @@ def test_turns_in_a_row_and_developers():
     ]
     assert to_conversation(messages) == [
         {"role": "system", "content": [text, {"type": "text", "text": "b"}]},
-        {"role": "user", "content": [picture, text]},
+        {"role": "user", "content": [image_part, text]},
         {"role": "assistant", "content": []},
         {"role": "tool", "content": [text]},
         {"role": "tool", "content": [text]},

@@ -1,6 +1,5 @@
-"""What `delta-llava serve` does before the server starts; tests/integration asks the server itself."""
+"""`delta-llava serve` before the server starts; tests/integration asks the server itself."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,28 +10,20 @@ from transformers.utils.import_utils import is_serve_available
 
 from tests.tiny import tiny_config, tiny_processor
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, serving
-from transformers_delta_llava.cli.main import main
 from transformers_delta_llava.serving import transformers_serve
 
 
-def run(monkeypatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["delta-llava", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    return int(caught.value.code or 0)
-
-
-def test_other_options_go_to_transformers(monkeypatch):
+def test_other_options_go_to_transformers(call, monkeypatch):
     calls = []
     monkeypatch.setattr(serving, "serve", lambda *arguments: calls.append(arguments))
-    assert run(monkeypatch, "serve", "org/model", "--port", "8001", "--num-visual-tokens", "4", "--compile") == 0
+    assert call("serve", "org/model", "--port", "8001", "--num-visual-tokens", "4", "--compile")[0] == 0
     assert calls == [("org/model", ["--port", "8001", "--compile"], 4)]
 
 
 @pytest.mark.skipif(is_serve_available(), reason="the server's dependencies are installed")
-def test_missing_dependencies_are_named(monkeypatch, capsys):
-    assert run(monkeypatch, "serve", "org/model") == 2
-    assert "pip install 'transformers-delta-llava[serve]'" in capsys.readouterr().err
+def test_missing_dependencies_are_named(call):
+    code, _, err = call("serve", "org/model")
+    assert code == 2 and "pip install 'transformers-delta-llava[serve]'" in err
 
 
 def test_a_budget_that_the_model_does_not_have(monkeypatch, tmp_path: Path):
@@ -45,17 +36,17 @@ def test_a_budget_that_the_model_does_not_have(monkeypatch, tmp_path: Path):
 
 
 @pytest.fixture
-def guarded():
+def limited():
     """A model and its processor as `delta-llava serve` hands them to the server."""
     torch.manual_seed(0)
     model = DeltaLlavaForConditionalGeneration(tiny_config(text={"max_position_embeddings": 250})).eval()
-    load = transformers_serve._guarding(lambda: (model, tiny_processor(model.config)))
+    load = transformers_serve._with_limits(lambda: (model, tiny_processor(model.config)))
     assert load()[0] is model
     return load()
 
 
-def test_a_conversation_longer_than_the_positions_is_refused(guarded):
-    _, processor = guarded
+def test_a_conversation_longer_than_the_positions_is_refused(limited):
+    _, processor = limited
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     with pytest.raises(ValueError, match="it has more than 250 tokens"):
         processor.apply_chat_template([{"role": "user", "content": "a" * 10**6}], **options)
@@ -65,8 +56,8 @@ def test_a_conversation_longer_than_the_positions_is_refused(guarded):
     assert processor.apply_chat_template(turns, **options)["input_ids"].shape[1] < 250
 
 
-def test_generation_ends_with_the_positions(guarded):
-    model, processor = guarded
+def test_generation_ends_with_the_positions(limited):
+    model, processor = limited
     ids = torch.full((1, 240), 5)
     config = GenerationConfig(max_new_tokens=10**6, do_sample=False)
     answer = model.generate(input_ids=ids, generation_config=config, tokenizer=processor)

@@ -21,8 +21,8 @@ from .explain import Explanation
 
 
 SUFFIXES = (".png", ".svg")
-# Text is drawn as it is: an answer may hold dollar signs, and text of an SVG stays text.
-STYLE = {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "delta-llava", "font.size": 10}
+# Text of an SVG stays text, and the same figure has the same bytes.
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "delta-llava", "font.size": 10}
 PANEL = 336  # pixels: the side of a saliency map, at least
 PANELS_PER_ROW = 5
 # Weight of the saliency's colour where there is none, and where there is most.
@@ -84,7 +84,14 @@ def new_figure(path: Path, width: float, height: float) -> Iterator[Any]:
         yield figure
         kind = path.suffix[1:].lower()
         try:
-            figure.savefig(draft, format=kind, dpi=100, metadata={"Date": None} if kind == "svg" else None)
+            figure.savefig(
+                draft,
+                format=kind,
+                dpi=100,
+                bbox_inches="tight",
+                pad_inches=0.2,
+                metadata={"Date": None} if kind == "svg" else None,
+            )
             draft.replace(path)
         finally:
             draft.unlink(missing_ok=True)
@@ -167,7 +174,7 @@ def plot_delta_stats(rows: Sequence[DeltaRow], title: str, path: Path) -> None:
             left.set_yscale("log")
         else:
             left.text(0.5, 0.5, "all deltas are zero", ha="center", transform=left.transAxes)
-        figure.suptitle(title)
+        figure.suptitle(_wrap(title, 120))
 
 
 def tower_view(image: Image.Image, processor: DeltaLlavaProcessor) -> Image.Image:
@@ -199,38 +206,36 @@ def plot_comparison(
     Raises:
         DeltaLlavaError: see `check_figure_path`.
     """
-    view = tower_view(image, processor)
-    answers = [_wrap(run.answer or "(empty)", 52) for run in comparison.runs]
-    heights = [1.3, *(max(1.1, 0.3 + 0.2 * len(answer.splitlines())) for answer in answers)]
+    texts = [f"{_wrap(model, 60)}\n{_wrap(comparison.prompt, 60)}"]
+    for run in comparison.runs:
+        auto = ", chosen by auto" if run.chosen_by_auto else ""
+        texts.append(
+            f"{count(run.num_visual_tokens, 'visual token')}, loss {run.loss:.2f}{auto}\n"
+            f"first token {run.first_token_ms:,.1f} ms, {count(run.answer_tokens, 'token')} in {run.total_ms:,.1f} ms\n\n"
+            f"{_wrap(run.answer or '(empty)', 60)}"
+        )
     versions = ", ".join(f"{name} {version}" for name, version in comparison.versions.items())
     where = f"{comparison.device}, {comparison.dtype}, {count(comparison.threads, 'thread')}, {versions}."
-    notes = _wrap(f"{comparison.times} {where} {MOSAIC} Auto may lose {comparison.auto_max_loss:g}.", 150)
-    prompt = _wrap(comparison.prompt, 90)
-    heights[0] = max(heights[0], 0.3 + 0.25 * len(prompt.splitlines()))
-    with new_figure(path, 12, sum(heights) + 1) as figure:
-        grid = figure.subplots(len(heights), 3, height_ratios=heights, width_ratios=[1.1, 4, 5], squeeze=False)
-        for axes in grid[:, [0, 2]].flat:
-            axes.axis("off")
-        grid[0, 1].axis("off")
-        grid[0, 0].imshow(view)
-        grid[0, 1].text(0, 1, f"{_wrap(model, 90)}\n{prompt}", va="top", size=13)
-        longest = max(run.total_ms for run in comparison.runs)
-        for (tiles, times, text), run, answer in zip(grid[1:], comparison.runs, answers):
-            tiles.imshow(mosaic(view, run.num_visual_tokens), interpolation="nearest")
+    notes = _wrap(f"{comparison.times} {where} {MOSAIC} Auto may lose {comparison.auto_max_loss:g}.", 160)
+    view = tower_view(image, processor)
+    shown = [view, *(mosaic(view, run.num_visual_tokens) for run in comparison.runs)]
+    heights = [max(1.2, 0.2 * len(text.splitlines())) for text in texts]
+    with new_figure(path, 12, sum(heights) + 1.2) as figure:
+        grid = figure.subplots(len(heights), 3, height_ratios=heights, width_ratios=[1.2, 4, 5], sharex="col")
+        for (tiles, times, side), pixels, text in zip(grid, shown, texts):
+            tiles.imshow(pixels, interpolation="nearest", extent=(0, 1, 0, 1))
+            side.text(0, 1, text, va="top")
+            for axes in (tiles, times, side):
+                axes.axis("off")
+        for times, run in zip(grid[1:, 1], comparison.runs):
+            times.axis("on")
             ends = [0.0, run.tower_ms, run.first_token_ms, run.total_ms]
             for (name, colour), start, end in zip(TIMES.items(), ends, ends[1:]):
                 times.barh(0, end - start, left=start, color=colour, label=name)
-            times.set(xlim=(0, longest), yticks=[], ylim=(-1, 1))
+            times.set(yticks=[], ylim=(-1, 1))
             times.spines[["top", "right", "left"]].set_visible(False)
-            auto = ", chosen by auto" if run.chosen_by_auto else ""
-            times.set_title(
-                f"{count(run.num_visual_tokens, 'visual token')}, loss {run.loss:.2f}{auto}: first token "
-                f"{run.first_token_ms:,.1f} ms, {count(run.answer_tokens, 'token')} in {run.total_ms:,.1f} ms",
-                loc="left",
-                size=9,
-            )
-            text.text(0, 1, answer, va="top", size=11)
-        figure.legend(*grid[1, 1].get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False)
+        grid[-1, 1].set_xlabel("milliseconds")
+        figure.legend(*grid[1, 1].get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False)
         figure.supxlabel(notes, size=8, ha="left", x=0)
 
 
@@ -300,7 +305,7 @@ def count(number: int, thing: str) -> str:
 
 
 def _wrap(text: str, width: int) -> str:
-    """`text` in lines of at most `width` letters, half as many where some may be wide ones."""
+    """`text`, of a model or a file, in lines of at most `width` letters, half as many where some may be wide ones."""
     width = width if text.isascii() else width // 2
     lines = (textwrap.wrap(printable(line), width) or [""] for line in text.splitlines())
-    return "\n".join(part for line in lines for part in line)
+    return "\n".join(part for line in lines for part in line).replace("$", r"\$")  # or matplotlib reads mathematics

@@ -348,5 +348,5 @@ def write_space(
 def installed_from() -> str | None:
     """The git URL, with the commit, that pip installed this package from; None for any other source."""
     origin = json.loads(importlib.metadata.distribution(DISTRIBUTION).read_text("direct_url.json") or "{}")
-    commit = origin.get("vcs_info", {}).get("commit_id")
-    return f"{origin['url']}@{commit}" if commit else None
+    vcs = origin.get("vcs_info", {})
+    return f"{origin['url']}@{vcs['commit_id']}" if vcs.get("vcs") == "git" else None

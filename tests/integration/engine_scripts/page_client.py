@@ -2,7 +2,7 @@
 
     python page_client.py URL DOWNLOADS [--together] < REQUESTS.json
 
-REQUESTS.json is a list of lists, the arguments of /ask: picture (a file or null), question, visual tokens, whether to draw a heat
+REQUESTS.json is a list of lists, the arguments of /ask: image (a file or null), question, visual tokens, whether to draw a saliency
 map, for which token. Without `--together` one is sent after the other.
 """
 
@@ -14,8 +14,8 @@ from gradio_client import Client, handle_file
 
 def submit(client: Client, request: list):
     """A request under way."""
-    picture, *rest = request
-    return client.submit(picture and handle_file(picture), *rest, api_name="/ask")
+    image, *rest = request
+    return client.submit(image and handle_file(image), *rest, api_name="/ask")
 
 
 def collect(job) -> dict:
@@ -25,8 +25,14 @@ def collect(job) -> dict:
         job.result()  # raises what ended the iteration
     except Exception as error:
         return {"error": str(error)}
-    text, spent, heat, source = steps[-1]
-    return {"steps": [step[0] for step in steps], "text": text, "spent": spent, "heat": heat, "source": source}
+    text, costs, saliency, caption = steps[-1]
+    return {
+        "steps": [step[0] for step in steps],
+        "text": text,
+        "costs": costs,
+        "saliency": saliency,
+        "caption": caption,
+    }
 
 
 def main() -> None:

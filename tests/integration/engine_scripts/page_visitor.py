@@ -1,8 +1,8 @@
 """Visits the page of `delta-llava app` in Chromium, with all ways out of this machine closed. Prints one JSON object.
 
-    python page_visitor.py CHROMIUM URL PICTURE NO_PICTURE QUESTION SCREENSHOT
+    python page_visitor.py CHROMIUM URL IMAGE NO_IMAGE QUESTION SCREENSHOT
 
-Asks without a picture, then with NO_PICTURE (a file that only has a picture's name), then about PICTURE, then again with the slider
+Asks without an image, then with NO_IMAGE (a file that only has an image's name), then about IMAGE, then again with the slider
 two steps further left, and at its right end; the screenshot is of what stands there last.
 """
 
@@ -25,12 +25,12 @@ WATCH = """() => {
 }"""
 DONE = """([tokens, map]) => {
     const drawn = document.querySelector('#map img');
-    const spent = document.querySelector('#spent').innerText;
-    return spent.startsWith(tokens + ' visual token') && / in \\d/.test(spent) && drawn && drawn.src !== map && drawn.naturalWidth;
+    const costs = document.querySelector('#costs').innerText;
+    return costs.startsWith(tokens + ' visual token') && / in \\d/.test(costs) && drawn && drawn.src !== map && drawn.naturalWidth;
 }"""
 
 
-def complaint(page: Page) -> str:
+def error_shown(page: Page) -> str:
     """What the page complains about, once it is asked; the note is closed after."""
     page.click("#ask")
     toast = page.get_by_test_id("toast-body").first
@@ -41,10 +41,10 @@ def complaint(page: Page) -> str:
     return " ".join(text.split())
 
 
-def upload(page: Page, picture: str) -> None:
-    """Give the page a picture, and wait until it shows it."""
-    page.set_input_files("#picture input[type=file]", picture)
-    page.locator("#picture img").wait_for(state="attached")
+def upload(page: Page, image: str) -> None:
+    """Give the page an image, and wait until it shows it."""
+    page.set_input_files("#image input[type=file]", image)
+    page.locator("#image img").wait_for(state="attached")
 
 
 def move_slider(page: Page, *keys: str) -> None:
@@ -56,7 +56,7 @@ def move_slider(page: Page, *keys: str) -> None:
 
 
 def answer(page: Page, last_map: str | None) -> dict:
-    """Ask, and wait for answer and heat map."""
+    """Ask, and wait for answer and saliency map."""
     page.evaluate("window.seen = []")
     tokens = page.input_value("#tokens input")
     page.click("#ask")
@@ -65,24 +65,24 @@ def answer(page: Page, last_map: str | None) -> dict:
         "tokens": int(tokens),
         "text": page.input_value("#answer textarea"),
         "seen": page.evaluate("window.seen"),
-        "spent": page.inner_text("#spent").strip(),
+        "costs": page.inner_text("#costs").strip(),
         "map": page.get_attribute("#map img", "src"),
-        "source": page.inner_text("#source").strip(),
+        "caption": page.inner_text("#caption").strip(),
     }
 
 
-def visit(page: Page, picture: str, no_picture: str, question: str, screenshot: str) -> dict:
+def visit(page: Page, image: str, no_image: str, question: str, screenshot: str) -> dict:
     """The whole visit, with what was seen."""
     page.wait_for_selector("#ask")
     page.evaluate(WATCH)
     page.fill("#question textarea", question)
-    found: dict = {"title": page.title(), "complaints": [complaint(page)]}
-    upload(page, no_picture)
-    found["complaints"].append(complaint(page))
+    found: dict = {"title": page.title(), "errors_shown": [error_shown(page)]}
+    upload(page, no_image)
+    found["errors_shown"].append(error_shown(page))
     page.get_by_label("Clear").first.click()
-    upload(page, picture)
+    upload(page, image)
     page.fill("#question textarea", " ")
-    found["complaints"].append(complaint(page))
+    found["errors_shown"].append(error_shown(page))
     page.fill("#question textarea", question)
     first = answer(page, None)
     move_slider(page, "ArrowLeft", "ArrowLeft")
