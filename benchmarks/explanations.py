@@ -95,7 +95,12 @@ def judge(saliency: np.ndarray, shape: np.ndarray) -> tuple[float, float, bool, 
     share = shape.reshape(grid, shape.shape[0] // grid, grid, -1).mean((1, 3))
     reached = share > 0
     on, off = (saliency * share).sum() / share.sum(), (saliency * (1 - share)).sum() / (1 - share).sum()
-    return saliency[reached].sum() / saliency.sum(), reached.mean(), bool(reached.flat[saliency.argmax()]), bool(on > off)
+    return (
+        saliency[reached].sum() / saliency.sum(),
+        reached.mean(),
+        bool(reached.flat[saliency.argmax()]),
+        bool(on > off),
+    )
 
 
 def summary(judged: Sequence[Any]) -> str:

@@ -25,7 +25,7 @@ LAYERS = {
     "hub": {"utils", "modeling", "processing"},
     "conversion": {"hub", "utils", "modeling", "processing"},
     "deltas": {"conversion", "hub", "utils", "modeling", "processing"},  # reads checkpoints, too
-    "analysis": {"utils", "modeling", "processing"},
+    "analysis": {"deltas", "utils", "modeling", "processing"},  # draws the statistics of deltas
     "evaluation": {"utils", "modeling", "processing"},
     "training": {"conversion", "hub", "utils", "modeling", "processing"},  # prepares tokenizers as conversion does
     "serving": {"analysis", "utils", "modeling", "processing"},  # the demo app shows analyses

@@ -76,7 +76,7 @@ def test_warns_of_what_deltas_cannot_hold(call, tmp_path):
         (("apply", "repo", "other", "out"), "--force"),
         (("merge", "repo", "out", "--rank", "-1"), "rank=-1"),
         (("merge", "repo", "out", "--max-shard-size", "big"), "max_shard_size"),
-        (("stats", "repo", "--plot", "plot.png"), "plot.svg"),
+        (("stats", "repo", "--plot", "plot.pdf"), "plot.pdf: name a file that ends in .png or .svg"),
     ],
 )
 def test_bad_input_is_one_sentence(call, tmp_path, monkeypatch, arguments, words):

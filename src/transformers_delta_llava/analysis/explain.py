@@ -12,8 +12,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..modeling import DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
-from ..utils.prompts import max_prompt_tokens
-from .inference import answer_ids, check_budgets, count_visual_tokens, encode_question, find_token, token_text
+from ..utils.prompts import check_budgets, max_prompt_tokens
+from .inference import answer_ids, count_visual_tokens, encode_question, find_token, token_text
 
 
 POSITIONS = ("visual_tokens", "patches")

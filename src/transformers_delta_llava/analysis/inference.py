@@ -174,16 +174,6 @@ def encode_question(
     return inputs
 
 
-def check_budgets(processor: DeltaLlavaProcessor, budgets: Sequence[Any]) -> None:
-    """
-    Refuse `budgets` that are neither `"auto"` nor what the processor has, before anything runs.
-
-    Raises:
-        ValueError: the processor's own sentence.
-    """
-    processor._resolve_budgets(list(budgets), None)
-
-
 def count_visual_tokens(processor: DeltaLlavaProcessor, inputs: Any) -> int:
     """Visual tokens of the one image in `inputs`."""
     return int((inputs["input_ids"] == processor.image_token_id).sum())

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..analysis.inference import check_budgets
 from ..modeling import DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
-from ..utils.prompts import check_prompt, check_texts, max_prompt_tokens
+from ..utils.prompts import check_budgets, check_prompt, check_texts, max_prompt_tokens
 from .scores import Score, score_answers
 
 

@@ -15,11 +15,11 @@ from PIL import Image
 
 from ..analysis import Explanation, load_image, load_repo, overlay_saliency
 from ..analysis.figures import import_matplotlib
-from ..analysis.inference import check_budgets
 from ..modeling import DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
 from ..utils.errors import DeltaLlavaError
 from ..utils.files import atomic_folder, check_output, check_repo_id, public_name, write_json
+from ..utils.prompts import check_budgets
 from .conversation import Conversation
 
 

@@ -264,3 +264,13 @@ def check_prompt(num_tokens: int, limit: int | None) -> None:
             f"The prompt is too long: it has {num_tokens:,} tokens, and the model has {limit:,} positions; shorten it, or "
             "use fewer visual tokens."
         )
+
+
+def check_budgets(processor: Any, budgets: Iterable[Any]) -> None:
+    """
+    Refuse `budgets` that are neither `"auto"` nor what the processor has, before anything runs.
+
+    Raises:
+        ValueError: the processor's own sentence.
+    """
+    processor._resolve_budgets(list(budgets), None)
