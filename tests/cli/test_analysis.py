@@ -73,7 +73,7 @@ BAD_INPUT = [
     ("explain", {1: "nowhere.jpg"}, "nowhere.jpg: there is no such image."),
     ("budget", {1: __file__}, f"{__file__} is not an image that can be read: "),
     ("explain", {2: "  "}, "The prompt is empty: ask something about the image."),
-    ("budget", {3: "--num-visual-tokens=5"}, "`num_visual_tokens=5` is not a budget of this model; it has 144, 36"),
+    ("budget", {3: "--num-visual-tokens=5"}, "num_visual_tokens=5: this model cannot give it; use one of 144, 36"),
     (
         "budget",
         {3: "--num-visual-tokens=-4"},
@@ -165,7 +165,7 @@ def test_easy_vqa(call, tiny_repo, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--num-visual-tokens", 5], "`num_visual_tokens=5` is not a budget of this model; it has 144, 36"),
+        (["--num-visual-tokens", 5], "num_visual_tokens=5: this model cannot give it; use one of 144, 36"),
         (["--num-visual-tokens", "many"], "`num_visual_tokens` must be an integer or 'auto'"),
         (["--num-visual-tokens", "auto", "--auto-max-loss", 2], "auto_max_loss=2.0: use a share from 0 to 1."),
         (["--auto-max-loss", 0.2], "auto_max_loss goes with num_visual_tokens=auto."),

@@ -206,5 +206,5 @@ def test_a_budget_that_the_model_does_not_have_is_refused_at_once(engine, repo):
     environment = engine.environment(PYTHONPATH=SOURCE)
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
-    sentence = "`num_visual_tokens=7` is not a budget of this model; it has 64, 16, 4, 1."
+    sentence = "num_visual_tokens=7: this model cannot give it; use one of 64, 16, 4, 1."
     assert result.stderr.splitlines()[-1] == f"delta-llava: {sentence}"

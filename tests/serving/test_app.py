@@ -75,7 +75,7 @@ def test_the_slider_goes_over_the_budgets():
     processor = tiny_processor(tiny_config())
     assert choose_budgets(processor, None) == ([1, 4, 9, 16, 36, 144], 36)
     assert choose_budgets(processor, 4) == ([1, 4, 9, 16, 36, 144], 4)
-    with pytest.raises(ValueError, match="num_visual_tokens=7` is not a budget of this model; it has 144, 36"):
+    with pytest.raises(ValueError, match="num_visual_tokens=7: this model cannot give it; use one of 144, 36"):
         choose_budgets(processor, 7)
     processor.num_visual_tokens = "auto"
     assert choose_budgets(processor, None)[1] == 36

@@ -49,7 +49,7 @@ def test_the_answer_grows_to_that_of_generate(conversation, budget):
 def test_a_bad_question_raises_in_the_thread_that_asked(conversation):
     with pytest.raises(ValueError, match="no question"):
         next(conversation.ask(IMAGE, "  "))
-    with pytest.raises(ValueError, match="`num_visual_tokens=7` is not a budget"):
+    with pytest.raises(ValueError, match="num_visual_tokens=7: this model cannot give it"):
         next(conversation.ask(IMAGE, QUESTION, 7))
     with pytest.raises(ValueError, match="The prompt is too long: it has more than 2,048 tokens"):
         next(conversation.ask(IMAGE, "what? " * 10**5))

@@ -273,4 +273,4 @@ def check_budgets(processor: Any, budgets: Iterable[Any]) -> None:
     Raises:
         ValueError: the processor's own sentence.
     """
-    processor._resolve_budgets(list(budgets), None)
+    processor._resolve_choices(list(budgets), None)
