@@ -1,10 +1,12 @@
 """How large deltas are against their bases, and how they spread over directions."""
 
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import torch
 
+from ..modeling.delta_projection_delta_llava import Update
 from .algebra import decompose_product
 from .projections import Projections, read_projections
 
@@ -60,23 +62,19 @@ def delta_stats(source: str | Path, base: str | Path | None = None) -> list[Delt
     rows = []
     for name, update in model.updates():
         (u, v), weight = model.factors(name, update), bases.get(name)
-        if model.layout == "released":
-            rows.append(_row(name, None, model.rank, u, v, weight))
-            levels = len(model.levels) if name != "q_proj" else 1
-            if levels > 1:  # the levels are side by side in what the projection reads
-                width = u.shape[0] // levels
-                parts = weight.split(width, dim=1) if weight is not None else [None] * levels
-                rows += [
-                    _row(name, level, model.rank, part, v, base_part)
-                    for level, part, base_part in zip(model.levels, u.split(width), parts)
-                ]
-        else:
-            rows.append(_row(*_label(model, name, update), model.rank, u, v, weight))
+        rows.append(_row(*_label(model, name, update), model.rank, u, v, weight))
+        width = model.specs[name].out_features
+        if len(u) > width:  # keys and values of the "released" layout read the levels side by side
+            weights = repeat(None) if weight is None else weight.split(width, dim=1)
+            rows += [
+                _row(name, level, model.rank, *part)
+                for level, *part in zip(model.levels, u.split(width), repeat(v), weights)
+            ]
     return rows
 
 
-def _label(model: Projections, name: str, update: tuple[int, ...]) -> tuple[str, int | None]:
-    """Projection and level of an update of the `"paper"` layout."""
+def _label(model: Projections, name: str, update: Update) -> tuple[str, int | None]:
+    """Projection and level of an update."""
     if name == "qkv_proj":
         return "qkv"[update[0]], model.levels[update[1]] if len(update) > 1 else None
     return name, model.levels[update[0]] if update else None
@@ -86,13 +84,5 @@ def _row(
     projection: str, level: int | None, rank: int, u: torch.Tensor, v: torch.Tensor, weight: torch.Tensor | None
 ) -> DeltaRow:
     part = decompose_product(u, v)
-    base_norm = None if weight is None else float(weight.double().norm())
-    return DeltaRow(
-        projection,
-        level,
-        rank,
-        float(part.values.norm()),
-        base_norm,
-        part.rank_for(0.99),
-        part.values.tolist(),
-    )
+    norm, base_norm = float(part.values.norm()), None if weight is None else float(weight.double().norm())
+    return DeltaRow(projection, level, rank, norm, base_norm, part.rank_for(0.99), part.values.tolist())
