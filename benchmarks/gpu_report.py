@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpu_parts import LIMITS, write_json
+from gpu_parts import PARTS, write_json
 from tables import Rows, goals_table, table
 from training_step import TABLE_4
 from transformers_delta_llava.analysis import line_plot
@@ -43,7 +43,7 @@ def take_over(folder: Path, results: Path, rehearsals: bool) -> None:
     """
     reports = {
         name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        for name in LIMITS
+        for name in PARTS
         if (folder / f"{name}.json").is_file()
     }
     measured = {name: report for name, report in reports.items() if report["rows"]}

@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from gpu_parts import LIMITS, NO_DEVICE, write_json
+from gpu_parts import NO_DEVICE, PARTS, write_json
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,11 +37,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure everything on one GPU, in parts.")
     parser.add_argument("output", type=Path, metavar="OUT", help="folder for the results")
     parser.add_argument(
-        "--parts", nargs="+", choices=list(LIMITS), default=list(LIMITS), help="all by default, in order"
+        "--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="all by default, in order"
     )
     parser.add_argument("--seconds", type=float, default=540.0, help="for all parts together")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny shapes")
-    parser.add_argument("--child", choices=list(LIMITS), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=list(PARTS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         from gpu_parts.report import run_part
@@ -52,7 +52,9 @@ def main() -> None:
     options = ["--rehearse"] if arguments.rehearse else []
     with tempfile.TemporaryDirectory() as site:
         statuses = run_parts(
-            {name: LIMITS[name] * (3 if arguments.rehearse else 1) for name in arguments.parts},  # CPUs may be busy
+            {
+                name: PARTS[name].limit * (3 if arguments.rehearse else 1) for name in arguments.parts
+            },  # CPUs may be busy
             lambda name: [*script, "--child", name, *options],
             arguments.output,
             arguments.seconds,

@@ -11,7 +11,6 @@ cache helps, and wants a fixed number of tokens, streamed. What differs is what 
 import argparse
 import base64
 import contextlib
-import http.client
 import io
 import json
 import os
@@ -21,10 +20,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,8 @@ def main() -> None:
         for name, budgets in (("LLaVA", (None,)), ("Delta-LLaVA", BUDGETS)):
             with serve(arguments.python, folders[name], arguments.dtype, Path(scratch)) as port:
                 for budget in budgets:
-                    measure(
-                        port, budget, arguments.concurrency, arguments.concurrency, arguments.new_tokens
-                    )  # warm-up
-                    row = measure(port, budget, arguments.requests, arguments.concurrency, arguments.new_tokens)
+                    for requests in (arguments.concurrency, arguments.requests):  # the first is a warm-up
+                        row = measure(port, budget, requests, arguments.concurrency, arguments.new_tokens)
                     rows.append({"model": name, "visual_tokens": budget or 576, **row})
     show(rows, arguments)
     if arguments.output is not None:
@@ -184,36 +183,17 @@ def serve(python: Path, folder: Path, dtype: str, scratch: Path) -> Iterator[int
 
 def _is_up(port: int) -> bool:
     try:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
+        return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
     except OSError:
         return False
 
 
 def measure(port: int, budget: int | None, requests: int, concurrency: int, new_tokens: int) -> dict[str, float]:
-    """Send `requests`, `concurrency` of them at any time; requests per second, and times to the first token in ms."""
+    """Send `requests`, `concurrency` at a time; returns requests per second and times to the first token in ms."""
     bodies = [_body(budget, new_tokens) for _ in range(requests)]
-    gate = threading.Barrier(concurrency + 1)
-    remaining = iter(bodies)
-    lock = threading.Lock()
-    first_tokens: list[float] = []
-
-    def client() -> None:
-        gate.wait()
-        while True:
-            with lock:
-                body = next(remaining, None)
-            if body is None:
-                return
-            first_tokens.append(_first_token(port, body))
-
     with ThreadPoolExecutor(concurrency) as pool:
-        running = [pool.submit(client) for _ in range(concurrency)]
-        gate.wait()
         start = time.perf_counter()
-        for each in running:
-            each.result()
+        first_tokens = list(pool.map(partial(_first_token, port), bodies))
         seconds = time.perf_counter() - start
     return {
         "requests_per_second": round(requests / seconds, 3),
@@ -238,20 +218,20 @@ def _body(budget: int | None, new_tokens: int) -> bytes:
 
 def _first_token(port: int, body: bytes) -> float:
     """Seconds to the first generated token; reads the answer to its end."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    url, headers = f"http://127.0.0.1:{port}/v1/chat/completions", {"Content-Type": "application/json"}
     start = time.perf_counter()
-    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    if response.status != 200:
-        raise SystemExit(f"vLLM answered {response.status}: {response.read()[:500].decode(errors='replace')}")
-    found = None
-    for line in response:
-        # The first event tells the role; tokens follow, which may decode to no text.
-        if found is None and line.startswith(b"data: {") and b'"role"' not in line:
-            found = time.perf_counter() - start
-    if found is None:
+    seconds = None
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=600) as response:
+            for line in response:
+                # The first event has the role; tokens follow, which may decode to no text.
+                if seconds is None and line.startswith(b"data: {") and b'"role"' not in line:
+                    seconds = time.perf_counter() - start
+    except urllib.error.HTTPError as error:
+        raise SystemExit(f"vLLM answered {error.code}: {error.read()[:500].decode(errors='replace')}") from None
+    if seconds is None:
         raise SystemExit("vLLM streamed no token.")
-    return found
+    return seconds
 
 
 def show(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:

@@ -84,10 +84,15 @@ def make_optimizer(model: Any, name: str) -> torch.optim.Optimizer:
 
 
 def step(model: Any, inputs: dict[str, Any], stage: int, optimizer: torch.optim.Optimizer) -> None:
-    """Forward, backward and update, with the weights that the stage trains."""
+    """Forward, backward and update of the weights that the stage trains; of a language model with LoRA only the adapters."""
     model.train().requires_grad_(stage == 2)
     model.model.vision_tower.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
+    names = [name for name, _ in model.model.language_model.named_parameters()]
+    if any("lora_" in name for name in names):
+        model.lm_head.requires_grad_(False)
+        for name in names:
+            model.model.language_model.get_parameter(name).requires_grad_("lora_" in name)
     model(**inputs).loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

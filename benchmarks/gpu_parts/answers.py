@@ -16,7 +16,9 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ from transformers import AttentionInterface, CompileConfig, LogitsProcessor, Log
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from harness.models import LLAVA, build_pair, make_inputs
-from transformers_delta_llava.analysis import BudgetProfile, ModelProfile, paper_flops, profile_model, roofline
+from transformers_delta_llava.analysis import ModelProfile, paper_flops, profile_model, roofline
 from transformers_delta_llava.modeling import CACHE_NAME
 
 from .report import Report, captured, measured_rates, milliseconds, peak_gigabytes
@@ -148,7 +150,7 @@ class GraphAnswer:
         self.token.copy_(self.side.model.lm_head(outputs.last_hidden_state[:, -1]).argmax(-1, keepdim=True))
 
     def rewind(self) -> None:
-        """Let the cache start at its beginning; what stands behind it is masked."""
+        """Let the cache start at its beginning; what comes after it is masked."""
         torch._foreach_zero_([layer.cumulative_length for layer in self.cache.layers])  # one kernel
 
     def seconds(self, new_tokens: int) -> list[float]:
@@ -251,7 +253,7 @@ def generate_compiled(report: Report) -> None:
         report.add(**row)
 
     for name in (144, LLAVA):
-        report.attempt(f"generate, compiled, {name}", lambda name=name: measure(name), 25.0)
+        report.attempt(f"generate, compiled, {name}", partial(measure, name), 25.0)
 
 
 def _measure(report: Report, size: str, plan: list[tuple[int, str]], budgets: list[int] | None = None) -> None:
@@ -261,21 +263,17 @@ def _measure(report: Report, size: str, plan: list[tuple[int, str]], budgets: li
     numbers = [b for b in (budgets or BUDGETS) if b in ours.config.visual_token_budgets]
     if report.rehearse:
         numbers = numbers[:2]
-    profiles = {
-        LLAVA: llava_profile(ours, LONG),
-        **{one.budgets[0].num_visual_tokens: one for one in our_profiles(ours.config, numbers)},
-    }
+    profiles: dict[Any, ModelProfile] = {LLAVA: llava_profile(ours, LONG)}
+    profiles |= {profile.budgets[0].num_visual_tokens: profile for profile in our_profiles(ours.config, numbers)}
+    backend = "eager" if report.rehearse else "inductor"
     for batch, way in plan:
         few = batch > 1 or way == "compiled"
         names: list[Any] = [LLAVA, *(numbers[:4] if few else numbers), LLAVA]
-        if way == "compiled":
-            with compiled_pieces(ours, "eager" if report.rehearse else "inductor"):
-                _compare(report, pair, names, batch, way, profiles, rates)
-        else:
+        with compiled_pieces(ours, backend) if way == "compiled" else nullcontext():
             _compare(report, pair, names, batch, way, profiles, rates)
     if size == "7b":  # last, as a profiler may slow down what follows
         for name in (LLAVA, numbers[0]):
-            report.attempt(f"profile, {name}", lambda name=name: _profile(report, make_side(pair, name, 1)), 6.0)
+            report.attempt(f"profile, {name}", partial(_profile, report, make_side(pair, name, 1)), 6.0)
 
 
 def _compare(
@@ -304,18 +302,24 @@ def _compare(
         if reference:
             row["of LLaVA's"] = row["first token, ms"] / reference["first token, ms"]
             row["gain"] = row[f"tokens/s, {SHORT}"] / reference[f"tokens/s, {SHORT}"] - 1
-        (floor,) = roofline(profiles[name], **rates, batch_size=batch)
-        row["floor, ms"] = 1000 * floor.first_token
-        row["times the floor"] = row["first token, ms"] / row["floor, ms"]
-        row["floor per token, ms"] = 1000 * (floor.per_token or 0.0)
-        row["times the floor per token"] = row["per token, ms"] / row["floor per token, ms"]
-        row["peak GB"] = peak_gigabytes(report)
-        row["s taken"] = time.perf_counter() - started
-        report.add(**row)
+        row |= floors(row, profiles[name], rates, batch)
+        report.add(**row, **{"peak GB": peak_gigabytes(report), "s taken": time.perf_counter() - started})
 
     for position, name in enumerate(names):
         last = position == len(names) - 1
-        report.attempt(f"{way}, batch {batch}, {name}", lambda name=name, last=last: measure(name, last), 6.0)
+        report.attempt(f"{way}, batch {batch}, {name}", partial(measure, name, last), 6.0)
+
+
+def floors(row: dict[str, Any], model: ModelProfile, rates: dict[str, float], batch: int = 1) -> dict[str, float]:
+    """The least times that the rates allow, and how far the row's times are above them."""
+    (floor,) = roofline(model, **rates, batch_size=batch)
+    first, token = 1000 * floor.first_token, 1000 * (floor.per_token or 0.0)
+    return {
+        "floor, ms": first,
+        "times the floor": row["first token, ms"] / first,
+        "floor per token, ms": token,
+        "times the floor per token": row["per token, ms"] / token,
+    }
 
 
 def _profile(report: Report, side: Side, most: int = 10) -> None:
@@ -336,22 +340,13 @@ def _profile(report: Report, side: Side, most: int = 10) -> None:
             for event in profiler.key_averages()
             if (event.device_type == DeviceType.CUDA) == on_gpu
         ]
-        total = sum(ms for *_, ms in kernels)
+        total = ("all", sum(calls for _, calls, _ in kernels), sum(ms for *_, ms in kernels))
+        longest = sorted(kernels, key=lambda kernel: -kernel[2])[:most]
+        common = {"visual tokens": tokens, "phase": phase}
         rows += [
-            {
-                "visual tokens": tokens,
-                "phase": phase,
-                "kernel": key[:90],
-                "calls": calls,
-                "ms": ms,
-                "share": ms / total,
-            }
-            for key, calls, ms in sorted(kernels, key=lambda kernel: -kernel[2])[:most]
+            common | {"kernel": key[:90], "calls": calls, "ms": ms, "share": ms / total[2]}
+            for key, calls, ms in (*longest, total)
         ]
-        calls = sum(calls for _, calls, _ in kernels)
-        rows.append(
-            {"visual tokens": tokens, "phase": phase, "kernel": "all", "calls": calls, "ms": total, "share": 1.0}
-        )
     report.note(profile=rows)
 
 
@@ -415,10 +410,7 @@ def shape_of(report: Report, size: str) -> str:
 def our_profiles(config: Any, budgets: list[int]) -> list[ModelProfile]:
     """One per number of tokens."""
     whole = profile_model(config, TEXT_TOKENS, LONG, budgets=budgets)
-    return [
-        ModelProfile(whole.text_tokens, whole.new_tokens, whole.dtype, whole.parameters, [budget])
-        for budget in whole.budgets
-    ]
+    return [replace(whole, budgets=[budget]) for budget in whole.budgets]
 
 
 def llava_profile(ours: Any, new_tokens: int) -> ModelProfile:
@@ -427,12 +419,9 @@ def llava_profile(ours: Any, new_tokens: int) -> ModelProfile:
     most = config.num_visual_tokens_for(1)
     whole = profile_model(config, TEXT_TOKENS, new_tokens, budgets=[most])
     (budget,) = whole.budgets
-    shared = paper_flops(
-        config, most, TEXT_TOKENS, new_tokens
-    )  # of a whole CLIP and of LLaVA's MLP it is the exact count
+    shared = paper_flops(config, most, TEXT_TOKENS, new_tokens)  # exact for a whole CLIP and LLaVA's MLP
     width, hidden = config.vision_config.hidden_size, config.text_config.hidden_size
     tower = sum(parameter.numel() for parameter in ours.model.vision_tower.parameters())
     flops = budget.exact_flops | {part: shared[part] for part in ("tower", "projector")}
     weights = budget.weight_bytes | {"tower": 2 * tower, "projector": 2 * (width * hidden + hidden * hidden)}
-    changed = BudgetProfile(most, flops, budget.paper_flops, weights, budget.activation_bytes, budget.kv_cache_bytes)
-    return ModelProfile(whole.text_tokens, new_tokens, whole.dtype, whole.parameters, [changed])
+    return replace(whole, budgets=[replace(budget, exact_flops=flops, weight_bytes=weights)])

@@ -4,6 +4,7 @@ Only the linear maps of the language model's layers are quantised, as every quan
 compared with its own weights put back to bfloat16 before anything is timed.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,9 +12,8 @@ import torch
 from torch import nn
 
 from harness.models import LLAVA, build_pair
-from transformers_delta_llava.analysis import BudgetProfile, ModelProfile, roofline
 
-from .answers import LONG, SHORT, graphed, llava_profile, make_side, our_profiles, row_name, shape_of
+from .answers import LONG, SHORT, floors, graphed, llava_profile, make_side, our_profiles, row_name, shape_of
 from .report import Report, measured_rates, peak_gigabytes
 
 
@@ -115,9 +115,10 @@ def _measure(report: Report, kind: str, linear: Any, rates: dict[str, float], re
         peak_gigabytes(report)
         row = row_name(name) | {"weights": kind, "batch": 1, "GB of weights": read / 1e9}
         row |= graphed(report, make_side(pair, name, 1), "quantised")
-        (floor,) = roofline(_with_weights(profiles[name], read), **rates)
-        row["floor per token, ms"] = 1000 * (floor.per_token or 0.0)
-        row["times the floor per token"] = row["per token, ms"] / row["floor per token, ms"]
+        profile = profiles[name]
+        weights = profile.budgets[0].weight_bytes | {"prefill": read, "decode": read}
+        profile = replace(profile, budgets=[replace(profile.budgets[0], weight_bytes=weights)])
+        row |= {key: value for key, value in floors(row, profile, rates).items() if "per token" in key}
         before = reference.setdefault(name, row)
         for what in ("first token, ms", f"tokens/s, {SHORT}"):
             row[f"{what}, of bfloat16's"] = row[what] / before[what]
@@ -147,11 +148,3 @@ def replace_linears(layers: nn.Module, linear: Any) -> None:
                     )
                 compared.add(shape)
             setattr(module, name, packed)
-
-
-def _with_weights(profile: ModelProfile, read: int) -> ModelProfile:
-    """With other bytes to be read for the language model."""
-    (budget,) = profile.budgets
-    weights = budget.weight_bytes | {"prefill": read, "decode": read}
-    changed = BudgetProfile(**{**vars(budget), "weight_bytes": weights})
-    return ModelProfile(**{**vars(profile), "budgets": [changed]})

@@ -15,7 +15,7 @@ import torch
 
 from harness import machine, timed
 
-from . import NO_DEVICE, write_json
+from . import NO_DEVICE, PARTS, write_json
 
 
 SEED = 0
@@ -92,8 +92,7 @@ class Report:
 
 def run_part(name: str, output: Path, rehearse: bool) -> None:
     """Import a part, wait for the line that says how many seconds it has, run it."""
-    module_name, function = ENTRIES[name]
-    part = getattr(importlib.import_module(f"gpu_parts.{module_name}"), function)
+    part = getattr(importlib.import_module(f"gpu_parts.{PARTS[name].module}"), name)
     line = sys.stdin.readline()
     if not rehearse and not torch.cuda.is_available():
         sys.exit(NO_DEVICE)
@@ -102,18 +101,6 @@ def run_part(name: str, output: Path, rehearse: bool) -> None:
         if rehearse:
             torch.set_num_threads(1)
         part(Report(name, output, rehearse, float(line)))
-
-
-# Per part its module and the function that runs it.
-ENTRIES = {
-    "end_to_end": ("answers", "end_to_end"),
-    "projector": ("projector_times", "projector"),
-    "correctness": ("correctness", "correctness"),
-    "training_step": ("training", "training_step"),
-    "quantised": ("quantised", "quantised"),
-    "end_to_end_13b": ("answers", "end_to_end_13b"),
-    "generate_compiled": ("answers", "generate_compiled"),
-}
 
 
 # ---------------------------------------------------------------------------- measuring

@@ -34,20 +34,16 @@ def training_step(report: Report) -> None:
     report.note(text_tokens=TEXT_TOKENS, batch=2 if report.rehearse else BATCH, optimizer="AdamW")
     tiny = report.rehearse
     pair = build_pair("tiny" if tiny else "7b", report.device, torch.bfloat16)
-    _compare(report, pair, "7B, stage 1", 1, False)
-    _compare(report, pair, "7B, stage 1", 1, True)
-    adapted = report.attempt("LoRA", partial(_add_lora, pair[0].model.language_model)) is not None
-    if adapted:
-        _compare(report, pair, "7B, stage 2, LoRA", 2, False)
-        _compare(report, pair, "7B, stage 2, LoRA", 2, True)
+    _compare(report, pair, "7B, stage 1", 1)
+    if report.attempt("LoRA", partial(_add_lora, pair[0].model.language_model)) is not None:
+        _compare(report, pair, "7B, stage 2, LoRA", 2)
     del pair
     if report.device == "cuda":
         torch.cuda.empty_cache()
     pair = build_pair(
         "tiny" if tiny else "0.5b", report.device, torch.bfloat16, **({} if tiny else {"text": QWEN2_1_5B})
     )
-    _compare(report, pair, "1.5B, stage 2", 2, False)
-    _compare(report, pair, "1.5B, stage 2", 2, True)
+    _compare(report, pair, "1.5B, stage 2", 2)
 
 
 def _add_lora(language_model: Any) -> Any:
@@ -59,7 +55,12 @@ def _add_lora(language_model: Any) -> Any:
     return inject_adapter_in_model(config, language_model)
 
 
-def _compare(report: Report, pair: tuple[Any, Any], kind: str, stage: int, checkpointing: bool) -> None:
+def _compare(report: Report, pair: tuple[Any, Any], kind: str, stage: int) -> None:
+    for checkpointing in (False, True):
+        _compare_steps(report, pair, kind, stage, checkpointing)
+
+
+def _compare_steps(report: Report, pair: tuple[Any, Any], kind: str, stage: int, checkpointing: bool) -> None:
     ours, llava = pair
     for model in pair:
         if checkpointing:
@@ -81,7 +82,7 @@ def _compare(report: Report, pair: tuple[Any, Any], kind: str, stage: int, check
         if name != LLAVA:
             inputs["num_visual_tokens"] = budget
         optimizer = make_optimizer(model, "AdamW")
-        call = partial(_step, model, inputs, stage, optimizer)
+        call = partial(step, model, inputs, stage, optimizer)
         for _ in range(2):  # the first makes AdamW's moments
             once = timed(call, report.device)
         rounds = 1 if report.rehearse else min(20, max(3, round(1.5 / once)))
@@ -107,17 +108,3 @@ def _compare(report: Report, pair: tuple[Any, Any], kind: str, stage: int, check
         report.attempt(what, partial(measure, name), 6.0)
         for model in pair:
             model.zero_grad(set_to_none=True)
-
-
-def _step(model: Any, inputs: dict[str, Any], stage: int, optimizer: torch.optim.Optimizer) -> None:
-    """As in `training_step.py`; with adapters, the language model's own weights are frozen."""
-    adapted = any("lora_" in name for name, _ in model.model.language_model.named_parameters())
-    if not adapted:
-        return step(model, inputs, stage, optimizer)
-    model.train().requires_grad_(False)
-    model.model.multi_modal_projector.requires_grad_(True)
-    for name, parameter in model.model.language_model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    model(**inputs).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)

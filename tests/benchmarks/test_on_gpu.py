@@ -1,5 +1,6 @@
 """The run on a GPU, rehearsed: parts fail alone, rows are on disk at once, figures of a rehearsal never pass for measured ones."""
 
+import importlib
 import json
 import os
 import sys
@@ -17,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import gpu_report
 import on_gpu
 import write_performance_page
-from gpu_parts import LIMITS, NO_DEVICE, answers, quantised
-from gpu_parts.report import ENTRIES, Report, captured, measured_rates, milliseconds
+from gpu_parts import NO_DEVICE, PARTS, answers, quantised
+from gpu_parts.report import Report, captured, measured_rates, milliseconds
 from harness.models import LLAVA, build_pair
 
 
@@ -57,18 +58,18 @@ def read(output: Path, name: str) -> dict:
     return json.loads((output / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("failing", [list(LIMITS)[0], list(LIMITS)[-1]])
+@pytest.mark.parametrize("failing", [list(PARTS)[0], list(PARTS)[-1]])
 def test_a_part_that_fails_leaves_the_others_whole(
     failing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    statuses = run(tmp_path, {name: "fails" if name == failing else "works" for name in LIMITS})
-    assert statuses == {name: "failed" if name == failing else "done" for name in LIMITS}
-    for name in LIMITS:
+    statuses = run(tmp_path, {name: "fails" if name == failing else "works" for name in PARTS})
+    assert statuses == {name: "failed" if name == failing else "done" for name in PARTS}
+    for name in PARTS:
         assert len(read(tmp_path, name)["rows"]) == 1  # what was measured before is kept
         assert read(tmp_path, name)["status"] == statuses[name]
     assert "illegal memory access" in read(tmp_path, failing)["problems"][0]
     assert "illegal memory access" in (tmp_path / "log.txt").read_text()
-    assert len(capsys.readouterr().out.splitlines()) == len(LIMITS)
+    assert len(capsys.readouterr().out.splitlines()) == len(PARTS)
     assert len(list(tmp_path.iterdir())) <= 8  # what machines that are lent out give back
 
 
@@ -150,8 +151,9 @@ def test_rows_and_errors_are_on_disk_at_once(
 
 
 def test_every_part_has_its_function_and_its_section() -> None:
-    assert list(ENTRIES) == list(LIMITS)
-    assert {f"gpu_{name}" for name in LIMITS} == set(gpu_report.GPU_SECTIONS)
+    for name, part in PARTS.items():
+        assert callable(getattr(importlib.import_module(f"gpu_parts.{part.module}"), name))
+    assert {f"gpu_{name}" for name in PARTS} == set(gpu_report.GPU_SECTIONS)
     page = write_performance_page.PAGE.read_text()
     assert all(f"<!-- {name} -->" in page for name in gpu_report.GPU_SECTIONS)
 

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from transformers import pipeline
 
+from tests.integration.api_requests import data_url, malformed_requests, messages
 from tests.integration.engine_scripts.answer import NEW_TOKENS, answer, ask_pipeline
 from tests.integration.engines import Engine, free_port, needs
-from tests.integration.malformed import malformed_requests
-from tests.integration.requests import data_url, messages
 from tests.pages import commands_of, filled, read_blocks
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 

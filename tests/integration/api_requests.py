@@ -1,4 +1,4 @@
-"""Requests that no server can answer, made from seeds: invalid images, budgets that no grid gives, chats out of order."""
+"""Requests of the OpenAI API: valid ones of the tests' cases, and malformed ones from seeds."""
 
 import base64
 import copy
@@ -12,16 +12,31 @@ Request = dict
 Spoiler = Callable[[Request, random.Random], Request]
 
 
+def data_url(image: str | bytes) -> str:
+    """A PNG file, or its bytes, as a data URL."""
+    data = image if isinstance(image, bytes) else Path(image).read_bytes()
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def messages(case: dict) -> list[dict]:
+    """The case's content as a user message, with images as data URLs."""
+    content = [
+        {"type": "image_url", "image_url": {"url": data_url(item["url"])}} if item["type"] == "image" else item
+        for item in case["content"]
+    ]
+    return [{"role": "user", "content": content}]
+
+
 def malformed_requests(good: Request, image: bytes, count: int) -> list[tuple[str, bytes]]:
     """`count` pairs of what is wrong and a body, each the request `good` (its last item of content a text) with one fault."""
     generator = random.Random(0)
     faults = list(FAULTS.items())
-    found = []
+    requests = []
     for index in range(count):
         name, spoil = faults[index % len(faults)]
         body = spoil({**copy.deepcopy(good), "image": image}, generator)
-        found.append((name, body if isinstance(body, bytes) else json.dumps(drop(body, "image")).encode()))
-    return found
+        requests.append((name, body if isinstance(body, bytes) else json.dumps(drop(body, "image")).encode()))
+    return requests
 
 
 def drop(request: Request, name: str) -> Request:
@@ -145,10 +160,6 @@ def with_no_json(request: Request, generator: random.Random) -> bytes:
     """Anything but JSON."""
     body = json.dumps(drop(request, "image")).encode()
     return generator.choice([b"", b"{", b"[]", b"null", b"\xff\xfe", body[: len(body) // 2], generator.randbytes(200)])
-
-
-def data_url(image: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(image).decode()}"
 
 
 FAULTS: dict[str, Spoiler] = {
