@@ -198,12 +198,10 @@ class DeltaLlavaConfig(PreTrainedConfig):
         """
         window = self.projector_window_size
         if not _is_int(scale_factor, minimum=1) or self.grid_size % (scale_factor * window):
-            _refuse(
-                "scale_factor",
-                scale_factor,
-                f"it does not divide the {self.grid_size} x {self.grid_size} patch grid"
-                + (f" into windows of {window} x {window} queries" if window > 1 else "")
-                + f"; use one of {', '.join(map(str, self._scale_factors()))}",
+            windows = f" into windows of {window} x {window} queries" if window > 1 else ""
+            raise ValueError(
+                f"scale_factor={scale_factor!r}: it does not divide the {self.grid_size} x {self.grid_size} patch grid"
+                f"{windows}; use one of {', '.join(map(str, self._scale_factors()))}."
             )
         return (self.grid_size // scale_factor) ** 2
 
@@ -264,124 +262,84 @@ def _check_choices(config: DeltaLlavaConfig) -> None:
         "use_transformer_block": (True, False),
         "use_delta_projection": (True, False),
     }.items():
-        if getattr(config, field) not in choices:
-            _refuse(field, getattr(config, field), f"use one of {', '.join(map(repr, choices))}")
+        _require(config, field, getattr(config, field) in choices, f"use one of {', '.join(map(repr, choices))}")
     try:
         from transformers.activations import ACT2FN
     except ImportError:  # without torch, which a config does not need
         ACT2FN = {config.projector_hidden_act: None}
-    if config.projector_hidden_act not in ACT2FN:
-        _refuse(
-            "projector_hidden_act",
-            config.projector_hidden_act,
-            "use a key of transformers' ACT2FN, such as 'gelu'",
-        )
-    if config.projector_layout == "released" and config.projector_window_size != 1:
-        _refuse(
-            "projector_window_size",
-            config.projector_window_size,
-            "the 'released' layout has windows of 1; use projector_layout='paper'",
-        )
-    if config.projector_layout == "released" and config.delta_sharing != "levels":
-        _refuse(
-            "delta_sharing", config.delta_sharing, "the 'released' layout shares no base; use projector_layout='paper'"
-        )
+    is_known = config.projector_hidden_act in ACT2FN
+    _require(config, "projector_hidden_act", is_known, "use a key of transformers' ACT2FN, such as 'gelu'")
+    if config.projector_layout == "released":
+        remedy = "the 'released' layout has windows of 1; use projector_layout='paper'"
+        _require(config, "projector_window_size", config.projector_window_size == 1, remedy)
+        remedy = "the 'released' layout shares no base; use projector_layout='paper'"
+        _require(config, "delta_sharing", config.delta_sharing == "levels", remedy)
 
 
 def _check_tower(config: DeltaLlavaConfig) -> None:
     vision = config.vision_config
     for field in ("image_size", "patch_size"):
-        if not _is_int(getattr(vision, field, None), minimum=1):
-            _refuse(
-                f"vision_config.{field}",
-                getattr(vision, field, None),
-                "use one integer: the patch grid must be square",
-            )
-    if config.grid_size < 1:
-        _refuse(
-            "vision_config.image_size",
-            vision.image_size,
-            f"it must hold at least one patch of {vision.patch_size} pixels",
-        )
+        is_valid = _is_int(getattr(vision, field, None), minimum=1)
+        _require(config, f"vision_config.{field}", is_valid, "use one integer: the patch grid must be square")
+    remedy = f"it must hold at least one patch of {vision.patch_size} pixels"
+    _require(config, "vision_config.image_size", config.grid_size >= 1, remedy)
 
     states = vision.num_hidden_layers + 1
-    if not config.vision_feature_levels:
-        _refuse("vision_feature_levels", [], "name at least one hidden state of the tower")
+    _require(
+        config,
+        "vision_feature_levels",
+        bool(config.vision_feature_levels),
+        "name at least one hidden state of the tower",
+    )
     for field, levels in (
         ("vision_feature_layer", [config.vision_feature_layer]),
         ("vision_feature_levels", config.vision_feature_levels),
     ):
-        for level in levels:
-            if not _is_int(level, minimum=-states) or level >= states:
-                _refuse(
-                    field,
-                    getattr(config, field),
-                    f"the tower has {states} hidden states (the embedding and {states - 1} layers); "
-                    f"use {-states} to {states - 1}",
-                )
+        is_valid = all(_is_int(level, minimum=-states) and level < states for level in levels)
+        remedy = f"the tower has {states} hidden states (the embedding and {states - 1} layers); use {-states} to {states - 1}"
+        _require(config, field, is_valid, remedy)
 
     strategy = SELECT_STRATEGIES.get(vision.model_type, config.vision_feature_select_strategy)
-    if config.vision_feature_select_strategy != strategy:
-        reason = "starts with a class token" if strategy == "default" else "has no class token"
-        _refuse(
-            "vision_feature_select_strategy",
-            config.vision_feature_select_strategy,
-            f"a {vision.model_type} {reason}; use {strategy!r}",
-        )
+    reason = "starts with a class token" if strategy == "default" else "has no class token"
+    is_valid = config.vision_feature_select_strategy == strategy
+    _require(config, "vision_feature_select_strategy", is_valid, f"a {vision.model_type} {reason}; use {strategy!r}")
 
 
 def _check_projector(config: DeltaLlavaConfig) -> None:
-    width = config.vision_config.hidden_size
+    width, grid = config.vision_config.hidden_size, config.grid_size
     for field in ("delta_rank", "projector_head_dim", "projector_sr_ratio", "projector_window_size"):
-        if not _is_int(getattr(config, field), minimum=1):
-            _refuse(field, getattr(config, field), "use an integer of at least 1")
-    if config.grid_size % config.projector_window_size:
-        _refuse(
-            "projector_window_size",
-            config.projector_window_size,
-            f"windows must tile the {config.grid_size} x {config.grid_size} grid; use one of "
-            + _divisors(config.grid_size),
-        )
-    if config.delta_rank > width:
-        _refuse("delta_rank", config.delta_rank, f"a low-rank update has at most the tower's width, {width}")
-    if width % 4:
-        _refuse("vision_config.hidden_size", width, "2-D sinusoidal positions need a multiple of 4")
+        _require(config, field, _is_int(getattr(config, field), minimum=1), "use an integer of at least 1")
+    if grid % config.projector_window_size:
+        remedy = f"windows must tile the {grid} x {grid} grid; use one of {_divisors(grid)}"
+        _refuse(config, "projector_window_size", remedy)
+    remedy = f"a low-rank update has at most the tower's width, {width}"
+    _require(config, "delta_rank", config.delta_rank <= width, remedy)
+    _require(config, "vision_config.hidden_size", width % 4 == 0, "2-D sinusoidal positions need a multiple of 4")
 
     # The released block splits its channels between attention and convolution, and each needs a head.
     needed = 2 if config.projector_layout == "released" and config.use_transformer_block else 1
     if width % config.projector_head_dim or width < needed * config.projector_head_dim:
-        _refuse(
-            "projector_head_dim",
-            config.projector_head_dim,
-            f"it must divide the tower's width, {width}, into at least {needed} head(s); use one of "
-            + _divisors(width, at_most=width // needed),
-        )
+        remedy = f"it must divide the tower's width, {width}, into at least {needed} head(s); use one of "
+        _refuse(config, "projector_head_dim", remedy + _divisors(width, at_most=width // needed))
     heads = config.num_window_attention_heads
     if not _is_int(heads, minimum=1) or width % heads:
-        _refuse(
-            "projector_num_attention_heads",
-            heads,
-            f"heads must divide the tower's width, {width}; use one of {_divisors(width)}",
-        )
-    if not 0 < config.projector_mix_ratio < 1:
-        _refuse("projector_mix_ratio", config.projector_mix_ratio, "use a share between 0 and 1, both excluded")
-    if config.projector_mlp_ratio <= 0:
-        _refuse("projector_mlp_ratio", config.projector_mlp_ratio, "use a positive number")
-    if not 0 <= config.projector_drop_path < 1:
-        _refuse("projector_drop_path", config.projector_drop_path, "use a rate from 0 (off) to below 1")
+        remedy = f"{heads} heads do not divide the tower's width, {width}; use one of {_divisors(width)}"
+        _refuse(config, "projector_num_attention_heads", remedy)
+    for field, is_valid, remedy in (
+        ("projector_mix_ratio", 0 < config.projector_mix_ratio < 1, "use a share between 0 and 1, both excluded"),
+        ("projector_mlp_ratio", config.projector_mlp_ratio > 0, "use a positive number"),
+        ("projector_drop_path", 0 <= config.projector_drop_path < 1, "use a rate from 0 (off) to below 1"),
+    ):
+        _require(config, field, is_valid, remedy)
 
 
 def _check_text(config: DeltaLlavaConfig) -> None:
-    vocab_size = config.text_config.vocab_size
-    if not _is_int(config.image_token_id, minimum=0) or config.image_token_id >= vocab_size:
-        _refuse("image_token_id", config.image_token_id, f"use an id in the vocabulary, 0 to {vocab_size - 1}")
+    text, image_token_id = config.text_config, config.image_token_id
+    is_valid = _is_int(image_token_id, minimum=0) and image_token_id < text.vocab_size
+    _require(config, "image_token_id", is_valid, f"use an id in the vocabulary, 0 to {text.vocab_size - 1}")
     for field in ("logit_scale", "logits_scaling"):
-        if getattr(config.text_config, field, None) not in (None, 1):
-            _refuse(
-                f"text_config.{field}",
-                getattr(config.text_config, field),
-                "language models that scale their logits are not supported; use one that does not",
-            )
+        remedy = "language models that scale their logits are not supported; use one that does not"
+        _require(config, f"text_config.{field}", getattr(text, field, None) in (None, 1), remedy)
 
 
 def _is_int(value: object, minimum: int) -> bool:
@@ -392,7 +350,14 @@ def _divisors(number: int, at_most: int | None = None) -> str:
     return ", ".join(str(d) for d in range(1, (at_most or number) + 1) if number % d == 0)
 
 
-def _refuse(field: str, value: object, remedy: str) -> NoReturn:
+def _require(config: DeltaLlavaConfig, field: str, is_valid: bool, remedy: str) -> None:
+    if not is_valid:
+        _refuse(config, field, remedy)
+
+
+def _refuse(config: DeltaLlavaConfig, field: str, remedy: str) -> NoReturn:
+    part, _, name = field.rpartition(".")
+    value = getattr(getattr(config, part) if part else config, name, None)
     raise ValueError(f"{field}={value!r}: {remedy}.")
 
 
