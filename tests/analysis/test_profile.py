@@ -259,10 +259,19 @@ def test_weights_that_are_read_are_those_that_gradients_reach(layout: str) -> No
             assert budgets[tokens].weight_bytes[name] == pytest.approx(counted, rel=0.02), (name, tokens)
 
 
-def test_the_page_gives_the_floors_of_a_7b_model() -> None:
+def test_the_pages_give_operations_and_floors_of_a_7b_model() -> None:
     profile = profile_model(shape_config("7b"), budgets=[576, 144, 36, 1])
+    docs = Path(__file__).parents[2] / "docs"
+    page = " ".join((docs / "performance.md").read_text(encoding="utf-8").split())
+    exact = [f"{sum(budget.exact_flops.values()) / 1e12:.2f}" for budget in profile.budgets]
+    paper = [f"{sum(budget.paper_flops.values()) / 1e12:.2f}" for budget in profile.budgets]
+    projector = [f"{budget.exact_flops['projector'] / 1e12:.4f}" for budget in profile.budgets]
+    assert f"{exact[0]} TFLOPs at 576 visual tokens, {exact[1]} at 144 and {exact[3]} at 1." in page
+    assert f"gives {paper[0]}, {paper[1]} and {paper[3]}" in page
+    assert f"({projector[0]} and {projector[1]} here)" in page
+
     single, batched = roofline(profile, 7e14, 3.35e12), roofline(profile, 7e14, 3.35e12, batch_size=32)
-    page = (Path(__file__).parents[2] / "docs" / "budgets.md").read_text(encoding="utf-8")
+    page = (docs / "budgets.md").read_text(encoding="utf-8")
     for one, many in zip(single, batched):
         times = (one.first_token, many.first_token, one.per_token or 0, many.per_token or 0)
         assert " | ".join((f"| {one.num_visual_tokens}", *(f"{1000 * seconds:.2f}" for seconds in times))) in page
