@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -13,6 +14,13 @@ from huggingface_hub.utils import _http, close_session
 from examples.make_checkpoint import Tensors, write_checkpoint
 from transformers_delta_llava.conversion import convert_checkpoint
 from transformers_delta_llava.conversion.checkpoint import read_checkpoint
+
+
+# A vision tower of four layers, for tests to which the released levels (12, 16, 22, 23) do not matter: half the time.
+SHALLOW: dict[str, Any] = {
+    "tower_sizes": {"num_hidden_layers": 4},
+    "config": {"mm_vision_feature_levels": [1, 2, 3, 3]},
+}
 
 
 def read_tensors(folder: Path) -> Tensors:
@@ -30,7 +38,7 @@ def edit_json(path: Path, **keys: object) -> None:
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a complete checkpoint, `llava-tiny`, and its `vision-tower`. Only to be read."""
     folder = tmp_path_factory.mktemp("pristine")
-    write_checkpoint(folder / "llava-tiny")
+    write_checkpoint(folder / "llava-tiny", **SHALLOW)
     return folder
 
 

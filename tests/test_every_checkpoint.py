@@ -1,4 +1,4 @@
-"""The whole way of a new user, for every kind of checkpoint: convert, inspect, ask, export, compare."""
+"""All steps of a new user, for every kind of checkpoint: convert, inspect, ask, export, compare."""
 
 import json
 import sys
@@ -10,23 +10,23 @@ from PIL import Image
 from transformers import pipeline
 
 from examples.make_checkpoint import write_checkpoint
+from tests.checkpoints import SHALLOW, read_tensors
 from transformers_delta_llava.cli.main import main
-from transformers_delta_llava.conversion.checkpoint import read_checkpoint
+from transformers_delta_llava.conversion.checkpoint import same_bits
 from transformers_delta_llava.conversion.language_models import LANGUAGE_MODELS
 
 
-QUESTION = "What is in this picture?"
+QUESTION = "What is in this image?"
+_PHI_3 = "<|user|>\n<image>\nWhat is in this image?<|end|>\n<|assistant|>\n"
+_CHATML = "<|im_start|>user\n<image>\nWhat is in this image?<|im_end|>\n<|im_start|>assistant\n"
 # What the first prompt of each type holds around the image and the question.
 PROMPTS = {
-    "llava_llama": "USER: <image>\nWhat is in this picture? ASSISTANT:",
-    "llava_mistral": "[INST] <image>\nWhat is in this picture? [/INST]",
-    "llava_gemma": "<start_of_turn>user\n<image>\nWhat is in this picture?<end_of_turn>\n<start_of_turn>model\n",
-    "llava_Phi3": "<|user|>\n<image>\nWhat is in this picture?<|end|>\n<|assistant|>\n",
-    "llava_phi3": "<|user|>\n<image>\nWhat is in this picture?<|end|>\n<|assistant|>\n",
-    "llava_seed_oss": "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is in this picture?<|eot_id|>",
-    "llava_qwen": "<|im_start|>user\n<image>\nWhat is in this picture?<|im_end|>\n<|im_start|>assistant\n",
-    "llava_qwen2": "<|im_start|>user\n<image>\nWhat is in this picture?<|im_end|>\n<|im_start|>assistant\n",
-    "llava_qwen3": "<|im_start|>user\n<image>\nWhat is in this picture?<|im_end|>\n<|im_start|>assistant\n",
+    "llava_llama": "USER: <image>\nWhat is in this image? ASSISTANT:",
+    "llava_mistral": "[INST] <image>\nWhat is in this image? [/INST]",
+    "llava_gemma": "<start_of_turn>user\n<image>\nWhat is in this image?<end_of_turn>\n<start_of_turn>model\n",
+    "llava_seed_oss": "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is in this image?<|eot_id|>",
+    **dict.fromkeys(("llava_Phi3", "llava_phi3"), _PHI_3),
+    **dict.fromkeys(("llava_qwen", "llava_qwen2", "llava_qwen3"), _CHATML),
 }
 
 
@@ -51,8 +51,10 @@ def read_bytes(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
 def test_convert_inspect_ask_export_compare(model_type, tmp_path, run):
-    source, repo, back, again = (tmp_path / name for name in ("source", "repo", "back", "again"))
-    write_checkpoint(source, model_type=model_type, tokenizer="real", form="bin", shards=2, dtype=torch.bfloat16)
+    source, repo, exported, again = (tmp_path / name for name in ("source", "repo", "exported", "again"))
+    write_checkpoint(
+        source, model_type=model_type, tokenizer="real", form="bin", shards=2, dtype=torch.bfloat16, **SHALLOW
+    )
 
     code, printed = run("convert", source, repo)
     assert code == 0, printed
@@ -67,17 +69,16 @@ def test_convert_inspect_ask_export_compare(model_type, tmp_path, run):
     (answer,) = chat(text=messages, max_new_tokens=4, return_full_text=False, generate_kwargs={"do_sample": False})
     assert isinstance(answer["generated_text"], str)
 
-    code, printed = run("export", repo, back)
+    code, printed = run("export", repo, exported)
     assert code == 0, printed
-    before, after = (read_checkpoint(folder).tensors for folder in (source, back))
+    before, after = read_tensors(source), read_tensors(exported)
     assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        assert tensor.dtype == after[name].dtype and torch.equal(tensor.load(), after[name].load()), name
-    settings = json.loads((back / "tokenizer_config.json").read_text())
+    assert all(same_bits(tensor, after[name]) for name, tensor in before.items())
+    settings = json.loads((exported / "tokenizer_config.json").read_text())
     assert isinstance(settings.get("extra_special_tokens", {}), dict)  # all that transformers 4 reads there
-    code, printed = run("inspect", back)
+    code, printed = run("inspect", exported)
     assert code == 0, printed
 
-    code, printed = run("convert", back, again)
+    code, printed = run("convert", exported, again)
     assert code == 0, printed
     assert read_bytes(again) == read_bytes(repo)

@@ -9,7 +9,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from examples.make_checkpoint import Tensors, write_checkpoint, write_tokenizer, write_tower, write_weights
-from tests.checkpoints import read_tensors
+from tests.checkpoints import SHALLOW, read_tensors
 from tests.robustness.children import hashes
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.conversion import convert_checkpoint, convert_state_dict
@@ -34,8 +34,10 @@ def assert_holds(repo, source: Tensors, dtype: torch.dtype | None = None) -> Non
     [("safetensors", 1, False), ("safetensors", 3, True), ("bin", 1, True), ("bin", 2, False)],
 )
 def test_every_form_of_a_checkpoint(tmp_path, form, shards, tower):
-    tensors = write_checkpoint(tmp_path / "source", form=form, shards=shards, tower=tower, text={"vocab_size": 299})
-    report = convert_checkpoint(tmp_path / "source", tmp_path / "out", verify=True, max_shard_size="4MB")
+    tensors = write_checkpoint(
+        tmp_path / "source", form=form, shards=shards, tower=tower, text={"vocab_size": 299}, **SHALLOW
+    )
+    report = convert_checkpoint(tmp_path / "source", tmp_path / "out", verify=True, max_shard_size="1MB")
     assert len(report.weight_files) > 2
     assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
     if not tower:
@@ -48,7 +50,7 @@ def test_every_form_of_a_checkpoint(tmp_path, form, shards, tower):
 
 
 def test_a_siglip_tower_without_its_head(tmp_path):
-    tensors = write_checkpoint(tmp_path / "source", tower_type="siglip")
+    tensors = write_checkpoint(tmp_path / "source", tower_type="siglip", **SHALLOW)
     tensors = {name: tensor for name, tensor in tensors.items() if ".vision_model.head." not in name}
     write_weights(tmp_path / "source", tensors)
     convert_checkpoint(tmp_path / "source", tmp_path / "out")
@@ -168,7 +170,7 @@ def test_the_report(source, edit_config, tmp_path):
 
 def test_no_path_of_this_machine_is_published(source, edit_config, tmp_path):
     tower = tmp_path / "towers" / "my-tower" / (40 * "c")  # as the Hub's client names a download
-    write_tower(tower)
+    write_tower(tower, **SHALLOW["tower_sizes"])
     write_tokenizer(tmp_path / "tokenizers" / "mine")
     template = "{% for m in messages %}{% for item in [m.content] if item is string %}{{ item }}{% else %}<image>\n"
     (tmp_path / "mine.jinja").write_text(template + "{{ m.content[1].text }}{% endfor %}{% endfor %}")
@@ -265,11 +267,11 @@ def test_the_tower_and_the_tokenizer_may_be_given(pristine, source, edit_config,
         ({"hidden_size": 256}, "mm_hidden_size=128, but the vision tower is 256 wide"),
         ({"patch_size": 8}, r"patch_embedding\.weight is \(128, 3, 4, 4\) instead of \(128, 3, 8, 8\)"),
         ({"image_size": 64}, "position_embedding.weight is"),
-        ({"num_hidden_layers": 12}, "vision_feature_levels"),
+        ({"num_hidden_layers": 2}, "vision_feature_levels"),
     ],
 )
 def test_a_tower_that_disagrees_is_refused(source, tmp_path, geometry, message):
-    write_tower(tmp_path / "tower", **geometry)
+    write_tower(tmp_path / "tower", **{**SHALLOW["tower_sizes"], **geometry})
     with pytest.raises(ValueError, match=message):
         convert_checkpoint(source, tmp_path / "out", vision_tower=tmp_path / "tower")
 

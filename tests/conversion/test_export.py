@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from examples.make_checkpoint import Tensors, write_checkpoint
-from tests.checkpoints import edit_json, read_tensors
+from tests.checkpoints import SHALLOW, edit_json, read_tensors
 from tests.tiny import tiny_config, tiny_processor
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.conversion import convert_checkpoint, export_checkpoint
@@ -33,7 +33,7 @@ def test_both_directions_without_the_towers_weights(tmp_path):
     """With them: tests/test_every_checkpoint.py. Tokens without a row are left out: the authors' code would look it up."""
     source, repo, exported, again = (tmp_path / name for name in ("source", "repo", "exported", "again"))
     text = {"vocab_size": 300}
-    write_checkpoint(source, tower=False, dtype=torch.bfloat16, form="bin", shards=2, text=text)
+    write_checkpoint(source, tower=False, dtype=torch.bfloat16, form="bin", shards=2, text=text, **SHALLOW)
     convert_checkpoint(source, repo)
     report = export_checkpoint(repo, exported)
     assert_same(read_tensors(exported), read_tensors(source))

@@ -28,7 +28,7 @@ def test_a_repo_and_its_checkpoint_hold_the_same(repo, pristine):
     assert (ours.kind, theirs.kind) == ("repo", "checkpoint")
     assert ours.problems == theirs.problems == []
     assert ours.visual_token_budgets == theirs.visual_token_budgets == (64, 16, 4, 1)
-    assert ours.default_visual_tokens == theirs.default_visual_tokens == 16
+    assert ours.num_visual_tokens == theirs.num_visual_tokens == 16
     assert ours.components["projector"] == theirs.components["projector"]
     assert ours.components["vision tower"] == theirs.components["vision tower"]
     weights = load_file(repo / "model.safetensors")

@@ -89,7 +89,7 @@ def test_a_projector_alone(pristine, tmp_path):
     torch.save(ours, folder / "mm_projector.bin")
     seen = inspect_model(folder)
     assert (seen.kind, seen.problems, list(seen.components)) == ("projector", [], ["projector"])
-    assert seen.default_visual_tokens == 16 and [delta.rank for delta in seen.deltas] == [16, 16, 16]
+    assert seen.num_visual_tokens == 16 and [delta.rank for delta in seen.deltas] == [16, 16, 16]
 
 
 def test_sources_that_need_no_conversion_or_have_no_projector(repo, put_projector, tmp_path):

@@ -1,9 +1,8 @@
-"""For each kind of checkpoint: converted, and asked through a pipeline, it sees what the authors' code would show it."""
+"""Each kind of checkpoint, converted: a pipeline and training give the language model the token ids of the authors' code."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, pipeline
 
 from examples.make_checkpoint import write_checkpoint
+from tests.checkpoints import SHALLOW
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from transformers_delta_llava.conversion import convert_checkpoint, inspect_model
 from transformers_delta_llava.training.conversations import IGNORED, ConversationEncoder
@@ -20,11 +20,12 @@ from transformers_delta_llava.training.conversations import IGNORED, Conversatio
 GOLDEN = json.loads((Path(__file__).parents[1] / "reference" / "golden_prompts.json").read_text(encoding="utf-8"))
 IMAGE = Image.effect_mandelbrot((40, 30), (-2, -1, 1, 1), 20).convert("RGB")
 HERMES_TURN = "<|start_header_id|>{}<|end_header_id|>\n\n{}<|eot_id|>"
+LLAMA_3 = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+CHATML = "<|im_start|>assistant\n"
 
 
-@dataclass
-class Case:
-    """A kind of checkpoint and of tokenizer; `opening` and `end` stand around what is trained on."""
+class Case(NamedTuple):
+    """A kind of checkpoint and of tokenizer; `opening` and `end` enclose the text that is trained on."""
 
     model_type: str
     base: str
@@ -35,80 +36,44 @@ class Case:
     eos: set[str]
 
 
-header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+VICUNA = Case("llava_llama", "lmsys/vicuna-7b-v1.5", "vicuna", "vicuna_v1", "ASSISTANT:", "</s>", {"</s>"})
+MISTRAL = Case("llava_mistral", "/models/base", "mistral", "mistral_instruct", "[/INST]", " </s>", {"</s>"})
+HERMES_4 = Case(
+    "llava_seed_oss", "NousResearch/Hermes-4.3-36B", "hermes4", "tokenizer", LLAMA_3, "<|eot_id|>", {"<|eot_id|>"}
+)
 CASES = {
-    "vicuna, not legacy": Case(
-        "llava_llama",
-        "lmsys/vicuna-7b-v1.5",
-        "vicuna",
-        "vicuna_v1",
-        "ASSISTANT:",
-        "</s>",
-        {"</s>"},
+    "vicuna, not legacy": VICUNA,
+    "llama 2": VICUNA._replace(
+        base="meta-llama/Llama-2-7b-chat-hf", template="llava_llama_2", opening="[/INST]", end=" </s>"
     ),
-    "llama 2": Case(
-        "llava_llama",
-        "meta-llama/Llama-2-7b-chat-hf",
-        "vicuna",
-        "llava_llama_2",
-        "[/INST]",
-        " </s>",
-        {"</s>"},
+    "llama 3": HERMES_4._replace(
+        model_type="llava_llama",
+        base="meta-llama/Meta-Llama-3-8B",
+        tokenizer="llama3",
+        template="llama3",
+        eos={"<|end_of_text|>", "<|eot_id|>"},
     ),
-    "llama 3": Case(
-        "llava_llama",
-        "meta-llama/Meta-Llama-3-8B",
-        "llama3",
-        "llama3",
-        header,
-        "<|eot_id|>",
-        {"<|end_of_text|>", "<|eot_id|>"},
+    "chatml on sentencepiece": MISTRAL._replace(
+        base="teknium/OpenHermes-2.5-Mistral-7B",
+        tokenizer="openhermes",
+        template="hermes-2",
+        opening=CHATML,
+        end="<|im_end|>",
+        eos={"</s>", "<|im_end|>"},
     ),
-    "chatml on sentencepiece": Case(
-        "llava_mistral",
-        "teknium/OpenHermes-2.5-Mistral-7B",
-        "openhermes",
-        "hermes-2",
-        "<|im_start|>assistant\n",
-        "<|im_end|>",
-        {"</s>", "<|im_end|>"},
-    ),
-    "mistral": Case("llava_mistral", "/models/base", "mistral", "mistral_instruct", "[/INST]", " </s>", {"</s>"}),
+    "mistral": MISTRAL,
     "gemma": Case(
-        "llava_gemma",
-        "google/gemma-2b-it",
-        "gemma",
-        "gemma",
-        "<start_of_turn>model\n",
-        "<end_of_turn>\n<eos>",
-        {"<eos>", "<end_of_turn>"},
+        *("llava_gemma", "google/gemma-2b-it", "gemma", "gemma", "<start_of_turn>model\n", "<end_of_turn>\n<eos>"),
+        eos={"<eos>", "<end_of_turn>"},
     ),
     "phi 3": Case(
-        "llava_Phi3",
-        "microsoft/Phi-3-mini-4k-instruct",
-        "phi3",
-        "phi_3",
-        "<|assistant|>\n",
-        "<|end|>",
-        {"<|endoftext|>", "<|end|>"},
+        *("llava_Phi3", "microsoft/Phi-3-mini-4k-instruct", "phi3", "phi_3", "<|assistant|>\n", "<|end|>"),
+        eos={"<|endoftext|>", "<|end|>"},
     ),
-    "seed oss": Case(
-        "llava_seed_oss",
-        "NousResearch/Hermes-4.3-36B",
-        "hermes4",
-        "tokenizer",
-        header,
-        "<|eot_id|>",
-        {"<|eot_id|>"},
-    ),
+    "seed oss": HERMES_4,
     "qwen 2": Case(
-        "llava_qwen2",
-        "Qwen/Qwen2-7B",
-        "qwen_base",
-        "chatml",
-        "<|im_start|>assistant\n",
-        "<|im_end|>",
-        {"<|endoftext|>", "<|im_end|>"},
+        *("llava_qwen2", "Qwen/Qwen2-7B", "qwen_base", "chatml", CHATML, "<|im_end|>"),
+        eos={"<|endoftext|>", "<|im_end|>"},
     ),
 }
 
@@ -120,8 +85,8 @@ def write_tiny_checkpoint(folder: Path, case: Case) -> PreTrainedTokenizerBase:
     write_checkpoint(
         folder,
         model_type=case.model_type,
-        tower_sizes={"num_hidden_layers": 4},
-        config={"_name_or_path": case.base, "mm_vision_feature_levels": [1, 2, 3, 3], **unknown},
+        tower_sizes=SHALLOW["tower_sizes"],
+        config={**SHALLOW["config"], "_name_or_path": case.base, **unknown},
         tokenizer=case.tokenizer,
     )
     name = json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"]
@@ -137,13 +102,13 @@ def encode_as_the_authors(tokenizer: PreTrainedTokenizerBase, text: str, image_i
     return ids[1:] if ids[:2] == [bos, bos] else ids
 
 
-def rendered(template: str, turns: list[str], generation_prompt: bool) -> str:
+def golden_prompt(template: str, turns: list[str], generation_prompt: bool) -> str:
     """The golden prompt of these turns; for templates that have none the text, spelled out."""
     if template == "tokenizer":
         text = "<|begin_of_text|>" + "".join(
             HERMES_TURN.format(("user", "assistant")[index % 2], turn) for index, turn in enumerate(turns)
         )
-        return text + (header if generation_prompt else "")
+        return text + (LLAMA_3 if generation_prompt else "")
     name = {"chatml": "chatml_direct"}.get(template, template)
     golden = [
         g for g in GOLDEN if (g["template"], g["turns"], g["generation_prompt"]) == (name, turns, generation_prompt)
@@ -156,8 +121,15 @@ def rendered(template: str, turns: list[str], generation_prompt: bool) -> str:
     return text
 
 
+def chat_of(turns: list[str]) -> list[dict[str, Any]]:
+    """The chat of these turns, with an image in the first."""
+    content = [{"type": "image", "image": IMAGE}, {"type": "text", "text": turns[0].removeprefix("<image>\n")}]
+    later = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)][1:]
+    return [{"role": "user", "content": content}, *later]
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_a_converted_model_sees_and_learns_what_the_authors_code_shows(name: str, tmp_path: Path) -> None:
+def test_token_ids_and_labels_are_those_of_the_authors_code(name: str, tmp_path: Path) -> None:
     pytest.importorskip("sentencepiece")
     case = CASES[name]
     reference = write_tiny_checkpoint(tmp_path / "checkpoint", case)
@@ -174,38 +146,27 @@ def test_a_converted_model_sees_and_learns_what_the_authors_code_shows(name: str
     turns = ["<image>\nWhat is it?", "A cat.", "What colour?"]
     seen: list[torch.Tensor] = []
     model.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
-    question = {
-        "role": "user",
-        "content": [{"type": "image", "image": IMAGE}, {"type": "text", "text": "What is it?"}],
-    }
-    chat = [question, {"role": "assistant", "content": "A cat."}, {"role": "user", "content": "What colour?"}]
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
-    pipe(text=chat, max_new_tokens=1, return_full_text=False)
-    text = rendered(case.template, turns, generation_prompt=True)
-    expected = encode_as_the_authors(reference, text, images)
-    assert seen[0][0].tolist() == expected
+    pipe(text=chat_of(turns), max_new_tokens=1, return_full_text=False)
+    prompt = golden_prompt(case.template, turns, generation_prompt=True)
+    assert seen[0][0].tolist() == encode_as_the_authors(reference, prompt, images)
 
     # Trained on: from where the model begins to write to the end of its turn.
     turns = ["<image>\nHow many?", "Two.", "Sure?", "Yes."]
-    question = {"role": "user", "content": [{"type": "image", "image": IMAGE}, {"type": "text", "text": "How many?"}]}
-    chat = [
-        question,
-        *({"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns[1:], 1)),
-    ]
-    sample = ConversationEncoder(processor, 2048)(chat, model.config.num_visual_tokens)
-    text = rendered(case.template, turns, generation_prompt=False)
+    sample = ConversationEncoder(processor, 2048)(chat_of(turns), model.config.num_visual_tokens)
+    text = golden_prompt(case.template, turns, generation_prompt=False)
     ids = encode_as_the_authors(reference, text, images)
-    labels, place = [IGNORED] * len(ids), 0
+    labels, end = [IGNORED] * len(ids), 0
     for answer in turns[1::2]:
-        start = text.index(case.opening, text.index(answer, place) - len(case.opening) - 1) + len(case.opening)
-        place = text.index(case.end, start) + len(case.end)
-        span = [len(encode_as_the_authors(reference, text[:border], images)) for border in (start, place)]
-        labels[slice(*span)] = ids[slice(*span)]
+        start = text.index(case.opening, text.index(answer, end) - len(case.opening) - 1) + len(case.opening)
+        end = text.index(case.end, start) + len(case.end)
+        span = slice(*(len(encode_as_the_authors(reference, text[:border], images)) for border in (start, end)))
+        labels[span] = ids[span]
     assert sample["input_ids"].tolist() == ids
     assert sample["labels"].tolist() == labels
 
 
-def test_inspect_shows_before_and_after_what_is_asked(tmp_path: Path) -> None:
+def test_inspect_shows_the_same_prompt_before_and_after(tmp_path: Path) -> None:
     write_tiny_checkpoint(tmp_path / "checkpoint", CASES["seed oss"])
     convert_checkpoint(tmp_path / "checkpoint", tmp_path / "repo")
     before, after = inspect_model(tmp_path / "checkpoint"), inspect_model(tmp_path / "repo")
@@ -213,18 +174,14 @@ def test_inspect_shows_before_and_after_what_is_asked(tmp_path: Path) -> None:
     assert before.chat_template == after.chat_template == "tokenizer"
     assert before.chat_template_reason == after.chat_template_reason
     question = HERMES_TURN.format("user", "<image>\nWhat is in this image?")
-    assert before.first_prompt == after.first_prompt == f"<|begin_of_text|>{question}{header}"
+    assert before.first_prompt == after.first_prompt == f"<|begin_of_text|>{question}{LLAMA_3}"
 
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("caption", ["A cat.", "1 cat.", "\u00e9t\u00e9"])
 def test_a_caption_is_trained_on_from_its_word_mark_on(make_caption_encoder: Any, legacy: bool, caption: str) -> None:
     reference, encoder, images = make_caption_encoder(legacy)
-    chat = [
-        {"role": "user", "content": [{"type": "image", "image": IMAGE}, {"type": "text", "text": "Describe it."}]},
-        {"role": "assistant", "content": caption},
-    ]
-    sample = encoder(chat, len(images))
+    sample = encoder(chat_of(["<image>\nDescribe it.", caption]), len(images))
     expected = encode_as_the_authors(reference, f"<image>{caption}\n", images)
     assert sample["input_ids"].tolist() == expected
     assert sample["labels"].tolist() == [IGNORED] * (1 + len(images)) + expected[1 + len(images) :]
@@ -233,17 +190,17 @@ def test_a_caption_is_trained_on_from_its_word_mark_on(make_caption_encoder: Any
 @pytest.fixture(scope="module")
 def make_caption_encoder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     pytest.importorskip("sentencepiece")
-    made: dict[bool, Any] = {}
+    encoders: dict[bool, Any] = {}
 
     def make(legacy: bool) -> Any:
-        if legacy not in made:
+        if legacy not in encoders:
             folder = tmp_path_factory.mktemp("captions")
             case = CASES["mistral" if legacy else "vicuna, not legacy"]
             reference = write_tiny_checkpoint(folder / "checkpoint", case)
             convert_checkpoint(folder / "checkpoint", folder / "repo", chat_template="plain")
             processor = DeltaLlavaProcessor.from_pretrained(folder / "repo")
             images = [processor.image_token_id] * processor.num_visual_tokens
-            made[legacy] = (reference, ConversationEncoder(processor, 2048), images)
-        return made[legacy]
+            encoders[legacy] = (reference, ConversationEncoder(processor, 2048), images)
+        return encoders[legacy]
 
     return make

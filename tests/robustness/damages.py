@@ -46,14 +46,14 @@ def flip_bytes(rng: random.Random, source: Path) -> str:
     file = rng.choice(weight_files(source))
     data = bytearray(file.read_bytes())
     ends = rng.random() < 0.6
-    places = []
+    offsets = []
     for _ in range(rng.choice((1, 1, 4, 64))):
-        place = rng.randrange(min(4096, len(data))) if ends else rng.randrange(len(data))
-        place = len(data) - 1 - place if ends and rng.random() < 0.5 else place
-        data[place] ^= 1 << rng.randrange(8)
-        places.append(place)
+        offset = rng.randrange(min(4096, len(data))) if ends else rng.randrange(len(data))
+        offset = len(data) - 1 - offset if ends and rng.random() < 0.5 else offset
+        data[offset] ^= 1 << rng.randrange(8)
+        offsets.append(offset)
     file.write_bytes(data)
-    return f"bits flipped in {file.name} at {places[:4]}"
+    return f"bits flipped in {file.name} at {offsets[:4]}"
 
 
 def truncate(rng: random.Random, source: Path) -> str:
@@ -197,12 +197,12 @@ def edit_index(rng: random.Random, source: Path) -> str:
         return edit_json(rng, source)
     content = json.loads(indices[0].read_text())
     name = rng.choice(sorted(content["weight_map"]))
-    place = rng.choice(
+    target = rng.choice(
         ("../x", "/etc/passwd", "", ".", "..", 5, None, "gone", "config.json", "a/b", "x\x00y", "x" * 5000)
     )
-    content["weight_map"][name] = place
+    content["weight_map"][name] = target
     indices[0].write_text(json.dumps(content))
-    return f"{indices[0].name}: {name} in {str(place)[:40]!r}"
+    return f"{indices[0].name}: {name} in {str(target)[:40]!r}"
 
 
 DAMAGES: tuple[Damage, ...] = (

@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file
 
 from examples.make_checkpoint import write_checkpoint
+from tests.checkpoints import SHALLOW
 from tests.robustness.children import hashes, outcome
 from tests.robustness.damages import DAMAGES, load, weight_files
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
@@ -91,7 +92,7 @@ def write_checkpoints(folder: Path) -> None:
     """A full checkpoint in every form."""
     for form, shards in FORMS:
         source = folder / f"{form}-{shards}" / "source"
-        write_checkpoint(source, form=form, shards=shards)
+        write_checkpoint(source, form=form, shards=shards, **SHALLOW)
         for name, values in SETTINGS.items():
             (source.parent / name).write_text(json.dumps(values))
 
@@ -99,18 +100,18 @@ def write_checkpoints(folder: Path) -> None:
 def write_lora_runs(folder: Path) -> None:
     """A LoRA run as the authors' trainer leaves it, beside its base model."""
     for form in ("safetensors", "bin"):
-        place = folder / form
-        tensors = write_checkpoint(place / "base", form=form)
-        shutil.copytree(place / "base", place / "source", ignore=shutil.ignore_patterns("*.bin", "*.safetensors"))
+        run = folder / form
+        tensors = write_checkpoint(run / "base", form=form, **SHALLOW)
+        shutil.copytree(run / "base", run / "source", ignore=shutil.ignore_patterns("*.bin", "*.safetensors"))
         generator = torch.Generator().manual_seed(0)
         factors = {}
         for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
             out, width = tensors[f"{name}.weight"].shape
             factors[f"{PREFIX}{name}.lora_A.weight"] = torch.randn(4, width, generator=generator)
             factors[f"{PREFIX}{name}.lora_B.weight"] = torch.randn(out, 4, generator=generator)
-        torch.save(factors, place / "source" / "adapter_model.bin")
+        torch.save(factors, run / "source" / "adapter_model.bin")
         trained = {n: tensor + 1 for n, tensor in tensors.items() if n.startswith("model.mm_projector.")}
-        torch.save(trained, place / "source" / "non_lora_trainables.bin")
+        torch.save(trained, run / "source" / "non_lora_trainables.bin")
         config = {
             "peft_type": "LORA",
             "r": 4,
@@ -125,12 +126,12 @@ def write_lora_runs(folder: Path) -> None:
             "modules_to_save": None,
             "use_dora": False,
         }
-        (place / "source" / "adapter_config.json").write_text(json.dumps(config))
+        (run / "source" / "adapter_config.json").write_text(json.dumps(config))
 
 
 def write_repos(folder: Path) -> None:
     """Converted repos."""
-    write_checkpoint(folder / "given" / "source")
+    write_checkpoint(folder / "given" / "source", **SHALLOW)
     for size in ("2GB", "1MB"):
         convert_checkpoint(folder / "given" / "source", folder / size / "source", max_shard_size=size)
     shutil.rmtree(folder / "given")
@@ -248,29 +249,29 @@ def run(
     cases: int, seed: int, folder: Path, only: int | None = None, timeout: float = 60, target: str = "checkpoint"
 ) -> dict:
     """Damage, use and check; returns counts by kind of damage, and a list of failures."""
-    aim = TARGETS[target]
-    aim.prepare(folder)
+    chosen = TARGETS[target]
+    chosen.prepare(folder)
     forms = sorted(path.name for path in folder.iterdir())
     counts: Counter[str] = Counter()
     failures = []
     for number in range(cases) if only is None else [only]:
         rng = random.Random(f"{seed}:{number}")
-        place = folder.parent / f"{folder.name}-case"
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(folder / rng.choice(forms), place)
-        source = place / "source"
-        name_tower(source, place / "vision-tower")
+        case = folder.parent / f"{folder.name}-case"
+        shutil.rmtree(case, ignore_errors=True)
+        shutil.copytree(folder / rng.choice(forms), case)
+        source = case / "source"
+        name_tower(source, case / "vision-tower")
         damage = rng.choice(DAMAGES)
         what = f"{number}: {damage(rng, source)}"
         before = _hashes(source)
         verdicts = []
-        for i, operation in enumerate(aim.operations):
-            output = place / f"output-{i}"
+        for i, operation in enumerate(chosen.operations):
+            output = case / f"output-{i}"
             output.mkdir()
             problem, verdict = judge(lambda: operation(source, output) and None, output, timeout)  # noqa: B023
             verdicts.append(verdict)
             if verdict == "used" and i == 0:
-                checked = outcome(lambda: aim.check(source, output), timeout)  # noqa: B023
+                checked = outcome(lambda: chosen.check(source, output), timeout)  # noqa: B023
                 if checked.get("value") != []:
                     problem = f"wrong result: {checked.get('value') or checked}"
             if problem:
@@ -318,9 +319,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "whole"
-        place.mkdir()
-        result = run(arguments.cases, arguments.seed, place, arguments.only, target=arguments.target)
+        sources = Path(folder) / "whole"
+        sources.mkdir()
+        result = run(arguments.cases, arguments.seed, sources, arguments.only, target=arguments.target)
     for name, value in result.items():
         if name != "failures":
             print(f"{name:>26}: {value}")

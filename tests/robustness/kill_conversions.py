@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from examples.make_checkpoint import write_checkpoint
+from tests.checkpoints import SHALLOW
 from tests.robustness.children import hashes, outcome, start
 from transformers_delta_llava.conversion import convert_checkpoint
 
@@ -26,10 +27,10 @@ from transformers_delta_llava.conversion import convert_checkpoint
 def run(kills: int, seed: int, folder: Path) -> dict:
     """Kill so many, and rerun each; returns counts, and a list of failures."""
     source, output = folder / "source", folder / "out"
-    write_checkpoint(source, shards=2, form="bin")
+    write_checkpoint(source, shards=2, form="bin", **SHALLOW)
 
     def convert(overwrite: bool) -> None:
-        convert_checkpoint(source, output, overwrite=overwrite, max_shard_size="3MB")
+        convert_checkpoint(source, output, overwrite=overwrite, max_shard_size="1MB")
 
     begun = time.monotonic()
     outcome(lambda: convert(False), timeout=300)

@@ -75,7 +75,7 @@ def convert(
         if not dry_run:
             check_login()  # not after an hour of conversion
     output = output or Path(str(push_to_hub).rpartition("/")[2])
-    talk = Console(stderr=True)
+    console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -83,7 +83,7 @@ def convert(
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=talk, transient=True, disable=not talk.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("writing", total=None)
         report = convert_checkpoint(
             source,

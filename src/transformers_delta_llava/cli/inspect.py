@@ -17,40 +17,40 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print what a repo or checkpoint holds and what is wrong with it; exits with code 1 where something is."""
-    found = inspect_model(model)
+    result = inspect_model(model)
     if as_json:
-        typer.echo(json.dumps(asdict(found), indent=2))
+        typer.echo(json.dumps(asdict(result), indent=2))
     else:
-        _print(found)
-    if found.problems:
+        _print(result)
+    if result.problems:
         raise typer.Exit(1)
 
 
-def _print(found: Inspection) -> None:
-    talk = Console(soft_wrap=True, highlight=False)
-    table = Table("part", "parameters", "tensors", "bytes", "dtypes", title=cell(f"{found.name} ({found.kind})"))
-    for name, part in found.components.items():
+def _print(result: Inspection) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    table = Table("part", "parameters", "tensors", "bytes", "dtypes", title=cell(f"{result.name} ({result.kind})"))
+    for name, part in result.components.items():
         table.add_row(
             name, f"{part.parameters:,}", f"{part.tensors}", f"{part.num_bytes:,}", ", ".join(sorted(part.dtypes))
         )
-    talk.print(table)
-    if found.visual_token_budgets:
-        budgets = ", ".join(map(str, found.visual_token_budgets))
-        say(f"visual tokens per image: {found.default_visual_tokens} by default, of {budgets}", talk)
-    if found.first_prompt is not None:
-        say(f"chat template: {found.chat_template} ({found.chat_template_reason}), which asks", talk)
-        for line in found.first_prompt.split("\n"):
-            say(f"    {line}", talk)
-    if found.kind == "repo":
-        state = "as released" if found.code_is_current else "see below; `delta-llava update` brings today's"
-        say(f"code: version {found.code_version or 'unknown (before 0.1.0)'}, {state}", talk)
-    if found.deltas:
+    console.print(table)
+    if result.visual_token_budgets:
+        budgets = ", ".join(map(str, result.visual_token_budgets))
+        say(f"visual tokens per image: {result.num_visual_tokens} by default, of {budgets}", console)
+    if result.first_prompt is not None:
+        say(f"chat template: {result.chat_template} ({result.chat_template_reason}), which asks", console)
+        for line in result.first_prompt.split("\n"):
+            say(f"    {line}", console)
+    if result.kind == "repo":
+        state = "as released" if result.code_is_current else "see below; `delta-llava update` brings today's"
+        say(f"code: version {result.code_version or 'unknown (before 0.1.0)'}, {state}", console)
+    if result.deltas:
         deltas = Table("delta", "rank", "norm", "norm of its base", "ratio")
-        for delta in found.deltas:
+        for delta in result.deltas:
             ratio = f"{delta.norm / delta.base_norm:.3g}" if delta.base_norm else "-"
             deltas.add_row(cell(delta.name), str(delta.rank), f"{delta.norm:.4g}", f"{delta.base_norm:.4g}", ratio)
-        talk.print(deltas)
-    for problem in found.problems:
-        say(f"wrong: {problem}", talk)
-    if not found.problems:
-        say("nothing wrong was found", talk)
+        console.print(deltas)
+    for problem in result.problems:
+        say(f"wrong: {problem}", console)
+    if not result.problems:
+        say("nothing wrong was found", console)

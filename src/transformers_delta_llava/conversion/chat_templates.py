@@ -131,10 +131,10 @@ def chat_template_warnings(template: ChatTemplate, tokenizer: PreTrainedTokenize
             f"the chat template {template.name} is a guess ({template.reason}), and a wrong one gives poor answers; give the "
             "one that the checkpoint was tuned with: pass `chat_template=...`"
         )
-    end = answer_end(template.text, tokenizer).strip()
-    if end and not answer_end_ids(template.text, tokenizer):
+    end = answer_end(template.text, tokenizer)
+    if end.strip() and not _special_ids(end, tokenizer):
         warnings.append(
-            f"the chat template {template.name} ends an answer with {end[:100]!r}, which is not a special token of the "
+            f"the chat template {template.name} ends an answer with {end.strip()[:100]!r}, which is not a special token of the "
             "tokenizer; if the checkpoint was tuned with another template, pass `chat_template=...`"
         )
     return warnings
@@ -212,9 +212,12 @@ def answer_end(template: str, tokenizer: PreTrainedTokenizerBase, name: str = "T
 
 def answer_end_ids(template: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens that end an answer in `template`; none where plain text ends it."""
+    return _special_ids(answer_end(template, tokenizer), tokenizer)
+
+
+def _special_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     special = tokenizer.added_tokens_decoder
-    ids = tokenizer.encode(answer_end(template, tokenizer), add_special_tokens=False)
-    return [token for token in ids if token in special]
+    return [token for token in tokenizer.encode(text, add_special_tokens=False) if token in special]
 
 
 def _render(

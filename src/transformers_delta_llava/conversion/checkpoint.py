@@ -89,84 +89,76 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         DeltaLlavaError: no weights, incomplete shards, a tensor that is in two shards or is empty, an index that
             disagrees with its shards, a damaged file, or a pickle that holds anything but tensors.
     """
-    files, index = _find_weights(folder)
+    files = _find_weights(folder)
+    if not files:
+        raise DeltaLlavaError(_describe_missing_weights(folder))
+    index = files[0] if files[0].suffix == ".json" else None
+    weight_map = _read_index(index) if index else {}
+    if index:
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+    elif len(files) > 1 or "-of-" in files[0].name:
+        _check_complete(files)
     tensors: dict[str, LazyTensor] = {}
     origin: dict[str, str] = {}
     duplicates: list[str] = []
     for file in files:
-        contents = _open_file(file)
+        contents = open_weights(file)
         duplicates += [f"{name} (in {origin[name]} and {file.name})" for name in contents if name in origin]
         tensors.update(contents)
         origin.update(dict.fromkeys(contents, file.name))
     if duplicates:
         raise DeltaLlavaError(f"The shards of {folder.name} hold tensors twice: {format_names(duplicates)}.")
-    if index is not None:
-        _check_index(index, origin)
-    _refuse_empty(tensors)
+    if index and (wrong := [name for name, _ in weight_map.items() ^ origin.items()]):
+        raise DeltaLlavaError(f"{index.name} and the shards disagree about {format_names(set(wrong))}.")
     return Checkpoint(tensors, (*files, *([index] if index else [])))
-
-
-def open_weights(file: Path) -> dict[str, LazyTensor]:
-    """The tensors of one file, safetensors or pickled; raises as `read_checkpoint` does."""
-    tensors = _open_file(file)
-    _refuse_empty(tensors)
-    return tensors
 
 
 def has_weights(folder: Path) -> bool:
     """Whether `folder` holds weights under a name that `read_checkpoint` looks for."""
-    return any(
-        (folder / f"{stem}{suffix}").is_file()
-        or (folder / f"{stem}{suffix}.index.json").is_file()
-        or any(folder.glob(f"{stem}-*-of-*{suffix}"))
-        for stem, suffix in _WEIGHT_FILES
-    )
+    return bool(_find_weights(folder))
 
 
-def _refuse_empty(tensors: Mapping[str, LazyTensor]) -> None:
-    empty = [name for name, tensor in tensors.items() if tensor.num_bytes == 0]
-    if empty:
+def open_weights(file: Path) -> dict[str, LazyTensor]:
+    """The tensors of one file, safetensors or pickled; raises as `read_checkpoint` does."""
+    if not file.is_file():  # a pipe would never end
+        raise DeltaLlavaError(f"{file.name} is missing, or not a regular file.")
+    tensors = _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
+    if empty := [name for name, tensor in tensors.items() if tensor.num_bytes == 0]:
         raise DeltaLlavaError(
             f"Empty tensors, as DeepSpeed ZeRO-3 leaves behind without consolidation: {format_names(empty)}; save the "
             "checkpoint with stage3_gather_16bit_weights_on_model_save, or consolidate it with zero_to_fp32.py."
         )
-
-
-def _open_file(file: Path) -> dict[str, LazyTensor]:
-    if not file.is_file():  # a pipe would never end
-        raise DeltaLlavaError(f"{file.name} is missing, or not a regular file.")
-    contents = _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
     # DistributedDataParallel and DeepSpeed put their own level before every name.
-    if contents and all(name.startswith("module.") for name in contents):
-        return {name.removeprefix("module."): tensor for name, tensor in contents.items()}
-    return contents
+    if tensors and all(name.startswith("module.") for name in tensors):
+        return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
-def _find_weights(folder: Path) -> tuple[list[Path], Path | None]:
-    """The weight files of `folder`, and their index where there is one."""
+def _find_weights(folder: Path) -> list[Path]:
+    """The first of these that the folder has: a file of all weights, an index, or shards; empty where it has none."""
     for stem, suffix in _WEIGHT_FILES:
-        single = folder / (stem + suffix)
-        if single.is_file():
-            return [single], None
-        index = folder / f"{stem}{suffix}.index.json"
-        if index.is_file():
-            return [folder / name for name in sorted(set(_weight_map(index).values()))], index
-        shards = sorted(folder.glob(f"{stem}-*-of-*{suffix}"))
-        if shards:
-            return _all_shards(shards), None
+        for file in (folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.index.json"):
+            if file.is_file():
+                return [file]
+        if shards := sorted(folder.glob(f"{stem}-*-of-*{suffix}")):
+            return shards
+    return []
+
+
+def _describe_missing_weights(folder: Path) -> str:
     if any(folder.glob("global_step*")) or any(folder.rglob("*_model_states.pt")):
-        raise DeltaLlavaError(
+        return (
             f"{folder.name} holds DeepSpeed's own files, with parts of tensors; consolidate them with "
             "zero_to_fp32.py into a pytorch_model.bin."
         )
-    raise DeltaLlavaError(
+    return (
         f"No weights in {folder.name}: expected model.safetensors, pytorch_model.bin or .pt, their shards, "
         "mm_projector.bin, or adapter_model.safetensors or .bin."
     )
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    """Which tensor is in which file, from an index; DeltaLlavaError unless these are files beside it."""
+def _read_index(index: Path) -> dict[str, str]:
+    """Which tensor is in which file; DeltaLlavaError unless these are files beside the index."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise DeltaLlavaError(f"{index.name} has no weight_map.")
@@ -174,30 +166,19 @@ def _weight_map(index: Path) -> dict[str, str]:
     outside = {str(name) for name in names if not isinstance(name, str) or Path(name).name != name or len(name) > 255}
     if outside:
         raise DeltaLlavaError(f"{index.name} names files outside its own folder: {format_names(outside)}.")
-    missing = {name for name in names if not (index.parent / name).is_file()}
-    if missing:
+    if missing := {name for name in names if not (index.parent / name).is_file()}:
         raise DeltaLlavaError(f"{index.name} names missing files: {format_names(missing)}.")
     return weight_map
 
 
-def _all_shards(shards: list[Path]) -> list[Path]:
-    """`shards` where they are complete: 1-of-n to n-of-n."""
+def _check_complete(shards: list[Path]) -> None:
+    """Refuse shards that are not 1-of-n to n-of-n."""
     matches = [re.search(r"-(\d{1,9})-of-(\d{1,9})\.", shard.name) for shard in shards]
     numbers = [(int(match[1]), int(match[2])) for match in matches if match]
-    # How many there are is compared before anything is built for the number that a name claims.
     if numbers != [(i, len(shards)) for i in range(1, len(shards) + 1)]:
         raise DeltaLlavaError(
             f"Shards are missing: {format_names(shard.name for shard in shards)} is not a complete set."
         )
-    return shards
-
-
-def _check_index(index: Path, origin: dict[str, str]) -> None:
-    """Refuse an index that disagrees with its shards about which tensor is where."""
-    weight_map = _weight_map(index)
-    wrong = [name for name in weight_map.keys() | origin.keys() if weight_map.get(name) != origin.get(name)]
-    if wrong:
-        raise DeltaLlavaError(f"{index.name} and the shards disagree about {format_names(wrong)}.")
 
 
 def _open_safetensors(file: Path) -> dict[str, LazyTensor]:

@@ -60,19 +60,25 @@ class Delta:
 
 @dataclass
 class Inspection:
-    """
-    Result of `inspect_model`.
+    """Result of `inspect_model`.
 
-    `kind` is `repo`, `checkpoint` or `projector`. `chat_template` is the name of the one that a repo has or a conversion
-    would take, `chat_template_reason` why, and `first_prompt` a question about an image in it, up to the answer. `problems`
-    is empty where nothing is wrong.
+    Attributes:
+        name: of the folder.
+        kind: `repo`, `checkpoint` or `projector`.
+        components: by the part of the model.
+        visual_token_budgets: possible numbers of visual tokens per image; `num_visual_tokens`, the default.
+        code_version: of a repo's code, and `code_is_current`, whether it is today's.
+        deltas: of the projector.
+        chat_template: name of the one that a repo has or a conversion would choose, and `chat_template_reason`, why.
+        first_prompt: a question about an image, up to where the model answers.
+        problems: a sentence on each; empty where nothing is wrong.
     """
 
     name: str
     kind: str
     components: dict[str, Component]
     visual_token_budgets: tuple[int, ...] = ()
-    default_visual_tokens: int | None = None
+    num_visual_tokens: int | None = None
     code_version: str | None = None
     code_is_current: bool = True
     deltas: list[Delta] = field(default_factory=list)
@@ -107,7 +113,7 @@ def _inspect_repo(folder: Path, checkpoint: Checkpoint) -> Inspection:
     result = Inspection(folder.name, "repo", _components(checkpoint.tensors))
     try:
         config = read_repo_config(folder)
-        _describe_budgets(result, config)
+        result.visual_token_budgets, result.num_visual_tokens = config.visual_token_budgets, config.num_visual_tokens
         _describe_deltas(result, checkpoint.tensors)
         _describe_prompt(result, folder, config.text_config)
         result.problems += _tensor_problems(config, checkpoint.tensors)
@@ -144,7 +150,7 @@ def _inspect_checkpoint(folder: Path, settings: dict, checkpoint: Checkpoint) ->
     except ValueError as error:
         result.problems.append(str(error))
     else:
-        _describe_budgets(result, config)
+        result.visual_token_budgets, result.num_visual_tokens = config.visual_token_budgets, config.num_visual_tokens
         _describe_prompt(result, folder, source.text_config, source)
         if source.unknown:
             result.problems.append(f"config.json has unknown keys: {format_names(source.unknown)}.")
@@ -173,11 +179,6 @@ def _adapt_tower(config: PreTrainedConfig, tensors: Mapping[str, LazyTensor]) ->
     inner = [name.removeprefix(TOWER_TARGET) for name in tensors if name.startswith(TOWER_TARGET)]
     if inner:
         adapt_to_weights(config, inner)
-
-
-def _describe_budgets(result: Inspection, config: DeltaLlavaConfig) -> None:
-    result.visual_token_budgets = config.visual_token_budgets
-    result.default_visual_tokens = config.num_visual_tokens
 
 
 def _describe_prompt(
