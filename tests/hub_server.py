@@ -168,12 +168,12 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, {"type": "user", "name": "org", "orgs": [], "auth": {}}, {}
 
     def _create(self, body: bytes) -> Answer:
-        wanted = json.loads(body)
-        repo_id = f"{wanted['organization']}/{wanted['name']}"
+        request = json.loads(body)
+        repo_id = f"{request['organization']}/{request['name']}"
         answer = {"url": f"{self.server.url}/{repo_id}", "id": repo_id, "name": repo_id}
         if repo_id in self.server.repos:
             return 409, {"error": "You already created this model repo", **answer}, {}
-        private = wanted.get("private") or wanted.get("visibility") == "private"
+        private = request.get("private") or request.get("visibility") == "private"
         self.server.repos[repo_id] = Repo(private=bool(private))
         self.server.repos[repo_id].commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"})
         return 200, answer, {}
@@ -218,12 +218,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _batch(self, body: bytes, repo_id: str) -> Answer:
         return 200, {"transfer": "basic", "objects": [self._actions(o) for o in json.loads(body)["objects"]]}, {}
 
-    def _actions(self, wanted: dict) -> dict:
-        oid = wanted["oid"]
+    def _actions(self, request: dict) -> dict:
+        oid = request["oid"]
         if oid in self.server.objects:
-            return wanted
+            return request
         upload = {"href": f"{self.server.url}/lfs/{oid}?X-Signature=secret"}
-        return {**wanted, "actions": {"upload": upload, "verify": {"href": f"{self.server.url}/lfs/{oid}/verify"}}}
+        return {**request, "actions": {"upload": upload, "verify": {"href": f"{self.server.url}/lfs/{oid}/verify"}}}
 
     def _put(self, body: bytes, oid: str) -> Answer:
         if hashlib.sha256(body).hexdigest() != oid:

@@ -1,4 +1,4 @@
-"""A conversion ends in a repo that loads and answers, or in no repo: what `push` checks is checked before it appears."""
+"""A conversion ends in a repo that loads and answers, or in no repo: it is checked as `push` does before it appears."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def edit(path, change):
     path.write_text(json.dumps(values))
 
 
-def give_one_id_to_two_words(tokenizer):
+def duplicate_id(tokenizer):
     vocabulary = tokenizer["model"]["vocab"]
     first, second, *_ = vocabulary
     vocabulary[first] = vocabulary[second]
@@ -45,10 +45,10 @@ def give_one_id_to_two_words(tokenizer):
                 truncation={"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 9}
             ),
         ),
-        ("tokenizer.json", give_one_id_to_two_words),
+        ("tokenizer.json", duplicate_id),
     ],
 )
-def test_a_source_that_makes_no_repo_that_loads(source, tmp_path, file, change):
+def test_a_source_whose_repo_would_not_load(source, tmp_path, file, change):
     (source / "../vision-tower/preprocessor_config.json").write_text("{}")
     edit(source / file, change)
     try:
@@ -66,15 +66,15 @@ def test_a_source_that_makes_no_repo_that_loads(source, tmp_path, file, change):
         ("no image here", "out does not load: .*(0 placeholders|image)"),
         (
             "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-            "takes more than 0.5 seconds",
+            "takes more than 0.2 seconds",
         ),
         ("{{ 9 ** 9 ** 9 }}", r"computes powers \(\*\*\)"),
         ("{% for %}", "is not a template: "),
         (1_000_001 * " ", "has more than 1,000,000 characters"),
     ],
 )
-def test_a_template_that_makes_no_repo_that_loads(source, tmp_path, monkeypatch, template, message):
-    monkeypatch.setattr(prompts, "MAX_SECONDS", 0.5)
+def test_a_template_whose_repo_would_not_load(source, tmp_path, monkeypatch, template, message):
+    monkeypatch.setattr(prompts, "MAX_SECONDS", 0.2)
     (tmp_path / "x.jinja").write_text(template)
     with pytest.raises(DeltaLlavaError, match=message):
         convert_checkpoint(source, tmp_path / "out", chat_template=str(tmp_path / "x.jinja"))
@@ -119,13 +119,13 @@ def test_a_tokenizer_that_panics_or_cannot_be_written(source, tmp_path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["given"]
 
 
-def test_the_template_of_a_repo_that_loops(repo, tmp_path, monkeypatch):
-    monkeypatch.setattr(prompts, "MAX_SECONDS", 0.5)
+def test_a_repo_whose_template_loops(repo, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "MAX_SECONDS", 0.2)
     copied = shutil.copytree(repo, tmp_path / "copied")
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     (copied / "chat_template.jinja").write_text(loop)
     for load in (check_repo, lambda folder: load_repo(str(folder))):
-        with pytest.raises(DeltaLlavaError, match="The chat template of .*copied takes more than 0.5 seconds"):
+        with pytest.raises(DeltaLlavaError, match="The chat template of .*copied takes more than 0.2 seconds"):
             load(copied)
 
 
@@ -139,7 +139,7 @@ def test_a_pipe_among_the_files_of_a_repo(repo, tmp_path, name):
             read(copied)
 
 
-def test_a_repo_of_a_thousand_million_layers(repo, tmp_path):
+def test_a_repo_with_impossible_sizes(repo, tmp_path):
     copied = shutil.copytree(repo, tmp_path / "copied")
     edit(copied / "config.json", lambda values: values["text_config"].update(num_hidden_layers=10**9))
     for read in (

@@ -1,4 +1,4 @@
-"""Old code in a repo becomes today's, and nothing else changes."""
+"""`update_code` replaces old code in a repo, and changes nothing else."""
 
 import hashlib
 import json
@@ -66,30 +66,22 @@ def test_versions_of_package_and_code_agree():
     assert list(repo_files.HUB_FILES.values()) == HUB_FILES
 
 
-def test_code_that_is_current_stays(repo, tmp_path):
-    folder = shutil.copytree(repo, tmp_path / "current")
-    assert update_code(folder) == repo_files.CodeUpdate(CODE_VERSION, [], [])
-    assert contents(folder) == contents(repo)
-
-
 def test_older_code_is_replaced_and_its_version_noted(versioned, repo):
+    (versioned / "notes.py").write_text("# a user's own\n")
     before = contents(versioned)
     planned = update_code(versioned, dry_run=True)
     assert contents(versioned) == before
     assert update_code(versioned) == planned
     assert planned.version == "0.0.9"
     assert planned.changed == ["projector_delta_llava.py", "config.json", "conversion.json"]
-    assert contents(versioned) == contents(repo)
+    assert contents(versioned) == {**contents(repo), "notes.py": b"# a user's own\n"}
+    assert update_code(versioned) == repo_files.CodeUpdate(CODE_VERSION, [], [])
 
 
 def test_of_an_unversioned_repo_only_code_changes(unversioned, repo):
     before = contents(unversioned)
     update = update_code(unversioned)
-    assert (update.version, update.changed, update.deleted) == (
-        None,
-        ["projector_delta_llava.py"],
-        ["former_delta_llava.py"],
-    )
+    assert update == repo_files.CodeUpdate(None, ["projector_delta_llava.py"], ["former_delta_llava.py"])
     after = contents(unversioned)
     assert {name for name in before if before[name] != after.get(name)} == {*update.changed, *update.deleted}
     assert after["projector_delta_llava.py"] == contents(repo)["projector_delta_llava.py"]
@@ -105,17 +97,11 @@ def test_code_that_was_edited_needs_force(versioned, repo):
     assert contents(versioned) == contents(repo)
 
 
-def test_an_interrupted_update_goes_on(versioned, repo):
+def test_an_interrupted_update_continues(versioned, repo):
     shutil.copy(repo / "projector_delta_llava.py", versioned)  # as after a crash before the notes followed
     (versioned / "deltas_delta_llava.py").unlink()
     update_code(versioned)
     assert contents(versioned) == contents(repo)
-
-
-def test_files_of_others_stay(versioned):
-    (versioned / "notes.py").write_text("# a user's own\n")
-    update_code(versioned)
-    assert (versioned / "notes.py").read_text() == "# a user's own\n"
 
 
 @pytest.mark.parametrize(
@@ -128,7 +114,7 @@ def test_files_of_others_stay(versioned):
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is not valid JSON"),
     ],
 )
-def test_what_is_refused(versioned, damage, message):
+def test_folders_that_are_refused(versioned, damage, message):
     damage(versioned)
     before = contents(versioned)
     with pytest.raises(DeltaLlavaError, match=message):
@@ -136,13 +122,13 @@ def test_what_is_refused(versioned, damage, message):
     assert contents(versioned) == before
 
 
-@pytest.mark.parametrize("options", [{"create_pr": True}, {"revision": "main"}])
-def test_folders_have_no_revisions(versioned, options):
-    with pytest.raises(DeltaLlavaError, match="is a folder; a revision and a pull request need the Hub id"):
-        update_code(versioned, **options)
+def test_folders_have_no_revisions(versioned):
+    for options in ({"create_pr": True}, {"revision": "main"}):
+        with pytest.raises(DeltaLlavaError, match="is a folder; a revision and a pull request need the Hub id"):
+            update_code(versioned, **options)
 
 
-def test_inspect_tells_the_version_and_what_update_would_mend(versioned, repo):
+def test_inspect_reports_the_version_and_older_code(versioned, repo):
     assert inspect_model(repo).code_version == CODE_VERSION
     inspection = inspect_model(versioned)
     assert inspection.code_version == "0.0.9"

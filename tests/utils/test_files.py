@@ -1,4 +1,4 @@
-"""JSON from strangers: one sentence for what cannot be read, and nothing that waits for ever."""
+"""JSON from outside: one sentence for what cannot be read, and nothing that hangs."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Prompts that are too long are found so before they are encoded whole."""
+"""Prompts that are too long are refused before they are encoded whole."""
 
 from types import SimpleNamespace
 

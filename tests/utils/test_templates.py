@@ -1,4 +1,4 @@
-"""Templates of strangers: what one step may make is looked at before the step."""
+"""Templates from outside: the size of each step is checked before it runs."""
 
 import pytest
 
