@@ -5,7 +5,7 @@ import torch
 from huggingface_hub import constants
 
 from tests.hub_server import TOKEN, HubServer, Repo
-from tests.modeling.test_deltas import assert_same, inputs, is_delta, logits, make, other_deltas, snapshot, write_repo
+from tests.modeling.delta_cases import assert_same, inputs, is_delta, logits, make, other_deltas, snapshot, write_repo
 
 
 def test_lora_on_the_language_model_and_deltas_side_by_side(tmp_path):

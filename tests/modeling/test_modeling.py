@@ -1,5 +1,3 @@
-import copy
-
 import pytest
 import torch
 from transformers import (
@@ -137,12 +135,6 @@ class TestBatches:
             model.generate(**inputs, max_new_tokens=6, do_sample=False, prompt_lookup_num_tokens=2), expected
         )
 
-    def test_text_only(self, model):
-        """Without images the model is its language model."""
-        ids = prompt([])[None]
-        language_model = model.model.language_model(input_ids=ids).last_hidden_state
-        assert torch.equal(model.model(input_ids=ids).last_hidden_state, language_model)
-
 
 class TestForward:
     def test_default_budget_is_the_configs(self, model, pixel_values):
@@ -192,10 +184,6 @@ class TestForward:
         )
         expected = torch.nn.functional.cross_entropy(outputs.logits[0, :-1], labels[0, 1:])
         torch.testing.assert_close(outputs.loss, expected)
-
-    def test_tuple_output(self, model, pixel_values):
-        inputs = {"input_ids": prompt([36])[None], "pixel_values": pixel_values[:1]}
-        assert torch.equal(model(**inputs, return_dict=False)[0], model(**inputs).logits)
 
     def test_outputs_have_the_cache_under_both_names(self, model, logged_deprecations):
         ids = prompt([])[None]
@@ -332,13 +320,6 @@ class TestTraining:
             # A bias that is the same for all keys cancels in the softmax.
             assert gradient.any() or name.endswith("k_proj.bias"), name
 
-    def test_frozen_tower_gets_no_gradient(self, pixel_values):
-        model = make_model()
-        model.model.vision_tower.requires_grad_(False)
-        gradients = self.gradients(model, self.make_inputs(pixel_values))
-        assert not any("vision_tower" in name for name in gradients)
-        assert "model.multi_modal_projector.k_proj.delta_u" in gradients
-
 
 class TestLoading:
     def test_round_trip_of_both_models(self, model, pixel_values, tmp_path):
@@ -379,22 +360,6 @@ class TestLoading:
             inputs["num_visual_tokens"] = budget
             torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
 
-    def test_resize_token_embeddings(self, pixel_values, tmp_path):
-        model = make_model()
-        model.resize_token_embeddings(128)
-        assert model.config.text_config.vocab_size == 128
-        inputs = {"input_ids": prompt([36])[None], "pixel_values": pixel_values[:1]}
-        assert model(**inputs).logits.shape[-1] == 128
-        model.save_pretrained(tmp_path)
-        assert AutoModelForImageTextToText.from_pretrained(tmp_path).lm_head.weight.shape[0] == 128
-
-    def test_tied_embeddings(self, tmp_path):
-        model = make_model(tiny_config(text={"tie_word_embeddings": True}))
-        model.save_pretrained(tmp_path)
-        loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
-        assert loaded.lm_head.weight is loaded.model.language_model.embed_tokens.weight
-        assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
-
     @pytest.mark.parametrize("budget, gradients", [(144, False), (36, True)])
     def test_compiles_without_graph_breaks(self, pixel_values, budget, gradients):
         model = make_model()
@@ -402,12 +367,6 @@ class TestLoading:
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         with torch.set_grad_enabled(gradients):
             torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
-
-    def test_copies_and_pickles(self, model):
-        copied = copy.deepcopy(model)
-        assert torch.equal(
-            copied.model.multi_modal_projector.q_proj.delta_u, model.model.multi_modal_projector.q_proj.delta_u
-        )
 
 
 class TestLanguageModels:

@@ -1,4 +1,4 @@
-"""The `paper` projector as a thing with weights: names, counts, gradients, training mode, lower precision."""
+"""Parameters of the `paper` projector: names, counts, gradients, training mode, lower precision."""
 
 import math
 

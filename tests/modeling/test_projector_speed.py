@@ -1,4 +1,4 @@
-"""The `released` layout takes shorter ways where they are exact: each against the long one."""
+"""Shortcuts of the `released` layout give the exact result."""
 
 import pytest
 import torch

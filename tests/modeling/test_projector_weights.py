@@ -1,4 +1,7 @@
-"""The `released` projector as a thing with weights: names, counts, initialisation, meta device, training mode."""
+"""Parameters of the `released` projector: names, counts, initialisation, meta device, training mode."""
+
+import copy
+import pickle
 
 import pytest
 import torch
@@ -49,6 +52,15 @@ def test_low_rank_factors_are_parameters_of_their_own() -> None:
         assert not any(isinstance(module, nn.Linear) for module in projection.modules())
     assert type(released.window_attention.in_proj_weight) is nn.Parameter
     assert not any(isinstance(module, nn.MultiheadAttention) for module in released.modules())
+
+
+@pytest.mark.parametrize("layout", ["released", "paper"])
+def test_copies_and_pickles_are_of_the_same_layout(layout: str) -> None:
+    module = DeltaLlavaProjector(projector_config(grid=6, projector_layout=layout)).eval()
+    inputs = drawn_inputs(module.config, dtype=torch.float32)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert type(other) is type(module) and isinstance(other, DeltaLlavaProjector)
+        assert torch.equal(other(inputs[0], inputs[1:], 2), module(inputs[0], inputs[1:], 2))
 
 
 @pytest.mark.parametrize("layout", ["released", "paper"])
