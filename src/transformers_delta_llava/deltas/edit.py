@@ -15,7 +15,7 @@ from ..hub.repo_files import WEIGHTS, is_published, write_code, write_config
 from ..modeling.delta_projection_delta_llava import FACTORS, DeltaProjection, Factors, Update
 from ..modeling.delta_repo_delta_llava import describe_deltas, hashes_of_base, is_base, write_delta_repo
 from ..utils.errors import format_names
-from ..utils.files import atomic_folder, check_output, public_name
+from ..utils.files import atomic_folder, check_output, is_free, public_name
 from .algebra import Decomposition, decompose, decompose_product, squared_error, squared_norm
 from .projections import Projections, read_projections
 
@@ -61,7 +61,7 @@ def extract_deltas(
 
     Args:
         source: folder or Hub id of a repo, or of a checkpoint in the authors' layout.
-        output: folder to write; must not exist.
+        output: folder to write; must not exist, or be empty.
         base: the same, of the model that `source` was fine-tuned from.
         rank: with `base` only; the source's by default.
         dtype: of the deltas; as in the source by default.
@@ -111,7 +111,7 @@ def truncate_deltas(
 
     Args:
         source: folder or Hub id of a delta repo, or of a model with deltas.
-        output: folder to write; must not exist.
+        output: folder to write; must not exist, or be empty.
         rank: the rank to keep, or
         energy: the share of the squared Frobenius norm to keep; the rank is the lowest at which every update (each projection,
             each level) does.
@@ -152,7 +152,7 @@ def apply_deltas(
 
     Args:
         repo: folder or Hub id of a Delta-LLaVA repo.
-        output: folder to write; must not exist.
+        output: folder to write; must not exist, or be empty.
         deltas: folder or Hub id of a delta repo; cast to the model's dtype.
         force: take deltas that belong to another base.
         max_shard_size: most bytes per weight file.
@@ -189,7 +189,7 @@ def merge_into_base(
 
     Args:
         repo: folder or Hub id of a Delta-LLaVA repo.
-        output: folder to write; must not exist.
+        output: folder to write; must not exist, or be empty.
         deltas: folder or Hub id of a delta repo to merge; by default the model's own.
         rank: of the new deltas; 0 for none.
         force: take deltas that belong to another base.
@@ -230,7 +230,7 @@ def merge_into_base(
 
 
 def _refuse_existing(output: str | Path) -> None:
-    if Path(output).exists() or Path(output).is_symlink():
+    if not is_free(Path(output)):
         raise FileExistsError(f"The output {output} exists; choose another one, or remove it yourself.")
 
 
@@ -347,6 +347,7 @@ def _write_model(
 ) -> DeltaReport:
     """The repo of `model` with other deltas (none: without) and, where given, other bases."""
     output = Path(output)
+    _refuse_existing(output)
     check_output(output, [model.folder, deltas_folder], overwrite=False)
     config = read_repo_config(model.folder)
     checkpoint = read_checkpoint(model.folder)

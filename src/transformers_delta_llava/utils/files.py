@@ -288,9 +288,14 @@ def check_output(output: Path, inputs: Iterable[Path], overwrite: bool, marker: 
     _refuse_existing(output, overwrite, marker)
 
 
+def is_free(output: Path) -> bool:
+    """Whether nothing is lost when `output` is written: it does not exist, or is an empty folder."""
+    return not os.path.lexists(output) or (output.is_dir() and not output.is_symlink() and not any(output.iterdir()))
+
+
 def _refuse_existing(output: Path, overwrite: bool, marker: str) -> None:
-    if not os.path.lexists(output) or (output.is_dir() and not output.is_symlink() and not any(output.iterdir())):
-        return  # of an empty folder nothing is lost
+    if is_free(output):
+        return
     if not overwrite:
         raise DeltaLlavaError(f"The output {output} exists; pass `overwrite=True` to replace it.")
     if not (output / marker).is_file():
