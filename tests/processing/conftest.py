@@ -89,3 +89,18 @@ def make_image() -> Callable[..., Image.Image]:
         return Image.fromarray(np.clip(waves[..., None] + noise, 0, 255).astype(np.uint8))
 
     return make
+
+
+@pytest.fixture
+def raw(
+    make_processor: Callable[..., DeltaLlavaProcessor], make_image_processor: Callable[..., CLIPImageProcessorPil]
+) -> Callable[..., np.ndarray]:
+    """Gives the 8-bit RGB pixels that reach the model, before normalising."""
+    image_processor = make_image_processor(do_resize=False, do_center_crop=False, do_normalize=False)
+    processor = make_processor(image_processor=image_processor)
+
+    def pixels(image: object, **kwargs: object) -> np.ndarray:
+        values = processor(images=[image], return_tensors="np", **kwargs)["pixel_values"][0]
+        return np.rint(values * 255).astype(np.uint8).transpose(1, 2, 0)
+
+    return pixels
