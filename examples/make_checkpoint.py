@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from examples.make_tokenizer import KINDS, write_tokenizer
+from transformers_delta_llava.conversion.weight_mapping import published_name
 
 
 Shapes = dict[str, tuple[int, ...]]
@@ -87,7 +88,7 @@ class Recipe:
         config: keys of config.json to set, or to drop where the value is None.
         text: settings of the language model that differ from `TEXT`.
         tower: whether the vision tower's weights are in the checkpoint; its config is always the tower folder's.
-        tower_type: `clip` or `siglip`.
+        tower_type: `clip`, `siglip`, `dinov2` or `dinov2_with_registers`.
         tower_sizes: settings of the tower that differ from `TOWER`.
         form: `safetensors` or `bin`.
         shards: number of weight files; more than one come with an index.
@@ -150,7 +151,8 @@ def checkpoint_tensors(recipe: Recipe, tower: Tensors) -> Tensors:
     shapes |= {f"model.mm_projector.{name}": shape for name, shape in projector.items()}
     tensors = draw(shapes, recipe.seed)
     if recipe.tower:
-        tensors |= {f"model.vision_tower.vision_tower.vision_model.{name}": value for name, value in tower.items()}
+        inner = "" if recipe.tower_type.startswith("dinov2") else "vision_model."
+        tensors |= {f"model.vision_tower.vision_tower.{inner}{name}": value for name, value in tower.items()}
     return {name: value.to(recipe.dtype) for name, value in tensors.items()}
 
 
@@ -221,11 +223,14 @@ def write_tower(
 ) -> Tensors:
     """Write a vision tower, or with `whole` the image-text model around it; returns the tower's tensors by inner name."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = AutoConfig.for_model(f"{tower_type}_vision_model", **{**TOWER, **settings})
+    is_dinov2 = tower_type.startswith("dinov2")
+    config = AutoConfig.for_model(tower_type if is_dinov2 else f"{tower_type}_vision_model", **{**TOWER, **settings})
     with torch.device("meta"):
         shapes = _shapes(AutoModel.from_config(config))
-    tensors = draw({name.removeprefix("vision_model."): shape for name, shape in shapes.items()}, seed)
-    contents = {f"vision_model.{name}": value for name, value in tensors.items()}
+    # As files have them, which is not as every version of transformers has them in memory.
+    names = {name: published_name(f"model.vision_tower.{name}").removeprefix("model.vision_tower.") for name in shapes}
+    tensors = draw({names[name].removeprefix("vision_model."): shape for name, shape in shapes.items()}, seed)
+    contents = tensors if is_dinov2 else {f"vision_model.{name}": value for name, value in tensors.items()}
     description = config.to_dict()
     if whole:
         contents |= {"logit_scale": torch.ones(1), "text_model.embeddings.token_embedding.weight": torch.ones(2, 2)}

@@ -12,7 +12,12 @@ from examples.make_checkpoint import Tensors, write_checkpoint, write_tokenizer,
 from tests.checkpoints import SHALLOW, read_tensors
 from tests.robustness.children import hashes
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
-from transformers_delta_llava.conversion import convert_checkpoint, convert_state_dict
+from transformers_delta_llava.conversion import (
+    convert_checkpoint,
+    convert_state_dict,
+    export_checkpoint,
+    inspect_model,
+)
 from transformers_delta_llava.hub.repo_files import HUB_FILES
 from transformers_delta_llava.utils.errors import DeltaLlavaError
 
@@ -59,6 +64,23 @@ def test_a_siglip_tower_without_its_head(tmp_path):
     assert processor["image_processor"]["image_processor_type"] == "SiglipImageProcessor"
     _, info = DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values())
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["in the checkpoint", "in its own folder"])
+@pytest.mark.parametrize("tower_type", ["dinov2", "dinov2_with_registers"])
+def test_a_dinov2_tower_there_and_back(tmp_path, tower_type, inside):
+    tensors = write_checkpoint(tmp_path / "source", tower_type=tower_type, tower=inside)
+    convert_checkpoint(tmp_path / "source", tmp_path / "out")
+    processor = json.loads((tmp_path / "out" / "processor_config.json").read_text())["image_processor"]
+    assert processor["image_mean"] == [0.485, 0.456, 0.406]
+    assert not inspect_model(tmp_path / "source").problems
+    assert not inspect_model(tmp_path / "out").problems
+    model, info = DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    assert model.get_image_features(torch.randn(1, 3, 32, 32)).pooler_output[0].isfinite().all()
+    export_checkpoint(tmp_path / "out", tmp_path / "back")
+    back = read_tensors(tmp_path / "back")
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
 
 @pytest.mark.parametrize(("given", "dtype"), [("bfloat16", torch.bfloat16), (torch.float16, torch.float16)])

@@ -79,7 +79,7 @@ def test_folders_that_are_not_a_tower(tmp_path):
     with pytest.raises(DeltaLlavaError, match="has no config.json"):
         load_vision_tower(str(tmp_path), with_weights=False)
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(DeltaLlavaError, match="model_type='vit'; use one of clip, siglip"):
+    with pytest.raises(DeltaLlavaError, match="model_type='vit'; use one of clip, siglip, .*dinov2"):
         load_vision_tower(str(tmp_path), with_weights=False)
     for values in ({"model_type": {"a": 1}}, {"model_type": ["clip"]}, {"model_type": "clip", "vision_config": 5}):
         (tmp_path / "config.json").write_text(json.dumps(values))

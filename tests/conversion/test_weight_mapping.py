@@ -32,6 +32,16 @@ OTHERS = {
     "model.vision_tower.vision_tower.encoder.layers.3.mlp.fc1.bias": (
         "model.vision_tower.vision_model.encoder.layers.3.mlp.fc1.bias"
     ),
+    # DINOv2, whose files have no inner level.
+    **{
+        f"model.vision_tower.vision_tower.{name}": f"model.vision_tower.{name}"
+        for name in (
+            "encoder.layer.3.attention.attention.query.weight",
+            "layernorm.bias",
+            "embeddings.cls_token",
+            "embeddings.patch_embeddings.projection.weight",
+        )
+    },
 }
 CONVOLUTION = "model.mm_projector.combined_block.ntb.patch_embed.conv.weight"
 

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -15,6 +17,7 @@ from transformers import (
 from tests.tiny import IMAGE_TOKEN_ID, TEXT, VISION, left_pad, prompt, tiny_config
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaModel
 from transformers_delta_llava.modeling import CACHE_NAME
+from transformers_delta_llava.modeling.configuration_delta_llava import SELECT_STRATEGIES
 
 
 LANGUAGE_MODELS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi3", "seed_oss")
@@ -246,18 +249,29 @@ class TestVisionTower:
         assert runs == [1, 2]
         assert outputs.hidden_states is None
 
-    @pytest.mark.parametrize("tower", ["clip_vision_model", "siglip_vision_model"])
+    @pytest.mark.parametrize("tower", SELECT_STRATEGIES)
     def test_partial_run_equals_the_full_run(self, tower, pixel_values):
-        strategy = "default" if tower == "clip_vision_model" else "full"
-        levels = [0, 2, 4]
+        strategy = SELECT_STRATEGIES[tower]
+        levels = [0, 2, 3]
         config = tiny_config(
             {"model_type": tower}, vision_feature_levels=levels, vision_feature_select_strategy=strategy
         )
         model = make_model(config)
+        runs = []
+        layers = next(module for module in model.model.vision_tower.modules() if isinstance(module, nn.ModuleList))
+        layers[-1].register_forward_hook(lambda *_: runs.append(1))
         partial = model.get_image_features(pixel_values[:2])
+        assert not runs  # the deepest level is 3 of 4
         full = model.get_image_features(pixel_values[:2], output_hidden_states=True)
         assert len(full.hidden_states) == 5
         assert torch.equal(torch.stack(partial.pooler_output), torch.stack(full.pooler_output))
+
+    def test_registers_are_no_patches(self, pixel_values):
+        """DINOv2 with registers: five tokens before the 144 patches."""
+        model = make_model(tiny_config({"model_type": "dinov2_with_registers"}))
+        states = model.get_image_features(pixel_values[:1], output_hidden_states=True).hidden_states
+        assert states[-1].shape[1] == 5 + 144
+        assert torch.equal(model.model._patch_features(states, 3), states[3][:, 5:])
 
     def test_attentions_on_request(self, pixel_values):
         model = make_model()
@@ -267,7 +281,7 @@ class TestVisionTower:
 
     def test_another_kind_of_tower(self, pixel_values):
         """A tower that the model does not know runs in full, through its own forward."""
-        vision = {**VISION, "model_type": "dinov2"}
+        vision = {**VISION, "model_type": "vit"}
         model = make_model(tiny_config(vision))
         assert [tokens.shape for tokens in model.get_image_features(pixel_values[:1]).pooler_output] == [(36, 48)]
 
@@ -441,6 +455,43 @@ class TestFromVisionTextPretrained:
         assert model.config.vision_feature_select_strategy == "full"
         assert model.dtype == model.model.multi_modal_projector.dtype == torch.bfloat16
         assert model(input_ids=prompt([36])[None], pixel_values=pixel_values[:1]).logits.isfinite().all()
+
+    @pytest.mark.parametrize("tower", ["dinov2", "dinov2_with_registers"])
+    def test_from_dinov2_saved_and_loaded_and_resumed(self, tower, text_folder, tmp_path, pixel_values):
+        AutoModel.from_config(tiny_config({"model_type": tower}).vision_config).save_pretrained(tmp_path / "dinov2")
+        model = DeltaLlavaForConditionalGeneration.from_vision_text_pretrained(
+            tmp_path / "dinov2", text_folder, image_token_id=99, vision_feature_levels=[1, 2]
+        )
+        model.save_pretrained(tmp_path / "joined")
+        names = load_file(tmp_path / "joined" / "model.safetensors")
+        assert "model.vision_tower.encoder.layer.0.attention.attention.query.weight" in names  # as files have it
+        loaded = DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path / "joined")
+        again = make_model(loaded.config)
+        again.load_state_dict(names, strict=False)  # as transformers' Trainer resumes
+        expected = model.get_image_features(pixel_values[:1]).pooler_output[0]
+        for other in (loaded, again):
+            assert torch.equal(other.get_image_features(pixel_values[:1]).pooler_output[0], expected)
+
+    @pytest.mark.parametrize("layout", ["released", "paper"])
+    def test_calibrated_on_images_visual_tokens_resemble_text(self, layout, text_folder, tmp_path):
+        CLIPVisionModel(tiny_config().vision_config).save_pretrained(tmp_path / "vision")
+        pixel_values = torch.randn(6, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+        model = DeltaLlavaForConditionalGeneration.from_vision_text_pretrained(
+            tmp_path / "vision",
+            text_folder,
+            image_token_id=99,
+            vision_feature_levels=[1, 2],
+            projector_layout=layout,
+            pixel_values=pixel_values,
+        )
+        tokens = torch.cat(model.get_image_features(pixel_values).pooler_output)
+        loudness = model.get_input_embeddings().weight.square().mean().sqrt()
+        torch.testing.assert_close(tokens.mean(0), torch.zeros(48), atol=1e-5, rtol=0)
+        torch.testing.assert_close(tokens.square().mean().sqrt(), loudness, atol=0, rtol=1e-4)
+        for parameter in model.model.multi_modal_projector.parameters():
+            nn.init.zeros_(parameter)
+        with pytest.raises(ValueError, match="do not differ"):
+            model.calibrate_projector(pixel_values)
 
     def test_needs_to_know_the_placeholder(self, text_folder, tmp_path):
         CLIPVisionModel(tiny_config().vision_config).save_pretrained(tmp_path / "vision")

@@ -236,7 +236,7 @@ def profile_model(
     """What one image costs with a prompt of `text_tokens` and an answer of `new_tokens`, batch 1, at inference.
 
     Args:
-        config: of the model; its tower is a CLIP or a SigLIP.
+        config: of the model; its tower is a CLIP, a SigLIP or a DINOv2.
         text_tokens: of the prompt, visual tokens aside. 68 is what the paper's figures fit.
         new_tokens: of the answer, of which the prefill gives the first.
         dtype: of weights and activations, for memory.
@@ -284,9 +284,10 @@ def _layers_read(model: DeltaLlavaForConditionalGeneration) -> nn.ModuleList:
     config, tower = model.config, model.model.vision_tower
     if not hasattr(tower, "encoder"):
         raise ValueError(
-            f"vision_config.model_type={tower.config.model_type!r}: only CLIP and SigLIP can be profiled."
+            f"vision_config.model_type={tower.config.model_type!r}: only CLIP, SigLIP and DINOv2 can be profiled."
         )
-    return tower.encoder.layers[: config.vision_feature_indices[-1]]
+    layers = getattr(tower.encoder, "layers", None) or tower.encoder.layer  # as DINOv2 calls them
+    return layers[: config.vision_feature_indices[-1]]
 
 
 def _count(module: nn.Module) -> int:
@@ -311,7 +312,7 @@ def paper_flops(config: DeltaLlavaConfig, budget: int, text_tokens: int, new_tok
     """
     vision, text = config.vision_config, config.text_config
     patches, prompt = config.grid_size**2, text_tokens + budget
-    seen = patches + (config.vision_feature_select_strategy == "default")
+    seen = patches + config.num_prefix_tokens
     hidden, width = text.hidden_size, vision.hidden_size
     embedding = 2 * patches * 3 * vision.patch_size**2 * width
     scale_factor = config.scale_factor_for(budget)
@@ -325,7 +326,8 @@ def paper_flops(config: DeltaLlavaConfig, budget: int, text_tokens: int, new_tok
 
 def _paper_layer(config: Any, tokens: int, context: int) -> int:
     width = config.hidden_size
-    return 2 * tokens * (4 * width**2 + 2 * width * config.intermediate_size) + 4 * tokens * context * width
+    inner = getattr(config, "intermediate_size", None) or width * config.mlp_ratio  # as DINOv2's config says it
+    return 2 * tokens * (4 * width**2 + 2 * width * inner) + 4 * tokens * context * width
 
 
 @dataclass(frozen=True)

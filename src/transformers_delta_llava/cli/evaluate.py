@@ -65,6 +65,47 @@ def easy_vqa(
         output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
+@evaluate.command("smol")
+def smol(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="What examples/smol/build_data.py wrote.")] = Path("smol-data"),
+    num_visual_tokens: Annotated[
+        list[str] | None,
+        typer.Option(help="Visual tokens per image, or auto; may be given several times; by default all budgets."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Ask only so many questions of each task.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions per batch.")] = 32,
+    device: Device = "cpu",
+    dtype: Dtype = "bfloat16",
+    output: Annotated[Path | None, typer.Option(help="JSON file to write numbers and answers to.")] = None,
+) -> None:
+    """Accuracy on each task of examples/smol, at every budget, beside the model asked without the image."""
+    from ..analysis import load_repo
+    from ..evaluation import evaluate_tasks, load_test_set
+
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise ValueError(f"--output {output}: name a file in a folder that exists.")
+    questions = load_test_set(data, limit)
+    loaded, processor = load_repo(model, device, dtype)
+    budgets = [number_or_word(word) for word in num_visual_tokens or map(str, loaded.config.visual_token_budgets)]
+    table = Table("", *dict.fromkeys(question.task for question in questions))
+    report = {
+        "benchmark": "smol",
+        "questions": len(questions),
+        "model": Path(model).name,
+        "dtype": dtype,
+        "results": [],
+    }
+    with progress("asking", len(questions) * (len(budgets) + 1)) as advance:
+        for result in evaluate_tasks(loaded, processor, questions, budgets, batch_size, advance):
+            table.add_row(result["asked"], *_cells(result["scores"]))
+            scores = {task: score.to_dict() for task, score in result["scores"].items()}
+            report["results"].append({**result, "scores": scores})
+            if output is not None:  # after each setting: a run that is cut off keeps what it has
+                output.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    Console().print(table)
+
+
 @evaluate.command("add-to-card")
 def add_to_card(
     repo: Annotated[Path, typer.Argument(help="Folder of a Delta-LLaVA with a README.md.", show_default=False)],

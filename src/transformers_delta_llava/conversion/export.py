@@ -35,10 +35,10 @@ from .weight_mapping import (
     HEAD,
     RULES,
     SOURCE_PROJECTOR,
-    TOWER_TARGET,
     Rule,
     new_rows,
     published_name,
+    tower_part,
 )
 
 
@@ -176,7 +176,7 @@ def _released_tensors(checkpoint: Checkpoint, vocab_size: int, with_tower: bool)
         if name in (EMBEDDINGS, HEAD):
             shape = (vocab_size, *tensor.shape[1:])
             tensors[source] = tensor.map(lambda value: value[:vocab_size], shape)
-        elif with_tower or not name.startswith(TOWER_TARGET):
+        elif with_tower or tower_part(name) is None:
             tensors[source] = tensor.reshape((*tensor.shape, 1, 1)) if rule.conv_1x1 else tensor
     if unknown:
         raise DeltaLlavaError(f"The released layout has no name for {format_names(unknown)}.")

@@ -23,12 +23,12 @@ from .vision_tower import adapt_to_weights, find_vision_tower, load_vision_tower
 from .weight_mapping import (
     EMBEDDINGS,
     PROJECTOR,
-    TOWER_TARGET,
     compare_shapes,
     describe_other_projector,
     expected_shapes,
     find_delta_rank,
     map_names,
+    tower_part,
 )
 
 
@@ -157,8 +157,8 @@ def _inspect_checkpoint(folder: Path, settings: dict, checkpoint: Checkpoint) ->
         expected = expected_shapes(config)
         if is_projector:
             expected = {name: shape for name, shape in expected.items() if name.startswith(PROJECTOR)}
-        elif not any(name.startswith(TOWER_TARGET) for name in tensors):
-            expected = {name: shape for name, shape in expected.items() if not name.startswith(TOWER_TARGET)}
+        elif all(tower_part(name) is None for name in tensors):
+            expected = {name: shape for name, shape in expected.items() if tower_part(name) is None}
         result.problems += compare_shapes(tensors, expected)
     if not is_projector and not has_tokenizer(folder):
         result.problems.append("There is no tokenizer.")
@@ -176,7 +176,7 @@ def _config_of_checkpoint(folder: Path, source: SourceConfig, tensors: dict[str,
 
 
 def _adapt_tower(config: PreTrainedConfig, tensors: Mapping[str, LazyTensor]) -> None:
-    inner = [name.removeprefix(TOWER_TARGET) for name in tensors if name.startswith(TOWER_TARGET)]
+    inner = [part for name in tensors if (part := tower_part(name)) is not None]
     if inner:
         adapt_to_weights(config, inner)
 

@@ -19,10 +19,10 @@ from .vision_tower import VisionTower, adapt_to_weights, find_vision_tower, load
 from .weight_mapping import (
     SOURCE_EMBEDDINGS,
     SOURCE_PROJECTOR,
-    TOWER_TARGET,
     NameMap,
     describe_other_projector,
     map_names,
+    tower_part,
 )
 
 
@@ -139,7 +139,7 @@ def read_source(
         raise DeltaLlavaError(other)
     names = map_names(checkpoint.tensors)
     check_embeddings(checkpoint)
-    inner = [name.removeprefix(TOWER_TARGET) for name, _ in names.rules.values() if name.startswith(TOWER_TARGET)]
+    inner = [part for name, _ in names.rules.values() if (part := tower_part(name)) is not None]
     tower_id = vision_tower or find_vision_tower(config.keys.mm_vision_tower, folder, with_weights=not inner)
     tower = load_vision_tower(tower_id, with_weights=not inner)
     adapt_to_weights(tower.config, tower.checkpoint.tensors if tower.checkpoint else inner)

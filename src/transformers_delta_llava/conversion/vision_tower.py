@@ -5,9 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedConfig
-from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
 
-from ..modeling.configuration_delta_llava import DEFAULT_VISION_CONFIG
+from ..modeling.configuration_delta_llava import DEFAULT_VISION_CONFIG, SELECT_STRATEGIES
 from ..utils.errors import DeltaLlavaError
 from ..utils.files import cached_repo_id, local_folder, public_name, read_json, read_optional_json
 from .checkpoint import Checkpoint, has_weights, read_checkpoint
@@ -111,8 +118,8 @@ def _tower_config(folder: Path) -> PreTrainedConfig:
         values, model_type = values.get("vision_config", {}), _TOWER_OF[model_type]
     if not isinstance(values, dict):
         raise DeltaLlavaError(f"The vision tower {folder.name} has a vision_config that is not a JSON object.")
-    if model_type not in _TOWER_OF.values():
-        known = ", ".join([*_TOWER_OF, *_TOWER_OF.values()])
+    if model_type not in tuple(SELECT_STRATEGIES):  # it may be of any type, as JSON is
+        known = ", ".join([*_TOWER_OF, *SELECT_STRATEGIES])
         raise DeltaLlavaError(f"The vision tower {folder.name} has model_type={model_type!r}; use one of {known}.")
     return build_config(**{**values, "model_type": model_type})[0]
 
@@ -151,13 +158,15 @@ def _default_image_processor(config: PreTrainedConfig) -> dict:
             "image_std": std,
             "size": side,
         }
+    is_clip = config.model_type == "clip_vision_model"
     return {
         "image_processor_type": "CLIPImageProcessor",
         **common,
         "crop_size": side,
         "do_center_crop": True,
-        "image_mean": list(OPENAI_CLIP_MEAN),
-        "image_std": list(OPENAI_CLIP_STD),
+        # DINOv2's own, BitImageProcessor, does the same with ImageNet's numbers.
+        "image_mean": list(OPENAI_CLIP_MEAN if is_clip else IMAGENET_DEFAULT_MEAN),
+        "image_std": list(OPENAI_CLIP_STD if is_clip else IMAGENET_DEFAULT_STD),
         "size": {"shortest_edge": config.image_size},
     }
 

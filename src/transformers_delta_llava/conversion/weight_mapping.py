@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
+from ..modeling.vision_tower_delta_llava import SAVED_ATTENTION
 from ..utils.errors import DeltaLlavaError, explain_errors, format_names
 from .checkpoint import Checkpoint, LazyTensor
 
@@ -67,8 +68,14 @@ PROJECTOR = "model.multi_modal_projector."
 _BLOCK, _OUR_BLOCK = SOURCE_PROJECTOR + "combined_block.ntb.", PROJECTOR + "block."
 SOURCE_TOWER = "model.vision_tower."
 _TOWER_SOURCE = SOURCE_TOWER + "vision_tower."
-# Some transformers versions have the `vision_model.` level in memory and others not; this form loads in all of them.
-TOWER_TARGET = "model.vision_tower.vision_model."
+# Some transformers versions have the `vision_model.` level of CLIP and SigLIP in memory and others not; this form loads in
+# all of them.
+_TOWER_TARGET = f"{SOURCE_TOWER}vision_model."
+# DINOv2 never had that level.
+_DINOV2 = re.compile(
+    r"encoder\.layer\.|layernorm\.|embeddings\.(cls_token|mask_token|register_tokens|position_embeddings)$|"
+    r"embeddings\.patch_embeddings\."
+)
 SOURCE_EMBEDDINGS, EMBEDDINGS = "model.embed_tokens.weight", "model.language_model.embed_tokens.weight"
 HEAD = "lm_head.weight"  # in both
 
@@ -97,8 +104,15 @@ RULES = (
     Rule(SOURCE_PROJECTOR + "mlp.0.{weight,bias}", PROJECTOR + "feed_forward.fc1.{weight,bias}"),
     Rule(SOURCE_PROJECTOR + "mlp.2.{weight,bias}", PROJECTOR + "feed_forward.fc2.{weight,bias}"),
     # Vision tower, with and without the inner level that newer transformers dropped.
-    Rule(_TOWER_SOURCE + "vision_model.*", TOWER_TARGET + "*"),
-    Rule(_TOWER_SOURCE + "*", TOWER_TARGET + "*"),
+    Rule(_TOWER_SOURCE + "encoder.layer.*", SOURCE_TOWER + "encoder.layer.*"),
+    Rule(_TOWER_SOURCE + "layernorm.{weight,bias}", SOURCE_TOWER + "layernorm.{weight,bias}"),
+    Rule(
+        _TOWER_SOURCE + "embeddings.{cls_token,mask_token,register_tokens,position_embeddings}",
+        SOURCE_TOWER + "embeddings.{cls_token,mask_token,register_tokens,position_embeddings}",
+    ),
+    Rule(_TOWER_SOURCE + "embeddings.patch_embeddings.*", SOURCE_TOWER + "embeddings.patch_embeddings.*"),
+    Rule(_TOWER_SOURCE + "vision_model.*", _TOWER_TARGET + "*"),
+    Rule(_TOWER_SOURCE + "*", _TOWER_TARGET + "*"),
     # Language model: every supported one keeps to these names.
     Rule(SOURCE_EMBEDDINGS, EMBEDDINGS),
     Rule("model.layers.#.*", "model.language_model.layers.#.*"),
@@ -217,7 +231,7 @@ def plan_tensors(
     """
     tensors = names.rename(checkpoint.tensors)
     if tower is not None:
-        tensors |= {TOWER_TARGET + name: tensor for name, tensor in tower.tensors.items()}
+        tensors |= {published_name(SOURCE_TOWER + name): tensor for name, tensor in tower.tensors.items()}
     _check_dtypes(tensors)
     _check_projector_width(tensors, config.vision_config)
     ignored = dict(names.ignored)
@@ -301,10 +315,20 @@ def expected_shapes(config: DeltaLlavaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def published_name(name: str) -> str:
-    """`name` with the tower's `vision_model.` level, which models in memory may lack."""
-    if name.startswith(SOURCE_TOWER) and not name.startswith(TOWER_TARGET):
-        return TOWER_TARGET + name.removeprefix(SOURCE_TOWER)
-    return name
+    """The name in files of a tensor of a model in memory: towers have others there, in some versions of transformers."""
+    inner = tower_part(name)
+    if inner is None:
+        return name
+    if not _DINOV2.match(inner):
+        return _TOWER_TARGET + inner
+    for published, here in SAVED_ATTENTION.items():
+        inner = inner.replace(here, published)
+    return SOURCE_TOWER + inner
+
+
+def tower_part(name: str) -> str | None:
+    """The name inside the tower of one of its tensors, or None for a tensor of something else."""
+    return name.removeprefix(SOURCE_TOWER).removeprefix("vision_model.") if name.startswith(SOURCE_TOWER) else None
 
 
 def compare_shapes(tensors: Mapping[str, LazyTensor], expected: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -80,12 +80,13 @@ def majority_answers(train: Sequence[Question], questions: Sequence[Question]) -
 def answer_questions(
     model: DeltaLlavaForConditionalGeneration,
     processor: DeltaLlavaProcessor,
-    questions: Sequence[Question],
+    questions: Sequence[Any],
     num_visual_tokens: int | str | None = None,
     batch_size: int = 64,
     on_batch: Callable[[int], None] | None = None,
     auto_max_loss: float | None = None,
     on_budgets: Callable[[list[int]], None] | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[str]:
     """
     The model's answers, generated greedily in batches through the processor's chat template, stripped of blanks.
@@ -93,12 +94,13 @@ def answer_questions(
     Args:
         model: on any device; it is used in evaluation mode and left in it.
         processor: its own; prompts are padded on the left.
-        questions: of `load_questions`.
+        questions: each with `text` and `image`, as those of `load_questions`; all without an image (`None`), or none.
         num_visual_tokens: visual tokens per image, or `"auto"`; the processor's default when `None`.
         batch_size: questions at a time.
         on_batch: called with the number of questions answered in each batch.
         auto_max_loss: what `"auto"` may lose of an image; the processor's default when `None`.
         on_budgets: called with the visual tokens that each image of a batch got.
+        max_new_tokens: where an answer is cut off.
 
     Raises:
         ValueError: a batch size below 1, a budget that the model does not have, a loss that is not a share, or a question
@@ -124,7 +126,7 @@ def answer_questions(
         if on_budgets is not None:
             budgets = inputs.get("num_visual_tokens")
             on_budgets([processor.image_seq_length] * len(batch) if budgets is None else budgets.tolist())
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
         texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         answers += [text.strip() for text in texts]
         if on_batch is not None:
@@ -138,9 +140,9 @@ def _options(**given: Any) -> dict[str, Any]:
     return options | {name: value for name, value in given.items() if value is not None}
 
 
-def _conversation(question: Question) -> list[dict[str, Any]]:
-    content = [{"type": "image", "url": question.image}, {"type": "text", "text": question.text}]
-    return [{"role": "user", "content": content}]
+def _conversation(question: Any) -> list[dict[str, Any]]:
+    image = [] if question.image is None else [{"type": "image", "url": question.image}]
+    return [{"role": "user", "content": [*image, {"type": "text", "text": question.text}]}]
 
 
 @dataclass(frozen=True)

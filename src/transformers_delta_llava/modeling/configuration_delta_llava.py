@@ -30,9 +30,14 @@ DEFAULT_VISION_CONFIG = {
 # Vicuna's 32,000 tokens, the image token, the padding token, rounded up to a multiple of 64.
 DEFAULT_TEXT_CONFIG = {"model_type": "llama", "vocab_size": 32064}
 
-# The towers that are known, and the `vision_feature_select_strategy` that each needs: the tokens of CLIP start with a class
-# token, those of SigLIP do not.
-SELECT_STRATEGIES = {"clip_vision_model": "default", "siglip_vision_model": "full"}
+# The towers that are known, and the `vision_feature_select_strategy` that each needs: the tokens of CLIP and DINOv2 start with
+# a class token, those of SigLIP do not.
+SELECT_STRATEGIES = {
+    "clip_vision_model": "default",
+    "siglip_vision_model": "full",
+    "dinov2": "default",
+    "dinov2_with_registers": "default",
+}
 
 
 class DeltaLlavaConfig(PreTrainedConfig):
@@ -60,7 +65,8 @@ class DeltaLlavaConfig(PreTrainedConfig):
         vision_feature_levels (`list[int]`, *optional*, defaults to `[12, 16, 22, 23]`):
             Hidden states of the tower that make keys and values, in this order.
         vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
-            `"default"` drops the first (class) token of the tower's output, `"full"` keeps all tokens.
+            `"default"` drops the class token of the tower's output and the registers behind it, if there are any; `"full"`
+            keeps all tokens.
         delta_rank (`int`, *optional*, defaults to 16):
             Rank of the low-rank updates `delta_u @ delta_v`.
         projector_layout (`str`, *optional*, defaults to `"released"`):
@@ -210,6 +216,13 @@ class DeltaLlavaConfig(PreTrainedConfig):
         """The tower's hidden states that the projector reads, ascending: 0 is the embedding, `i` the output of layer `i`."""
         states = self.vision_config.num_hidden_layers + 1
         return tuple(sorted({index % states for index in (self.vision_feature_layer, *self.vision_feature_levels)}))
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches in the tower's output: the class token and, in towers that have them, registers."""
+        if self.vision_feature_select_strategy == "full":
+            return 0
+        return 1 + getattr(self.vision_config, "num_register_tokens", 0)
 
     @property
     def num_window_attention_heads(self) -> int:

@@ -24,7 +24,7 @@ from .deltas_delta_llava import DeltaMixin
 from .generation_delta_llava import DeltaLlavaGenerationMixin
 from .projector_delta_llava import DeltaLlavaProjector
 from .projector_layers_delta_llava import PositionEmbedding2D, ProjectedWindowAttention
-from .vision_tower_delta_llava import has_known_layers, rename_saved_tower, run_vision_tower
+from .vision_tower_delta_llava import find_tower_calls, rename_saved_tower, run_vision_tower
 
 
 # Modules that quantisers skip: every visual token passes through the tower and the projector, and they are small beside the
@@ -148,7 +148,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = DeltaLlavaProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
-        self._runs_layers = has_known_layers(self.vision_tower)
+        self._tower_calls = find_tower_calls(self.vision_tower)
         self.register_load_state_dict_pre_hook(rename_saved_tower)
         self.post_init()
 
@@ -182,15 +182,14 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
     ) -> tuple[BaseModelOutputWithPooling, torch.Tensor, list[torch.Tensor]]:
         """The tower's output, and the projector's inputs: the single-level stream and the levels.
 
-        Features are (images, N, C), without the class token, in the projector's dtype. `kwargs` go to the tower.
+        Features are (images, N, C), of the patches alone, in the projector's dtype. `kwargs` go to the tower.
         """
         config, dtype = self.config, self.multi_modal_projector.dtype
         outputs, states = run_vision_tower(
-            self.vision_tower, pixel_values, config.vision_feature_indices, self._runs_layers, **kwargs
+            self.vision_tower, pixel_values, config.vision_feature_indices, self._tower_calls, **kwargs
         )
-        first = 1 if config.vision_feature_select_strategy == "default" else 0
         features, *levels = (
-            states[index][:, first:].to(dtype)
+            states[index][:, config.num_prefix_tokens :].to(dtype)
             for index in (config.vision_feature_layer, *config.vision_feature_levels)
         )
         return outputs, features, levels
@@ -363,16 +362,19 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, DeltaLlavaGe
         text_model_name_or_path: str,
         processor: Any = None,
         dtype: torch.dtype | str | None = None,
+        pixel_values: torch.Tensor | None = None,
         **config_kwargs: Any,
     ) -> "DeltaLlavaForConditionalGeneration":
         """An untrained Delta-LLaVA: a pretrained tower, a pretrained language model, and a new projector.
 
         Args:
-            vision_model_name_or_path: a CLIP or SigLIP model (or its vision tower alone), on the Hub or in a folder.
+            vision_model_name_or_path: a CLIP, SigLIP or DINOv2 model (or its vision tower alone), on the Hub or in a
+                folder.
             text_model_name_or_path: a causal language model, on the Hub or in a folder.
             processor: the `DeltaLlavaProcessor` for the model. Its image token becomes
                 `config.image_token_id`, and the embeddings grow (to a multiple of 64) if its tokenizer needs it.
             dtype: dtype of the whole model; that of the language model by default.
+            pixel_values: (images, 3, height, width) of real images, for `calibrate_projector`.
             config_kwargs: further arguments of [`DeltaLlavaConfig`].
 
         Raises:
@@ -407,7 +409,41 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, DeltaLlavaGe
         model.lm_head = lm_head
         model.model.multi_modal_projector = DeltaLlavaProjector(config).apply(model._init_weights).to(dtype)
         model.generation_config = language_model.generation_config
+        if pixel_values is not None:
+            model.eval().calibrate_projector(pixel_values)
         return model.eval()
+
+    @torch.no_grad()
+    def calibrate_projector(self, pixel_values: torch.Tensor) -> None:
+        """Make visual tokens of a new projector resemble text: over these images, at the config's budget, every channel
+        has mean 0, and all together have the root mean square of the language model's input embeddings.
+
+        Random weights give tokens that are many times quieter than text and nearly the same for every image. Only the
+        projector's last map changes. Not for a projector that has been trained: it would undo what was learned.
+
+        Args:
+            pixel_values: (images, 3, height, width) of a few dozen images such as training will show.
+
+        Raises:
+            ValueError: the visual tokens of these images do not differ.
+        """
+        tokens = torch.cat(list(self.get_image_features(pixel_values, return_dict=True).pooler_output)).float()
+        embeddings = self.get_input_embeddings()
+        loudness = embeddings.weight.float().square().mean().sqrt()
+        embed_scale = getattr(embeddings, "embed_scale", None)
+        if embed_scale is not None:  # of Gemma: visual tokens are multiplied by it as text is, see `project_features`
+            tokens = tokens / embed_scale.float()
+        mean = tokens.mean(0)
+        spread = (tokens - mean).square().mean().sqrt()
+        if not spread > 0:
+            raise ValueError(
+                "calibrate_projector: the visual tokens of these images do not differ; give some real ones."
+            )
+        projector = self.model.multi_modal_projector
+        last = projector.feed_forward.fc2 if projector.config.projector_layout == "released" else projector.out_proj
+        scale = loudness / spread
+        last.weight.copy_(last.weight.float() * scale)
+        last.bias.copy_((last.bias.float() - mean) * scale)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -11,8 +11,22 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from .configuration_delta_llava import SELECT_STRATEGIES
 
 
+# DINOv2's attention in files, and in memory of newer releases of transformers.
+SAVED_ATTENTION = {
+    **{f".attention.attention.{role}.": f".attention.{role[0]}_proj." for role in ("query", "key", "value")},
+    ".attention.output.dense.": ".attention.o_proj.",
+}
+
+
+class TowerCalls(NamedTuple):
+    """How the parts of a tower are called, which differs between towers and releases of transformers."""
+
+    resizes_on_demand: bool  # DINOv2's embeddings always resize their positions to the image
+    takes_mask: bool  # DINOv2's layers do from some release on
+
+
 def run_vision_tower(
-    tower: nn.Module, pixel_values: torch.Tensor, indices: Sequence[int], by_layer: bool, **kwargs: Any
+    tower: nn.Module, pixel_values: torch.Tensor, indices: Sequence[int], calls: TowerCalls | None, **kwargs: Any
 ) -> tuple[BaseModelOutputWithPooling, Sequence[Any]]:
     """The tower's output, and a sequence with the wanted hidden states at their own indices.
 
@@ -23,14 +37,14 @@ def run_vision_tower(
         tower: a vision model of transformers.
         pixel_values: (images, 3, height, width).
         indices: ascending; 0 is the embedding, `i` the output of layer `i`.
-        by_layer: of `has_known_layers`.
+        calls: of `find_tower_calls`.
         kwargs: as the tower takes them.
     """
     asked = {
         name: kwargs.get(name) or getattr(tower.config, name, False)
         for name in ("output_hidden_states", "output_attentions")
     }
-    if any(asked.values()) or not by_layer:
+    if any(asked.values()) or calls is None:
         outputs = tower(pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True})
         all_states = outputs.hidden_states
         if not asked["output_hidden_states"]:
@@ -38,36 +52,48 @@ def run_vision_tower(
         return outputs, all_states
 
     states: list[torch.Tensor | None] = [None] * (tower.config.num_hidden_layers + 1)
-    interpolate = kwargs.pop("interpolate_pos_encoding", False)
-    hidden_states = tower.embeddings(pixel_values, interpolate_pos_encoding=interpolate)
+    resize = {"interpolate_pos_encoding": kwargs.pop("interpolate_pos_encoding", False)}
+    hidden_states = tower.embeddings(pixel_values, **(resize if calls.resizes_on_demand else {}))
     if hasattr(tower, "pre_layrnorm"):
         hidden_states = tower.pre_layrnorm(hidden_states)
-    for index, layer in enumerate([None, *tower.encoder.layers[: indices[-1]]]):
+    for index, layer in enumerate([None, *_layers(tower)[: indices[-1]]]):
         if layer is not None:
-            hidden_states = layer(hidden_states, None, **kwargs)
+            hidden_states = layer(hidden_states, None, **kwargs) if calls.takes_mask else layer(hidden_states)
         if index in indices:
             states[index] = hidden_states
     return BaseModelOutputWithPooling(last_hidden_state=hidden_states), states
 
 
-def has_known_layers(tower: nn.Module) -> bool:
-    """Whether a tower can be run layer by layer: it has the parts, and its layers the signature, of CLIP and SigLIP.
+def find_tower_calls(tower: nn.Module) -> TowerCalls | None:
+    """How to run a tower layer by layer: None where it lacks the parts, or their signatures, of CLIP, SigLIP and DINOv2.
 
     Other towers, and towers that a later transformers builds in another way, are run as a whole.
     """
-    layers = getattr(getattr(tower, "encoder", None), "layers", None)
-    if tower.config.model_type not in SELECT_STRATEGIES or not layers or not hasattr(tower, "embeddings"):
-        return False
-    return list(inspect.signature(layers[0].forward).parameters)[:2] == ["hidden_states", "attention_mask"]
+    layers, embeddings = _layers(tower), getattr(tower, "embeddings", None)
+    if tower.config.model_type not in SELECT_STRATEGIES or not len(layers) or embeddings is None:
+        return None
+    parameters = list(inspect.signature(layers[0].forward).parameters)
+    takes_mask = parameters[:2] == ["hidden_states", "attention_mask"]
+    if not takes_mask and parameters != ["hidden_states"]:
+        return None
+    return TowerCalls("interpolate_pos_encoding" in inspect.signature(embeddings.forward).parameters, takes_mask)
+
+
+def _layers(tower: nn.Module) -> Any:
+    """The layers, as CLIP and SigLIP or as DINOv2 name them; empty where there are none."""
+    encoder = getattr(tower, "encoder", None)
+    return getattr(encoder, "layers", None) or getattr(encoder, "layer", None) or []
 
 
 def rename_saved_tower(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Let `load_state_dict` take saved files, as transformers' Trainer does when it resumes.
 
-    Files keep the names of transformers 4, `vision_tower.vision_model.*`, which only `from_pretrained` translates.
+    Files keep the names of older releases, `vision_tower.vision_model.*` and DINOv2's attention, which only
+    `from_pretrained` translates.
     """
-    saved, own = f"{prefix}vision_tower.vision_model.", f"{prefix}vision_tower."
-    if hasattr(module.vision_tower, "vision_model"):
-        return
-    for name in [name for name in state_dict if name.startswith(saved)]:
-        state_dict[own + name.removeprefix(saved)] = state_dict.pop(name)
+    own, tower = {name for name, _ in module.vision_tower.named_parameters()}, f"{prefix}vision_tower."
+    for name in [name for name in state_dict if name.startswith(tower) and name.removeprefix(tower) not in own]:
+        here = name.removeprefix(tower).removeprefix("vision_model.")
+        for saved, renamed in SAVED_ATTENTION.items():
+            here = here.replace(saved, renamed)
+        state_dict[tower + here] = state_dict.pop(name)

@@ -267,6 +267,15 @@ class TrainingDataset(Dataset):
         return int(same[np.searchsorted(same, row, side="right") % len(same)])
 
 
+def some_images(dataset: TrainingDataset, budget: int, count: int = 32) -> torch.Tensor | None:
+    """(images, 3, height, width) of rows from all over the data, always the same ones, or None if it has no images."""
+    places = np.flatnonzero(dataset.rows.index.images)
+    if not len(places):
+        return None
+    chosen = places[np.linspace(0, len(places) - 1, min(count, len(places))).astype(int)]
+    return torch.cat([dataset[Request(int(place), budget)]["pixel_values"] for place in chosen])
+
+
 def record_skipped(record: Path | None, skipped: list[tuple[str, str]]) -> None:
     """Append (name, reason) of rows to the record."""
     if record is not None and skipped:

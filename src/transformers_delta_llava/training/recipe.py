@@ -233,7 +233,8 @@ class ModelRecipe(Section):
 
     Args:
         path: Delta-LLaVA folder or Hub id.
-        vision, language: CLIP or SigLIP tower, and causal language model: folders or Hub ids.
+        vision, language: CLIP, SigLIP or DINOv2 tower, and causal language model: folders or Hub ids. The new
+            projector starts from `calibrate_projector` on some images of the data.
         vision_config, text_config: configs of untrained parts, with `model_type`.
         tokenizer: folder or Hub id; that of `language` by default, needed with `text_config`.
         image_processor: folder or Hub id; that of `vision` by default, else CLIP's at the tower's size.
@@ -288,6 +289,8 @@ class DataRecipe(Section):
         pad_images: pad images to squares; by default as the processor does.
         on_error: `fail` at the first unusable row, or `skip` such rows, counted and named.
         cache: folder of the row index.
+        frozen_features: folder that keeps what the vision tower computes of each image, in float16, so that it runs once
+            an image and not once an epoch. For towers that are not trained.
     """
 
     path: Annotated[str, AfterValidator(_check_file)] | None = None
@@ -299,6 +302,7 @@ class DataRecipe(Section):
     pad_images: bool | None = None
     on_error: Literal["fail", "skip"] = "fail"
     cache: str = "~/.cache/transformers-delta-llava"
+    frozen_features: str | None = None
 
     @model_validator(mode="after")
     def _check_source(self) -> "DataRecipe":
@@ -347,6 +351,10 @@ class Recipe(Section):
             raise ValueError("train names language_model and lora, which adapts it: leave one of them out")
         elif self.model.path is None:
             raise ValueError("train names lora, which adapts a Delta-LLaVA that exists: name it as model.path")
+        if self.data.frozen_features is not None and "vision_tower" in self.train:
+            raise ValueError(
+                "data.frozen_features keeps what a tower computes, and train names vision_tower: drop one"
+            )
         if self.projector_lr is not None and not {"projector", "deltas"} & set(self.train):
             raise ValueError("projector_lr is given but train names neither projector nor deltas: leave it out")
         return self

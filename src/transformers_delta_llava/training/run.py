@@ -10,7 +10,8 @@ from transformers import TrainingArguments, set_seed
 
 from ..utils.errors import DataError, DeltaLlavaError, RecipeError, one_line
 from .conversations import ConversationEncoder
-from .dataset import Collator, Rows, TrainingDataset, open_rows, record_skipped
+from .dataset import Collator, Rows, TrainingDataset, open_rows, record_skipped, some_images
+from .frozen_features import FrozenFeatures
 from .models import build_model, select_trainable, trains_vision
 from .recipe import Recipe, make_arguments, write_yaml
 from .trainer import DeltaLlavaTrainer, check_resumable, last_checkpoint
@@ -117,6 +118,10 @@ def make_trainer(recipe: Recipe, resume: bool = False) -> DeltaLlavaTrainer:
         _record_bad_rows(rows, output_dir / SKIPPED_ROWS, resume)
     encoder = ConversationEncoder(processor, recipe.data.max_length, recipe.data.pad_images)
     dataset = TrainingDataset(rows, encoder, recipe.data.on_error, output_dir / SKIPPED_ROWS)
+    if recipe.data.frozen_features is not None:
+        FrozenFeatures(model, recipe.data.frozen_features)
+    if recipe.model.language is not None and (images := some_images(dataset, recipe.budgets[0])) is not None:
+        model.calibrate_projector(images)
     trained = select_trainable(model, recipe.train, recipe.lora)
     collator = Collator(
         processor.tokenizer.pad_token_id,

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
 
-from ..modeling import DeltaLlavaForConditionalGeneration
+from ..modeling import DeltaLlavaForConditionalGeneration, DeltaLlavaProjector
 from ..utils.errors import RecipeError, one_line
 from .conversations import IGNORED
 from .dataset import TrainingDataset
@@ -160,6 +160,37 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
     return str(Path(output_dir) / f"checkpoint-{max(steps)}") if steps else None
 
 
+class VisualTokenLog:
+    """
+    What the projector gave in its last step, beside the text: visual tokens much louder or quieter than text, or nearly
+    the same for all images, tell of a bad start or a learning rate that is too high.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model, self.tokens = model, None
+        self.shows_images = True  # a batch without any has a blank one, which tells nothing
+        for module in model.modules():
+            if isinstance(module, DeltaLlavaProjector):
+                module.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        if self.shows_images and not torch.compiler.is_compiling():
+            self.tokens = output.detach()
+
+    def report(self) -> dict[str, float]:
+        """
+        Root mean square of visual tokens, and of what differs between images in them (their mean over images taken off),
+        both in units of the text's input embeddings; nothing where no image was seen, or the embeddings are sharded.
+        """
+        weight = self.model.get_input_embeddings().weight
+        if self.tokens is None or not weight.numel():
+            return {}
+        tokens, text = self.tokens.float(), weight.detach()[:: max(1, len(weight) // 4096)].float()
+        loudness = text.square().mean().sqrt().item()
+        values = {"visual_loudness": tokens, "visual_spread": tokens - tokens.mean(0)}
+        return {name: round(value.square().mean().sqrt().item() / loudness, 4) for name, value in values.items()}
+
+
 class SetEpochCallback(TrainerCallback):
     """Sets the sampler's epoch, which accelerate does not when an epoch is resumed on several processes; notes the start."""
 
@@ -200,6 +231,7 @@ class DeltaLlavaTrainer(Trainer):
         self.budgets, self.projector_lr = budgets, projector_lr
         self.started = False  # whether a step was run, so that a checkpoint to resume from was read
         self.throughput = Throughput()
+        self.visual_tokens = VisualTokenLog(self.model)
         self.sampler: StepSampler | None = None
         self.add_callback(SetEpochCallback(self))
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
@@ -238,8 +270,10 @@ class DeltaLlavaTrainer(Trainer):
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As in transformers; also counts the batch's tokens and images."""
-        self.throughput.add({name: inputs.pop(name) for name in COUNTS})
+        """As in transformers, and counts what the batch holds."""
+        counts = {name: inputs.pop(name) for name in COUNTS}
+        self.throughput.add(counts)
+        self.visual_tokens.shows_images = counts["num_images"] > 0
         return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -247,7 +281,7 @@ class DeltaLlavaTrainer(Trainer):
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
                 self.check_finite()
-            logs.update(self.throughput.report(self.accelerator))
+            logs.update({**self.throughput.report(self.accelerator), **self.visual_tokens.report()})
         super().log(logs, *args, **kwargs)
 
     def check_finite(self) -> None:

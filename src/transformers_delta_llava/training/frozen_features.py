@@ -1,0 +1,76 @@
+"""What a frozen vision tower says of an image, computed once and kept on disk."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ..modeling import DeltaLlavaForConditionalGeneration
+
+
+class FrozenFeatures:
+    """
+    Answers for a model's frozen tower: from disk for images that it has seen, by running the tower for others.
+
+    Kept are the patches of the hidden states that the projector reads, in float16, one file an image (states x patches x
+    channels x 2 bytes); the folder below `folder` is named by a hash of the tower, so that another tower's are never read.
+
+    Args:
+        model: its `get_patch_features` is answered for from now on; its tower must not be trained.
+        folder: where to keep them.
+    """
+
+    def __init__(self, model: DeltaLlavaForConditionalGeneration, folder: str | Path):
+        self.base, config = model.model, model.config
+        states = config.vision_config.num_hidden_layers + 1
+        self.order = [index % states for index in (config.vision_feature_layer, *config.vision_feature_levels)]
+        self.indices = config.vision_feature_indices
+        self.folder = Path(folder).expanduser() / self._hash()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._run = self.base.get_patch_features
+        self.base.get_patch_features = self.get_patch_features
+
+    def _hash(self) -> str:
+        digest = hashlib.blake2b(repr(self.indices).encode(), digest_size=8)
+        for name, tensor in sorted(self.base.vision_tower.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def get_patch_features(
+        self, pixel_values: torch.Tensor, **kwargs: Any
+    ) -> tuple[BaseModelOutputWithPooling, torch.Tensor, list[torch.Tensor]]:
+        """As that of `DeltaLlavaModel`; the tower's output has no `last_hidden_state`."""
+        read = self.load(self.keep(pixel_values, **kwargs)).to(pixel_values.device)
+        features, *levels = self.split(read.to(self.base.multi_modal_projector.dtype))
+        return BaseModelOutputWithPooling(), features, levels
+
+    @torch.no_grad()
+    def keep(self, pixel_values: torch.Tensor, **kwargs: Any) -> list[Path]:
+        """The files of images (images, 3, height, width), written where they are not there yet."""
+        images = pixel_values.detach().float().cpu().contiguous().numpy()
+        files = [self.folder / f"{hashlib.blake2b(image, digest_size=16).hexdigest()}.npy" for image in images]
+        missing = [index for index, file in enumerate(files) if not file.is_file()]
+        if missing:
+            _, features, levels = self._run(pixel_values[missing], **kwargs)
+            states = dict(zip(self.order, [features, *levels]))
+            kept = torch.stack([states[index] for index in self.indices], dim=1).to(torch.float16).cpu().numpy()
+            for place, array in zip(missing, kept):
+                unfinished = files[place].with_suffix(f".{os.getpid()}")
+                with unfinished.open("wb") as file:
+                    np.save(file, array)
+                unfinished.replace(files[place])
+        return files
+
+    def load(self, files: Sequence[Path]) -> torch.Tensor:
+        """(images, states, patches, channels) in float16, the states as in `indices`."""
+        return torch.from_numpy(np.stack([np.load(file) for file in files]))
+
+    def split(self, states: torch.Tensor) -> list[torch.Tensor]:
+        """The projector's single-level stream, then its levels, of what `load` gives."""
+        return [states[:, self.indices.index(index)] for index in self.order]

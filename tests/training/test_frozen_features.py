@@ -1,0 +1,88 @@
+"""Features of a frozen tower on disk, and what the log says of visual tokens."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, CLIPVisionModel
+
+from tests.training.tiny_run import (
+    make_image_processor,
+    make_model,
+    make_tokenizer,
+    recipe_content,
+    write_data,
+    write_model,
+)
+from transformers_delta_llava.training import RecipeError, make_recipe, train
+from transformers_delta_llava.training.frozen_features import FrozenFeatures
+
+
+def count_runs(model) -> list[int]:
+    """Images that the tower was run on, from now on."""
+    runs: list[int] = []
+    model.model.vision_tower.embeddings.register_forward_hook(lambda _, args, output: runs.append(len(output)))
+    return runs
+
+
+@torch.no_grad()
+def test_images_seen_before_are_read(tmp_path):
+    model, pixels = make_model().eval(), torch.randn(3, 3, 24, 24)
+    expected = torch.stack(model.get_image_features(pixels).pooler_output)
+    features = FrozenFeatures(model, tmp_path)
+    runs = count_runs(model)
+    first = torch.stack(model.get_image_features(pixels[:2]).pooler_output)
+    again = torch.stack(model.get_image_features(pixels).pooler_output)
+    assert runs == [2, 1]
+    assert torch.equal(first, again[:2])
+    torch.testing.assert_close(again, expected, rtol=0, atol=2e-3)  # float16 on disk
+    assert len(list(features.folder.iterdir())) == 3
+    assert features.load(features.keep(pixels)).shape == (3, 3, 144, 64)  # levels 1, 2, 3; the layer before last is 3
+
+
+@torch.no_grad()
+def test_another_tower_has_another_folder(tmp_path):
+    other = make_model()
+    other.model.vision_tower.post_layernorm.bias[-1] += 1e-6
+    assert FrozenFeatures(make_model(), tmp_path).folder != FrozenFeatures(other, tmp_path).folder
+
+
+def test_a_run_computes_each_image_once_and_logs_its_visual_tokens(tmp_path, monkeypatch):
+    write_model(tmp_path / "model")
+    write_data(tmp_path / "data", 8, text_only_every=9)
+    kept: list[int] = []
+    keep = FrozenFeatures.keep
+    monkeypatch.setattr(
+        FrozenFeatures, "keep", lambda self, pixels, **k: kept.append(len(pixels)) or keep(self, pixels)
+    )
+    changes = {"data": {"frozen_features": str(tmp_path / "features")}, "arguments": {"max_steps": 8}}
+    out = train(make_recipe(recipe_content(tmp_path, **changes)))
+    assert sum(kept) == 16  # two epochs
+    assert len(list((tmp_path / "features").glob("*/*.npy"))) == 8
+    log = [entry for entry in json.loads((out / "trainer_state.json").read_text())["log_history"] if "loss" in entry]
+    assert all(entry["visual_loudness"] > 0 for entry in log)
+    assert all(0 <= entry["visual_spread"] <= entry["visual_loudness"] for entry in log)
+
+
+def test_two_joined_parts_start_as_loud_as_text(tmp_path):
+    model = make_model()
+    CLIPVisionModel(model.config.vision_config).save_pretrained(tmp_path / "vision")
+    make_image_processor().save_pretrained(tmp_path / "vision")
+    AutoModelForCausalLM.from_config(model.config.text_config).save_pretrained(tmp_path / "language")
+    make_tokenizer().save_pretrained(tmp_path / "language")
+    write_data(tmp_path / "data", 8, text_only_every=9)
+    joined = {"vision": str(tmp_path / "vision"), "language": str(tmp_path / "language")}
+    content = recipe_content(tmp_path, train=["projector"], arguments={"max_steps": 1})
+    content["model"] = {**joined, "config": {"vision_feature_levels": [1, 2, 3]}}
+    out = train(make_recipe(content))
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"][0]
+    assert log["visual_loudness"] == pytest.approx(1, abs=0.2)
+    assert log["visual_spread"] > 0.2
+
+
+def test_features_of_a_tower_that_is_trained_are_refused(tmp_path):
+    write_model(tmp_path / "model")
+    write_data(tmp_path / "data", 4)
+    changes = {"data": {"frozen_features": "features"}, "train": ["projector", "vision_tower"]}
+    with pytest.raises(RecipeError, match="data.frozen_features .*vision_tower"):
+        make_recipe(recipe_content(tmp_path, **changes))
