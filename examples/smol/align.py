@@ -67,12 +67,12 @@ def caption_targets(captions: list[str], tokenizer: PreTrainedTokenizerBase) -> 
             i for i in spaced if (word := str(tokenizer.decode([i])).strip(" .,'\"").lower()) and word not in SILENT
         ]
         ids.append(said or spaced)
-    vocabulary = sorted({token for caption in ids for token in caption})
+    vocabulary = sorted({token for said in ids for token in said})
     place = {token: index for index, token in enumerate(vocabulary)}
     targets = torch.zeros(len(captions), len(vocabulary))
-    for row, caption in enumerate(ids):
-        for token in caption:
-            targets[row, place[token]] += 1 / len(caption)
+    for row, said in enumerate(ids):
+        for token in said:
+            targets[row, place[token]] += 1 / len(said)
     return vocabulary, targets
 
 

@@ -37,6 +37,10 @@ COUNTS = {
     "siglip": (SIGLIP, (37380096, 7741440, 12072960, 3789696, 464640)),
     # An MLP as wide as that of the CLIP above, so the same.
     "dinov2": ({"vision": {"model_type": "dinov2", "mlp_ratio": 1}}, (37749504, 7741440, 12072960, 3789696, 464640)),
+    "dinov2 with registers": (
+        {"vision": {"model_type": "dinov2_with_registers", "mlp_ratio": 1}},
+        (39242496, 7741440, 12072960, 3789696, 464640),
+    ),
     "deepest level first": (
         {"vision_feature_levels": [3, 1], "vision_feature_layer": 2},
         (37749504, 6488064, 9566208, 3789696, 464640),

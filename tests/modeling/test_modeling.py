@@ -268,10 +268,10 @@ class TestVisionTower:
 
     def test_registers_are_no_patches(self, pixel_values):
         """DINOv2 with registers: five tokens before the 144 patches."""
-        model = make_model(tiny_config({"model_type": "dinov2_with_registers"}))
-        states = model.get_image_features(pixel_values[:1], output_hidden_states=True).hidden_states
-        assert states[-1].shape[1] == 5 + 144
-        assert torch.equal(model.model._patch_features(states, 3), states[3][:, 5:])
+        model = make_model(tiny_config({"model_type": "dinov2_with_registers"}, vision_feature_layer=3))
+        outputs, features, _ = model.model.get_patch_features(pixel_values[:1], output_hidden_states=True)
+        assert outputs.hidden_states[3].shape[1] == 5 + 144
+        assert torch.equal(features, outputs.hidden_states[3][:, 5:])
 
     def test_attentions_on_request(self, pixel_values):
         model = make_model()

@@ -100,9 +100,11 @@ def smol(
         for result in evaluate_tasks(loaded, processor, questions, budgets, batch_size, advance):
             table.add_row(result["asked"], *_cells(result["scores"]))
             scores = {task: score.to_dict() for task, score in result["scores"].items()}
-            report["results"].append({**result, "scores": scores})
+            results.append({**result, "scores": scores})
             if output is not None:  # after each setting: a run that is cut off keeps what it has
-                output.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                output.write_text(
+                    json.dumps({**report, "results": results}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+                )
     Console().print(table)
 
 
