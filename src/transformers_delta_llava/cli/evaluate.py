@@ -89,13 +89,8 @@ def smol(
     loaded, processor = load_repo(model, device, dtype)
     budgets = [number_or_word(word) for word in num_visual_tokens or map(str, loaded.config.visual_token_budgets)]
     table = Table("", *dict.fromkeys(question.task for question in questions))
-    report = {
-        "benchmark": "smol",
-        "questions": len(questions),
-        "model": Path(model).name,
-        "dtype": dtype,
-        "results": [],
-    }
+    report = {"benchmark": "smol", "questions": len(questions), "model": Path(model).name, "dtype": dtype}
+    results = []
     with progress("asking", len(questions) * (len(budgets) + 1)) as advance:
         for result in evaluate_tasks(loaded, processor, questions, budgets, batch_size, advance):
             table.add_row(result["asked"], *_cells(result["scores"]))

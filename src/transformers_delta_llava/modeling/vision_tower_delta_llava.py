@@ -52,8 +52,11 @@ def run_vision_tower(
         return outputs, all_states
 
     states: list[torch.Tensor | None] = [None] * (tower.config.num_hidden_layers + 1)
-    resize = {"interpolate_pos_encoding": kwargs.pop("interpolate_pos_encoding", False)}
-    hidden_states = tower.embeddings(pixel_values, **(resize if calls.resizes_on_demand else {}))
+    interpolate = kwargs.pop("interpolate_pos_encoding", False)
+    if calls.resizes_on_demand:
+        hidden_states = tower.embeddings(pixel_values, interpolate_pos_encoding=interpolate)
+    else:
+        hidden_states = tower.embeddings(pixel_values)
     if hasattr(tower, "pre_layrnorm"):
         hidden_states = tower.pre_layrnorm(hidden_states)
     for index, layer in enumerate([None, *_layers(tower)[: indices[-1]]]):
