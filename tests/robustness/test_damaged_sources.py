@@ -1,34 +1,33 @@
-"""Damaged sources: each converts to the right thing or is refused in one sentence; no traceback, crash or hang.
+"""Damaged sources: each gives the right result or is refused in one sentence; no traceback, crash or hang.
 
-    python -m tests.robustness.fuzz_conversions [--target checkpoint] [--cases 1000] [--seed 0] [--json FILE]
+Targets: checkpoints and LoRA runs that are converted; repos that are inspected, exported, checked for a push and asked for
+their deltas; delta repos that are applied, truncated, loaded and described.
 
-Targets: checkpoints and LoRA runs that are converted, repos that are inspected, exported, checked for a push and asked for
-their deltas, and delta repos that are applied, truncated, loaded and looked at.
+The right result is computed apart from the package: the damaged files are read with torch and safetensors, merged by the
+formula of LoRA, renamed by the rules, and compared with the output bit by bit; `inspect` must find nothing wrong in it.
 
-What is right is worked out apart from the package: the damaged files are read with torch and safetensors, merged by the
-formula of LoRA, renamed by the key map, and compared with the output bit by bit; and the output must stand up to
-`inspect`. A case is its seed and number: `--only N` runs one, with its traceback. Exits with code 1 where a case fails.
+A few seeds here; `FUZZ_CASES=1000 FUZZ_SEED=100 python -m pytest tests/robustness/test_damaged_sources.py` for more, and
+`FUZZ_CASES=1 FUZZ_SEED=N` runs one case again.
 """
 
-import argparse
 import json
 import os
 import random
+import re
 import shutil
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from examples.make_checkpoint import write_checkpoint
 from tests.checkpoints import SHALLOW
 from tests.robustness.children import hashes, outcome
-from tests.robustness.damages import DAMAGES, load, weight_files
+from tests.robustness.damages import DAMAGES, load, save, weight_files
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.conversion import (
     convert_checkpoint,
@@ -41,6 +40,8 @@ from transformers_delta_llava.deltas import apply_deltas, delta_stats, extract_d
 from transformers_delta_llava.hub import push_folder
 
 
+CASES = int(os.environ.get("FUZZ_CASES", "0"))
+FIRST_SEED = int(os.environ.get("FUZZ_SEED", "0"))
 FORMS = (("safetensors", 1), ("safetensors", 2), ("bin", 1), ("bin", 2))
 GROWN = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 LONGEST_SENTENCE = 2500  # twenty names of tensors, twice
@@ -80,12 +81,14 @@ class Target:
     Attributes:
         prepare: writes whole sources into a folder, each in a folder of its own with all that belongs to it.
         operations: called one by one with the damaged source and a folder to write.
+        cases: how many are tried by default.
         check: what is wrong with the output of the first operation, given the damaged source.
     """
 
     prepare: Callable[[Path], None]
     operations: tuple[Operation, ...]
-    check: Callable[[Path, Path], list[str]]
+    cases: int
+    check: Callable[[Path, Path], list[str]] = lambda source, output: []
 
 
 def write_checkpoints(folder: Path) -> None:
@@ -193,11 +196,6 @@ def _merge(base: dict[str, torch.Tensor], adapter: dict[str, torch.Tensor], conf
     base |= adapter
 
 
-def check_nothing(source: Path, output: Path) -> list[str]:
-    """For operations that write nothing."""
-    return []
-
-
 def apply(source: Path, output: Path) -> None:
     """Put deltas into the model beside them."""
     apply_deltas(source.parent / "model", output / "out", source)
@@ -219,8 +217,8 @@ def load_into_model(source: Path, output: Path) -> None:
 
 
 TARGETS = {
-    "checkpoint": Target(write_checkpoints, (convert,), check_conversion),
-    "lora": Target(write_lora_runs, (convert,), check_conversion),
+    "checkpoint": Target(write_checkpoints, (convert,), 16, check_conversion),
+    "lora": Target(write_lora_runs, (convert,), 8, check_conversion),
     "repo": Target(
         write_repos,
         (
@@ -230,7 +228,7 @@ TARGETS = {
             lambda source, output: delta_stats(source),
             lambda source, output: extract_deltas(source, output / "deltas"),
         ),
-        check_nothing,
+        5,
     ),
     "deltas": Target(
         write_delta_repos,
@@ -240,49 +238,36 @@ TARGETS = {
             lambda source, output: truncate_deltas(source, output / "less", rank=1),
             load_into_model,
         ),
+        6,
         check_applied,
     ),
 }
 
 
-def run(
-    cases: int, seed: int, folder: Path, only: int | None = None, timeout: float = 60, target: str = "checkpoint"
-) -> dict:
-    """Damage, use and check; returns counts by kind of damage, and a list of failures."""
-    chosen = TARGETS[target]
-    chosen.prepare(folder)
-    forms = sorted(path.name for path in folder.iterdir())
-    counts: Counter[str] = Counter()
-    failures = []
-    for number in range(cases) if only is None else [only]:
-        rng = random.Random(f"{seed}:{number}")
-        case = folder.parent / f"{folder.name}-case"
-        shutil.rmtree(case, ignore_errors=True)
-        shutil.copytree(folder / rng.choice(forms), case)
-        source = case / "source"
-        name_tower(source, case / "vision-tower")
-        damage = rng.choice(DAMAGES)
-        what = f"{number}: {damage(rng, source)}"
-        before = _hashes(source)
-        verdicts = []
-        for i, operation in enumerate(chosen.operations):
-            output = case / f"output-{i}"
-            output.mkdir()
-            problem, verdict = judge(lambda: operation(source, output) and None, output, timeout)  # noqa: B023
-            verdicts.append(verdict)
-            if verdict == "used" and i == 0:
-                checked = outcome(lambda: chosen.check(source, output), timeout)  # noqa: B023
-                if checked.get("value") != []:
-                    problem = f"wrong result: {checked.get('value') or checked}"
-            if problem:
-                failures.append(f"{what}, operation {i}: {problem if only is not None else problem[-400:]}")
-        if before != _hashes(source):
-            failures.append(f"{what}: the source was changed")
-        counts[f"{damage.__name__}: {verdicts[0]}"] += 1
-        if only is not None:
-            print(what, verdicts)
-    shutil.rmtree(folder.parent / f"{folder.name}-case", ignore_errors=True)
-    return {"target": target, "seed": seed, "cases": cases, **dict(sorted(counts.items())), "failures": failures}
+def use(target: Target, sources: Path, case: Path, seed: int, timeout: float = 60) -> tuple[list[str], list[str]]:
+    """Damage one of the `sources` and use it in the folder `case`; returns how each operation ended, and what is wrong."""
+    rng = random.Random(seed)
+    shutil.copytree(rng.choice(sorted(sources.iterdir())), case)
+    source = case / "source"
+    name_tower(source, case / "vision-tower")
+    damage = rng.choice(DAMAGES)
+    what = f"{seed}: {damage(rng, source)}"
+    before = _hashes(source)
+    verdicts, problems = [], []
+    for i, operation in enumerate(target.operations):
+        output = case / f"output-{i}"
+        output.mkdir()
+        problem, verdict = judge(lambda: operation(source, output) and None, output, timeout)  # noqa: B023
+        verdicts.append(verdict)
+        if verdict == "used" and i == 0:
+            checked = outcome(lambda: target.check(source, output), timeout)  # noqa: B023
+            if checked.get("value") != []:
+                problem = f"wrong result: {checked.get('value') or checked}"
+        if problem:
+            problems.append(f"{what}, operation {i}: {problem}")
+    if before != _hashes(source):
+        problems.append(f"{what}: the source was changed")
+    return verdicts, problems
 
 
 def judge(work: Callable[[], object], output: Path, timeout: float) -> tuple[str | None, str]:
@@ -309,28 +294,75 @@ def _hashes(source: Path) -> dict[str, str]:
     return {path.name: os.readlink(path) if path.is_symlink() else "" for path in special} or hashes(source)
 
 
-def main() -> None:
-    """Run, print, exit."""
-    parser = argparse.ArgumentParser(description="Use damaged sources.")
-    parser.add_argument("--target", choices=sorted(TARGETS), default="checkpoint")
-    parser.add_argument("--cases", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, help="one case, with its traceback")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        sources = Path(folder) / "whole"
-        sources.mkdir()
-        result = run(arguments.cases, arguments.seed, sources, arguments.only, target=arguments.target)
-    for name, value in result.items():
-        if name != "failures":
-            print(f"{name:>26}: {value}")
-    print(f"{'failures':>26}: {len(result['failures'])}")
-    print("\n".join(result["failures"]))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    sys.exit(1 if result["failures"] else 0)
+@pytest.fixture(scope="module")
+def prepared(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder with the good sources of a target; after a conversion in this process, so that children import nothing."""
+    folders: dict[str, Path] = {}
+
+    def prepare(target: str) -> Path:
+        if target not in folders:
+            folders[target] = tmp_path_factory.mktemp(target)
+            TARGETS[target].prepare(folders[target])
+        return folders[target]
+
+    return prepare
 
 
-if __name__ == "__main__":
-    main()
+@pytest.mark.parametrize("target", TARGETS)
+def test_damaged_sources(prepared: Callable[[str], Path], tmp_path: Path, target: str) -> None:
+    verdicts: Counter[str] = Counter()
+    failures = []
+    for seed in range(FIRST_SEED, FIRST_SEED + (CASES or TARGETS[target].cases)):
+        ends, problems = use(TARGETS[target], prepared(target), tmp_path / "case", seed)
+        verdicts.update(ends)
+        failures += problems
+        shutil.rmtree(tmp_path / "case")
+    assert failures == []
+    assert CASES or verdicts["refused"] > 1
+
+
+def crash(source: Path, output: Path) -> None:
+    raise KeyError("a bug")
+
+
+def refuse_too_late(source: Path, output: Path) -> None:
+    (output / "out").mkdir()
+    raise ValueError("refused too late")
+
+
+def hang(source: Path, output: Path) -> None:
+    while True:
+        pass
+
+
+def convert_something_else(source: Path, output: Path) -> None:
+    file = weight_files(source)[0]
+    tensors = load(file)
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save(tensors, source.parent / file.name)
+    good = file.read_bytes()
+    file.write_bytes((source.parent / file.name).read_bytes())
+    convert(source, output)
+    file.write_bytes(good)
+
+
+@pytest.mark.parametrize(
+    ("operation", "message"),
+    [
+        (crash, "KeyError"),
+        (refuse_too_late, "left an output"),
+        (hang, "hung"),
+        (convert_something_else, "wrong result.* differs"),
+    ],
+)
+def test_failures_are_noticed(
+    prepared: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    operation: Operation,
+    message: str,
+) -> None:
+    monkeypatch.setitem(globals(), "DAMAGES", (lambda rng, source: "undamaged",))
+    target = replace(TARGETS["checkpoint"], operations=(operation,))
+    _, (problem,) = use(target, prepared("checkpoint"), tmp_path / "case", 0, 1 if operation is hang else 60)
+    assert re.search(message, problem, re.DOTALL)
