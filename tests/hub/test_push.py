@@ -239,6 +239,7 @@ def test_only_the_files_of_a_model_repo_are_published(folder, crowded):
         ("*.joblib", "pickles"),
         ("gone*", r"`include=...`: gone\* matches no file in copied that can be published"),
         (".env", "matches no file"),
+        ("setup.py", "code of others, which would run on loading: setup.py"),
         ("link", "links, which the Hub would get as files: link"),
     ],
 )

@@ -304,6 +304,9 @@ def repo_files(folder: Path, include: Sequence[str] = ()) -> tuple[dict[str, Pat
         )
     _refuse("links, which the Hub would get as files", (name for name, path in files.items() if path.is_symlink()))
     _refuse("pickles, which run code when loaded", (name for name in files if Path(name).suffix.lower() in PICKLES))
+    _refuse(
+        "code of others, which would run on loading", (n for n in files if n.endswith(".py") and n not in HUB_FILES)
+    )
     code = read_code(folder)
     if code.missing:
         raise DeltaLlavaError(
