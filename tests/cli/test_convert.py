@@ -1,54 +1,32 @@
-"""`delta-llava convert`: data on stdout, talk on stderr, one sentence and code 2 where something is wrong."""
+"""`delta-llava convert` and `export`: paths on stdout, sentences on stderr, one of them and code 2 for bad input."""
 
-import shutil
 import subprocess
 import sys
 
 import pytest
 
-from examples.make_checkpoint import write_checkpoint
 from transformers_delta_llava import __version__
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli") / "llava-tiny"
-    write_checkpoint(folder)
-    return folder
-
-
-def test_convert(call, checkpoint, tmp_path):
-    options = ["--dtype", "bfloat16", "--chat-template", "chatml", "--max-shard-size", "3MB"]
-    code, out, err = call("convert", checkpoint, tmp_path / "out", *options)
-    assert (code or 0, out) == (0, f"{tmp_path / 'out'}\n")
-    assert "457 tensors (457 from llava-tiny), 16 visual tokens per image\n" in err
-    assert "chat template: chatml (as requested)\n" in err
-    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == 2
-    code, _, err = call("convert", checkpoint, tmp_path / "out")
-    assert code == 2
-    assert "--overwrite" in err
-    assert call("convert", checkpoint, tmp_path / "out", "--overwrite")[0] in (0, None)
-
-
-def test_verify_and_export(call, checkpoint, tmp_path):
-    assert call("convert", checkpoint, tmp_path / "out", "--verify")[0] in (0, None)
-    code, out, err = call("export", tmp_path / "out", tmp_path / "back", "--format", "released")
-    assert (code or 0, out) == (0, f"{tmp_path / 'back'}\n")
-    assert "457 tensors in 1 files, layout released, 320 rows" in err
-    code, out, err = call("export", tmp_path / "out", tmp_path / "back")
-    assert (code, out) == (2, "")
-    assert "--overwrite" in err
-    options = ["--overwrite", "--projector-only"]
-    assert call("export", tmp_path / "out", tmp_path / "back", *options)[0] in (0, None)
-    assert (tmp_path / "back" / "mm_projector.bin").is_file()
-
-
-def test_warnings_go_to_stderr(call, checkpoint, tmp_path):
-    source = shutil.copytree(checkpoint, tmp_path / "source")
+def test_convert_and_export(call, source, tmp_path):
     (source / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.9}')
-    code, out, err = call("convert", source, tmp_path / "out")
-    assert (code or 0, out) == (0, f"{tmp_path / 'out'}\n")
-    assert "warning: generation_config.json: left out" in err
+    repo, back = tmp_path / "out", tmp_path / "back"
+    options = ["--dtype", "bfloat16", "--chat-template", "chatml", "--max-shard-size", "200KB", "--verify"]
+    code, out, err = call("convert", source, repo, *options)
+    assert (code, out) == (0, f"{repo}\n")
+    assert "137 tensors (137 from llava-tiny), 16 visual tokens per image\n" in err
+    assert "chat template: chatml (as requested)\n" in err and "warning: generation_config.json: left out" in err
+    assert len(list(repo.glob("model-*.safetensors"))) > 1
+    code, out, err = call("convert", source, repo)
+    assert (code, out) == (2, "") and "--overwrite" in err
+    assert call("convert", source, repo, "--overwrite")[0] == 0
+
+    code, out, err = call("export", repo, back, "--format", "released")
+    assert (code, out) == (0, f"{back}\n") and "137 tensors in 1 files, layout released, 320 rows" in err
+    code, out, err = call("export", repo, back)
+    assert (code, out) == (2, "") and "--overwrite" in err
+    assert call("export", repo, back, "--overwrite", "--projector-only")[0] == 0
+    assert (back / "mm_projector.bin").is_file()
 
 
 @pytest.mark.parametrize(
@@ -61,42 +39,24 @@ def test_warnings_go_to_stderr(call, checkpoint, tmp_path):
         (["--max-shard-size", "0"], "max_shard_size='0' is not a size"),
     ],
 )
-def test_a_wrong_option(call, checkpoint, tmp_path, options, message):
-    code, out, err = call("convert", checkpoint, tmp_path / "out", *options)
-    assert (code, out) == (2, "")
-    assert err.strip().splitlines()[-1].startswith("delta-llava: ")
-    assert message in err
-    assert "Traceback" not in err
-    assert not (tmp_path / "out").exists()
+def test_bad_options(call, pristine, tmp_path, options, message):
+    code, out, err = call("convert", pristine / "llava-tiny", tmp_path / "out", *options)
+    assert (code, out) == (2, "") and message in err and not (tmp_path / "out").exists()
+    assert err.strip().splitlines()[-1].startswith("delta-llava: ") and "Traceback" not in err
 
 
-def test_a_wrong_source(call, tmp_path):
-    code, out, err = call("convert", tmp_path, tmp_path / "out")
-    assert (code, out) == (2, "")
-    assert err == f"delta-llava: The source {tmp_path} is not a folder with a config.json.\n"
-
-
-def test_an_output_that_cannot_be_written(call, checkpoint, tmp_path):
+def test_a_bad_source_or_output(call, pristine, tmp_path):
+    message = f"delta-llava: The source {tmp_path} is not a folder with a config.json.\n"
+    assert call("convert", tmp_path, tmp_path / "out") == (2, "", message)
     (tmp_path / "file").touch()
-    code, out, err = call("convert", checkpoint, tmp_path / "file" / "out")
-    assert (code, out) == (2, "")
-    assert err.splitlines()[-1].startswith("delta-llava: ")
-    assert "file" in err
+    code, out, err = call("convert", pristine / "llava-tiny", tmp_path / "file" / "out")
+    assert (code, out) == (2, "") and err.splitlines()[-1].startswith("delta-llava: ") and "file" in err
 
 
-def test_wrong_usage(call):
+def test_usage(call):
     assert call("convert")[0] == 2
     code, out, err = call("no-such-command")
-    assert (code, out) == (2, "")
-    assert "no-such-command" in err
-
-
-def test_version(call):
+    assert (code, out) == (2, "") and "no-such-command" in err
     assert call("--version") == (0, f"{__version__}\n", "")
-
-
-def test_as_a_module():
-    done = subprocess.run(
-        [sys.executable, "-m", "transformers_delta_llava", "--version"], capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (0, f"{__version__}\n")
+    module = [sys.executable, "-m", "transformers_delta_llava", "--version"]
+    assert subprocess.run(module, capture_output=True, text=True, check=True).stdout == f"{__version__}\n"

@@ -1,13 +1,11 @@
 """`delta-llava train`: the path on stdout, one sentence and exit code 2 where a recipe does not work."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.training.tiny_run import recipe_content, write_data, write_model
-from transformers_delta_llava.cli.main import main
 from transformers_delta_llava.training.recipe import write_yaml
 
 
@@ -18,18 +16,11 @@ def recipe(tmp_path: Path) -> Path:
     return tmp_path / "recipe.yaml"
 
 
-def run(monkeypatch: Any, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["delta-llava", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    return int(caught.value.code or 0)
-
-
-def test_the_folder_is_printed(monkeypatch: Any, capsys: Any, recipe: Path) -> None:
+def test_the_folder_is_printed(call: Any, recipe: Path) -> None:
     write_model(recipe.parent / "model")
     change = ["--set", f"model.path={recipe.parent / 'model'}", "--set", "arguments.max_steps=1"]
-    assert run(monkeypatch, "train", str(recipe), *change) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == str(recipe.parent / "out")
+    code, out, _ = call("train", recipe, *change)
+    assert code == 0 and out.splitlines()[-1] == str(recipe.parent / "out")
     assert (recipe.parent / "out" / "model.safetensors").is_file()
 
 
@@ -44,6 +35,6 @@ def test_the_folder_is_printed(monkeypatch: Any, capsys: Any, recipe: Path) -> N
         ("arguments.lr=1", "delta-llava: recipe.yaml: arguments: lr is not an argument of TrainingArguments."),
     ],
 )
-def test_a_bad_recipe_is_one_sentence(monkeypatch: Any, capsys: Any, recipe: Path, change: str, message: str) -> None:
-    assert run(monkeypatch, "train", str(recipe), "--set", change) == 2
-    assert capsys.readouterr().err.strip().splitlines() == [message]
+def test_a_bad_recipe_is_one_sentence(call: Any, recipe: Path, change: str, message: str) -> None:
+    code, _, err = call("train", recipe, "--set", change)
+    assert code == 2 and err.strip().splitlines() == [message]

@@ -1,14 +1,12 @@
 """What lmms-eval wrote becomes a card's `model-index`."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from transformers_delta_llava.cli.main import main
 from transformers_delta_llava.evaluation.lmms.results import add_results, read_results
 
 
@@ -47,20 +45,15 @@ def index(repo: Path) -> dict:
     return {(result.dataset_name, result.metric_name): result.metric_value for result in results}
 
 
-def test_the_command_adds_every_number_once(repo, monkeypatch, capsys):
-    monkeypatch.setattr(
-        sys, "argv", ["delta-llava", "evaluate", "add-to-card", str(repo), str(repo.parent / "results.json")]
-    )
+def test_the_command_adds_every_number_once(call, repo):
     for _ in range(2):  # again: replaced, not doubled
-        with pytest.raises(SystemExit) as caught:
-            main()
-        assert not caught.value.code
+        code, out, _ = call("evaluate", "add-to-card", repo, repo.parent / "results.json")
+        assert code == 0 and "pope: pope_f1_score at 36 visual tokens = 0.857" in out
         assert index(repo) == {
             ("pope", "pope_f1_score at 36 visual tokens"): 0.857,
             ("pope", "pope_accuracy at 36 visual tokens"): 0.86,
             ("gqa (first 100 questions)", "exact_match at 36 visual tokens"): 0.61,
         }
-    assert "pope: pope_f1_score at 36 visual tokens = 0.857" in capsys.readouterr().out
     card = ModelCard.load(repo / "README.md")
     assert card.data.license == "mit" and card.data.tags == ["x"] and "# A model\n\nText." in card.text
     assert "model-index" in (repo / "README.md").read_text()

@@ -67,7 +67,7 @@ def load_image(image: str) -> Image.Image:
     The image of a file, an `http:`, `https:`, `file:` or `data:` URL, read whole.
 
     Raises:
-        DeltaLlavaError: there is none, it is no image, or the URL does not answer in time.
+        DeltaLlavaError: there is none, it is not an image, or the URL does not answer in time.
     """
     if (
         not image[:8].lower().startswith(("http:", "https:", "file:", "data:"))
@@ -88,7 +88,7 @@ def _reading(model: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # A panic of the tokenizer's library is no Exception, but leaves the process as it was.
+        # A panic of the tokenizer's library is not an Exception, but leaves the process as it was.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise DeltaLlavaError(f"{model} cannot be loaded: {_first_sentence(error)}.") from error

@@ -46,27 +46,28 @@ class LiveMemory(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live: dict[StorageWeakRef, int] = {}
-        self.peak = 0
+        self.live: dict[StorageWeakRef, int] = {}  # some may be freed since
+        self.total = self.peak = 0
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, then add the storages that are new."""
         result = operation(*args, **(kwargs or {}))
         given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
-        storages = [tensor.untyped_storage() for tensor in _tensors(result)]
-        if storages := [storage for storage in storages if storage._cdata not in given]:  # no view, not in place
-            held = {reference.cdata for reference in self._drop_expired()}
-            self.live |= {StorageWeakRef(s): s.nbytes() for s in storages if s._cdata not in held}
-            self.peak = max(self.peak, sum(self.live.values()))
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            reference = StorageWeakRef(storage)
+            if storage._cdata not in given and reference not in self.live:  # no view, not in place
+                self.live[reference] = storage.nbytes()
+                self.total += storage.nbytes()
+        if self.total > self.peak:  # only then it matters what was freed
+            self.peak = max(self.peak, self.held_bytes())
         return result
 
     def held_bytes(self) -> int:
         """Bytes of the counted tensors that something still holds."""
-        return sum(self._drop_expired().values())
-
-    def _drop_expired(self) -> dict[StorageWeakRef, int]:
         self.live = {reference: size for reference, size in self.live.items() if not reference.expired()}
-        return self.live
+        self.total = sum(self.live.values())
+        return self.total
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

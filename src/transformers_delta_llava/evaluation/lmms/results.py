@@ -13,7 +13,7 @@ from ...utils.errors import DeltaLlavaError, one_line
 from ...utils.validation import FileModel, read_model
 
 
-# Where lmms-eval is asked for none, it still writes these.
+# Keys of a task's results that are not metrics.
 NO_METRICS = ("alias", "samples", "submission")
 
 
@@ -26,7 +26,7 @@ class _Task(FileModel):
 
 
 class _Questions(FileModel):
-    """How many questions a task has, and how many of them were asked."""
+    """Questions of a task, and those of them that were asked."""
 
     original: int | None = None
     effective: int | None = None
@@ -56,7 +56,7 @@ def read_results(path: Path) -> list[EvalResult]:
     card's `model-index` keeps one name for all metrics of the same data set, configuration and split.
 
     Raises:
-        DeltaLlavaError: the file is none of lmms-eval's, or holds no number.
+        DeltaLlavaError: the file is not lmms-eval's, or holds no number.
         OSError: it cannot be read.
     """
     report = read_model(path, _Report)
@@ -67,7 +67,7 @@ def read_results(path: Path) -> list[EvalResult]:
     ]
     at = f" at {tokens[0]} visual tokens" if tokens else ""
     version = report.lmms_eval_version
-    found = []
+    entries = []
     for task, numbers in report.results.items():
         data = report.configs.get(task, _Task())
         asked = report.questions.get(task, _Questions())
@@ -82,7 +82,7 @@ def read_results(path: Path) -> list[EvalResult]:
             if not math.isfinite(value):
                 logging.getLogger(__name__).warning("%s: %s is %s, and is left out", task, metric, value)
                 continue
-            found.append(
+            entries.append(
                 EvalResult(
                     task_type="image-text-to-text",
                     dataset_type=data.dataset_path or task,
@@ -96,9 +96,9 @@ def read_results(path: Path) -> list[EvalResult]:
                     source_url="https://github.com/EvolvingLMMs-Lab/lmms-eval",
                 )
             )
-    if not found:
+    if not entries:
         raise DeltaLlavaError(f"{path.name} holds no number.")
-    return found
+    return entries
 
 
 def add_results(card: Path, results: list[EvalResult]) -> None:
