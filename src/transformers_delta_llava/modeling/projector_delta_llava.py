@@ -48,7 +48,6 @@ class DeltaLlavaProjector(nn.Module):
             len(config.vision_feature_levels),
             config.vision_config.hidden_size,
         )
-        self.rank = config.delta_rank if config.use_delta_projection else 0
         self.position = PositionEmbedding2D(config.grid_size, config.vision_config.hidden_size)
         self.block: nn.Module | None = None
 
@@ -110,16 +109,13 @@ class ReleasedProjector(DeltaLlavaProjector):
 
     def __init__(self, config: DeltaLlavaConfig):
         super().__init__(config)
-        width, hidden_size, act = (
-            config.vision_config.hidden_size,
-            config.text_config.hidden_size,
-            config.projector_hidden_act,
-        )
+        rank, act = config.delta_rank if config.use_delta_projection else 0, config.projector_hidden_act
+        width, hidden_size = config.vision_config.hidden_size, config.text_config.hidden_size
         if config.use_transformer_block:
             self.block = ReleasedTransformerBlock(config)
-        self.q_proj = DeltaProjection(self.specs["q_proj"], self.rank, act)
-        self.k_proj = MemoryProjection(self.specs["k_proj"], self.rank, act)
-        self.v_proj = MemoryProjection(self.specs["v_proj"], self.rank, act)
+        self.q_proj = DeltaProjection(self.specs["q_proj"], rank, act)
+        self.k_proj = MemoryProjection(self.specs["k_proj"], rank, act)
+        self.v_proj = MemoryProjection(self.specs["v_proj"], rank, act)
         self.window_attention = ProjectedWindowAttention(config)
         self.feed_forward = FeedForward(width, hidden_size, hidden_size, act)
 
@@ -152,10 +148,11 @@ class PaperProjector(DeltaLlavaProjector):
 
     def __init__(self, config: DeltaLlavaConfig):
         super().__init__(config)
+        rank = config.delta_rank if config.use_delta_projection else 0
         width, hidden_size = config.vision_config.hidden_size, config.text_config.hidden_size
         self.refine = Refinement(config)
         for name, spec in self.specs.items():
-            self.add_module(name, DeltaProjection(spec, self.rank))
+            self.add_module(name, DeltaProjection(spec, rank))
         if config.use_transformer_block:
             self.block = PaperTransformerBlock(config)
         self.window_attention = WindowAttention(config)
