@@ -9,7 +9,7 @@ import pytest
 from transformers_delta_llava.analysis.inference import load_repo
 from transformers_delta_llava.conversion import convert, convert_checkpoint, export_checkpoint, inspect_model, sources
 from transformers_delta_llava.hub.repo_files import check_repo, repo_files
-from transformers_delta_llava.utils import prompts
+from transformers_delta_llava.utils import templates
 from transformers_delta_llava.utils.errors import DeltaLlavaError
 
 
@@ -74,7 +74,7 @@ def test_a_source_whose_repo_would_not_load(source, tmp_path, file, change):
     ],
 )
 def test_a_template_whose_repo_would_not_load(source, tmp_path, monkeypatch, template, message):
-    monkeypatch.setattr(prompts, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(templates, "MAX_SECONDS", 0.2)
     (tmp_path / "x.jinja").write_text(template)
     with pytest.raises(DeltaLlavaError, match=message):
         convert_checkpoint(source, tmp_path / "out", chat_template=str(tmp_path / "x.jinja"))
@@ -120,7 +120,7 @@ def test_a_tokenizer_that_panics_or_cannot_be_written(source, tmp_path, monkeypa
 
 
 def test_a_repo_whose_template_loops(repo, tmp_path, monkeypatch):
-    monkeypatch.setattr(prompts, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(templates, "MAX_SECONDS", 0.2)
     copied = shutil.copytree(repo, tmp_path / "copied")
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     (copied / "chat_template.jinja").write_text(loop)

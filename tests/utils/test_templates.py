@@ -2,7 +2,7 @@
 
 import pytest
 
-from transformers_delta_llava.utils import prompts
+from transformers_delta_llava.utils import templates
 from transformers_delta_llava.utils.errors import DeltaLlavaError
 
 
@@ -41,19 +41,19 @@ GROW = "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = STEP
     ],
 )
 def test_a_step_that_makes_something_large(monkeypatch, template):
-    monkeypatch.setattr(prompts, "_LARGEST_RESULT", 10**6)
+    monkeypatch.setattr(templates, "_LARGEST_RESULT", 10**6)
     with pytest.raises(DeltaLlavaError, match="^The template makes more than 1,000,000 characters in one step, which"):
-        prompts.check_template(template, "The template", MESSAGES, {})
+        templates.check_template(template, "The template", MESSAGES, {})
 
 
 def test_what_grows_without_a_large_step(monkeypatch):
-    monkeypatch.setattr(prompts, "MAX_SECONDS", 0.1)
+    monkeypatch.setattr(templates, "MAX_SECONDS", 0.1)
     with pytest.raises(DeltaLlavaError, match="takes more than 0.1 seconds"):
-        prompts.check_template(GROW.replace("STEP", "[n.x, n.x]") + "{{ n.x }}", "The template", MESSAGES, {})
+        templates.check_template(GROW.replace("STEP", "[n.x, n.x]") + "{{ n.x }}", "The template", MESSAGES, {})
     deep = GROW.replace("60", "3000").replace("STEP", "[n.x]") + "{{ n.x }}"
-    monkeypatch.setattr(prompts, "MAX_SECONDS", 5)
+    monkeypatch.setattr(templates, "MAX_SECONDS", 5)
     with pytest.raises(DeltaLlavaError, match="nests values or calls too deeply"):
-        prompts.check_template(deep, "The template", MESSAGES, {})
+        templates.check_template(deep, "The template", MESSAGES, {})
 
 
 @pytest.mark.parametrize(
@@ -68,4 +68,4 @@ def test_what_grows_without_a_large_step(monkeypatch):
     ],
 )
 def test_what_prompts_need_is_left_alone(template):
-    prompts.check_template(template, "The template", MESSAGES, {"bos_token": "<s>", "add_generation_prompt": True})
+    templates.check_template(template, "The template", MESSAGES, {"bos_token": "<s>", "add_generation_prompt": True})

@@ -14,7 +14,8 @@ from ..processing import DeltaLlavaProcessor
 from ..processing.image_utils_delta_llava import open_image
 from ..utils.errors import DeltaLlavaError, one_line, shorten
 from ..utils.files import is_repo_id, read_json, refuse_special_files
-from ..utils.prompts import check_prompt, check_texts, render_question
+from ..utils.prompts import check_prompt, check_texts
+from ..utils.templates import render_question
 from ..utils.validation import check_sizes, torch_dtype
 
 

@@ -12,7 +12,7 @@ from ..processing import CHAT_TEMPLATES, load_chat_template
 from ..processing.chat_templates import adapt_template, find_conversation
 from ..utils.errors import DeltaLlavaError, explain_errors
 from ..utils.files import EXPORTED_FROM, REPORT_FILE, read_optional_json, read_text
-from ..utils.prompts import check_template, time_limit
+from ..utils.templates import check_template, time_limit
 from .config_mapping import SourceConfig
 
 

@@ -27,7 +27,7 @@ from ..utils.files import (
     sha256_of,
     write_json,
 )
-from ..utils.prompts import render_question
+from ..utils.templates import render_question
 from ..utils.validation import check_sizes
 from .tokenizer import IMAGE_TOKEN, TOKENIZER_FILES
 

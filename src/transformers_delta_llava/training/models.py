@@ -27,7 +27,7 @@ from ..hub.tokenizer import TokenIds, add_tokens, load_tokenizer, read_own_templ
 from ..modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
 from ..utils.errors import RecipeError, one_line, shorten
-from ..utils.prompts import render_question
+from ..utils.templates import render_question
 from ..utils.validation import check_config, torch_dtype
 from .recipe import ModelRecipe, Recipe
 

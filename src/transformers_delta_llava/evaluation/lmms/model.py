@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from ...modeling import DeltaLlavaForConditionalGeneration
 from ...processing import DeltaLlavaProcessor
-from ...utils.prompts import check_prompt, max_prompt_tokens, render_question
+from ...utils.prompts import check_prompt, max_prompt_tokens
+from ...utils.templates import render_question
 from ...utils.validation import check_config
 
 
