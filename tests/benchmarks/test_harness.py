@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import arguments_of, peak_bytes, products_alone, side_by_side
+from harness import peak_bytes, products_alone, side_by_side
 from harness.models import build_pair, make_inputs
 
 
@@ -82,8 +82,3 @@ def test_script_writes_its_results(script: str, options: list[str], tmp_path: Pa
     assert report["options"]["shape"] == "tiny"
     assert str(tmp_path) not in results.read_text()
     ET.parse(plot)
-
-
-def test_options_of_every_benchmark() -> None:
-    arguments = arguments_of("", seconds=3.0).parse_args(["--threads", "4"])
-    assert (arguments.device, arguments.threads, arguments.seconds) == ("cpu", 4, 3.0)

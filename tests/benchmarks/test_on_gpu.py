@@ -19,7 +19,7 @@ import gpu_report
 import on_gpu
 import write_performance_page
 from gpu_parts import NO_DEVICE, PARTS, answers, quantised
-from gpu_parts.report import Report, captured, measured_rates, milliseconds
+from gpu_parts.report import Report, captured, milliseconds
 from harness.models import LLAVA, build_pair
 
 
@@ -163,10 +163,6 @@ def test_times_are_medians_in_turns() -> None:
     times = milliseconds({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, "cpu", 0.0)
     assert calls == ["a", "b"] * 5 and set(times) == {"a", "b"}
     assert captured(calls.clear, "cpu")() is None and calls == []
-
-
-def test_rates_are_of_what_was_computed_and_moved(report: Report) -> None:
-    assert all(1e7 < rate < 1e15 for rate in measured_rates(report, torch.float32).values())
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 Request = dict
-Spoiler = Callable[[Request, random.Random], Request]
+Mutation = Callable[[Request, random.Random], Request]
 
 
 def data_url(image: str | bytes) -> str:
@@ -33,8 +33,8 @@ def malformed_requests(good: Request, image: bytes, count: int) -> list[tuple[st
     faults = list(FAULTS.items())
     requests = []
     for index in range(count):
-        name, spoil = faults[index % len(faults)]
-        body = spoil({**copy.deepcopy(good), "image": image}, generator)
+        name, mutate = faults[index % len(faults)]
+        body = mutate({**copy.deepcopy(good), "image": image}, generator)
         requests.append((name, body if isinstance(body, bytes) else json.dumps(drop(body, "image")).encode()))
     return requests
 
@@ -162,7 +162,7 @@ def with_no_json(request: Request, generator: random.Random) -> bytes:
     return generator.choice([b"", b"{", b"[]", b"null", b"\xff\xfe", body[: len(body) // 2], generator.randbytes(200)])
 
 
-FAULTS: dict[str, Spoiler] = {
+FAULTS: dict[str, Mutation] = {
     "budget": with_budget,
     "noise": with_noise,
     "cut image": with_cut_image,

@@ -116,11 +116,11 @@ class Server:
 
     def stop(self) -> None:
         """End the server and every process that it started."""
-        for number, patience in ((signal.SIGTERM, 15), (signal.SIGKILL, 5)):
+        for number, timeout in ((signal.SIGTERM, 15), (signal.SIGKILL, 5)):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(patience)
+                self.process.wait(timeout)
 
     def get(self, path: str, timeout: int = 60) -> str:
         """Text of the answer to a GET."""
