@@ -9,11 +9,12 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from ..utils.errors import DataError, DeltaLlavaError, RecipeError, one_line
+from .arguments import make_arguments
 from .conversations import ConversationEncoder
 from .dataset import Collator, Rows, TrainingDataset, open_rows, record_skipped, some_images
 from .frozen_features import FrozenFeatures
 from .models import build_model, select_trainable, trains_vision
-from .recipe import Recipe, make_arguments, write_yaml
+from .recipe import Recipe, write_yaml
 from .trainer import DeltaLlavaTrainer, check_resumable, last_checkpoint
 
 
