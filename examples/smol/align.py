@@ -23,12 +23,12 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.training import load_recipe
+from transformers_delta_llava.training.arguments import make_arguments
+from transformers_delta_llava.training.checkpoints import save_hub_folder
 from transformers_delta_llava.training.conversations import ConversationEncoder
 from transformers_delta_llava.training.dataset import TrainingDataset, open_rows, some_images
 from transformers_delta_llava.training.frozen_features import FrozenFeatures
 from transformers_delta_llava.training.models import build_model
-from transformers_delta_llava.training.recipe import make_arguments
-from transformers_delta_llava.training.trainer import save_hub_folder
 
 
 SHARPNESS = 20.0  # of cosines, as they become logits

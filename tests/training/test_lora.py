@@ -11,8 +11,8 @@ from transformers import AutoModelForImageTextToText
 
 from tests.training.tiny_run import assert_same_weights, modalities_with_gradients, recipe_for, run, weights
 from transformers_delta_llava.training import RecipeError, make_recipe
+from transformers_delta_llava.training.checkpoints import merge_adapter
 from transformers_delta_llava.training.run import make_trainer
-from transformers_delta_llava.training.trainer import merge_adapter
 
 
 SMALL = {"r": 2, "lora_alpha": 8, "lora_dropout": 0.0}

@@ -15,7 +15,7 @@ from tests.tiny import TEXT, VISION
 from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.processing import DeltaLlavaProcessor, load_chat_template
 from transformers_delta_llava.training import Recipe, make_recipe, train
-from transformers_delta_llava.training.trainer import COUNTS
+from transformers_delta_llava.training.metrics import COUNTS
 
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>"]

@@ -10,12 +10,13 @@ from transformers import TrainingArguments, set_seed
 
 from ..utils.errors import DataError, DeltaLlavaError, RecipeError, one_line
 from .arguments import make_arguments
+from .checkpoints import check_resumable, last_checkpoint
 from .conversations import ConversationEncoder
 from .dataset import Collator, Rows, TrainingDataset, open_rows, record_skipped, some_images
 from .frozen_features import FrozenFeatures
 from .models import build_model, select_trainable, trains_vision
 from .recipe import Recipe, write_yaml
-from .trainer import DeltaLlavaTrainer, check_resumable, last_checkpoint
+from .trainer import DeltaLlavaTrainer
 
 
 logger = logging.getLogger(__name__)

@@ -1,194 +1,24 @@
-"""A `Trainer` for Delta-LLaVA: its checkpoints, its learning rates, and throughput in its log."""
+"""A `Trainer` for Delta-LLaVA: its order of rows, learning rates, log entries and checkpoints."""
 
-import copy
 import math
 import os
-import resource
-import shutil
-import sys
 import tempfile
-import time
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
 
-from ..modeling import DeltaLlavaForConditionalGeneration, DeltaLlavaProjector
-from ..utils.errors import RecipeError, one_line
+from ..utils.errors import RecipeError
+from .checkpoints import is_peft, load_weights, merge_adapter, replace_files, save_hub_folder
 from .conversations import IGNORED
 from .dataset import TrainingDataset
+from .metrics import COUNTS, Throughput, VisualTokenLog
 from .models import PATTERNS, trained_names
 from .sampler import StepSampler
-
-
-COUNTS = ("num_tokens", "num_images", "num_skipped")
-
-
-class Throughput:
-    """Counts tokens, images and skipped rows from one report to the next, over all processes."""
-
-    def __init__(self) -> None:
-        self.total_skipped = 0
-        self.start()
-
-    def start(self) -> None:
-        """Set counts to zero and restart the clock."""
-        self._counts: Counter[str] = Counter()
-        self._start = time.perf_counter()
-
-    def add(self, counts: dict[str, int]) -> None:
-        """Add the counts of a batch."""
-        self._counts.update(counts)
-
-    def report(self, accelerator: Accelerator) -> dict[str, float]:
-        """Rates since the last report, and the peak memory of any process, in GiB; restarts."""
-        seconds = max(time.perf_counter() - self._start, 1e-9)
-        counts = torch.tensor([self._counts[n] for n in COUNTS], dtype=torch.float32, device=accelerator.device)
-        memory = torch.tensor([peak_memory(accelerator.device)], device=accelerator.device)
-        tokens, images, skipped = accelerator.reduce(counts, "sum").tolist()
-        self.total_skipped += int(skipped)
-        rates = {
-            "tokens_per_second": round(tokens / seconds, 1),
-            "images_per_second": round(images / seconds, 2),
-            "memory_gib": round(accelerator.gather(memory).max().item() / 2**30, 3),
-        }
-        self.start()
-        return rates | ({"rows_skipped": self.total_skipped} if self.total_skipped else {})
-
-
-def peak_memory(device: torch.device) -> float:
-    """Peak memory in bytes: of the GPU, or else of this process."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-
-
-def save_hub_folder(
-    model: Any,
-    state_dict: dict[str, torch.Tensor],
-    processor: Any,
-    folder: str | Path,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """
-    Write config, code, weights and processor.
-
-    Args:
-        model: gives config and generation config; it may be wrapped (DDP, FSDP).
-        state_dict: all weights.
-        processor: a `DeltaLlavaProcessor`.
-        folder: created if needed.
-        dtype: dtype of all weights; by default each keeps its own.
-    """
-    if dtype is not None:
-        state_dict = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state_dict.items()}
-    config = model.config
-    for head, embeddings in DeltaLlavaForConditionalGeneration._tied_weights_keys.items():
-        one, other = state_dict.get(head), state_dict.get(embeddings)
-        tied = config.text_config.tie_word_embeddings or config.tie_word_embeddings
-        if tied and one is not None and other is not None and not torch.equal(one, other):
-            # LoRA's `modules_to_save` trained one of the two; tied, it would be lost.
-            config = copy.deepcopy(config)
-            config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
-    # An empty model of the plain class: FSDP and PEFT change the class, and so what save_pretrained writes.
-    with torch.device("meta"):
-        shell = DeltaLlavaForConditionalGeneration(config)
-    shell.to(dtype or torch.float32)
-    shell.generation_config = model.generation_config
-    shell.save_pretrained(folder, state_dict=state_dict)
-    processor.save_pretrained(folder)
-
-
-def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """
-    Load the weights of a checkpoint into a model, each in the model's own dtype.
-
-    Raises:
-        RecipeError: a weight is missing, unknown to the model, or of another shape. transformers' Trainer only warns.
-    """
-    addresses = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
-    missing, unexpected = set(addresses), set[str]()
-    for file in sorted(Path(folder).glob("model*.safetensors")):
-        try:
-            result = model.load_state_dict(load_file(file), strict=False)
-        except RuntimeError as error:  # another shape
-            raise RecipeError(f"{folder}: {one_line(error)}: resume with the same recipe.") from error
-        missing &= set(result.missing_keys)
-        unexpected |= set(result.unexpected_keys)
-    # Tied weights are stored once.
-    loaded = {address for name, address in addresses.items() if name not in missing}
-    missing = {name for name in missing if addresses[name] not in loaded}
-    if missing or unexpected:
-        problem = f"holds no {min(missing)}" if missing else f"holds {min(unexpected)}, which this model does not have"
-        raise RecipeError(f"{folder} {problem}: resume with the same recipe, or from another checkpoint.")
-
-
-def check_resumable(folder: str | Path) -> None:
-    """
-    Refuse a checkpoint that transformers would resume with a new optimizer, schedule or random number generator.
-
-    Raises:
-        RecipeError: the checkpoint lacks the state of one of them.
-    """
-    folder = Path(folder)
-    parts = {  # as written by transformers, accelerate's FSDP, DeepSpeed
-        "trainer's state": ("trainer_state.json",),
-        "optimizer's state": ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"),
-        "schedule's state": ("scheduler.pt", "global_step*"),
-        "random number generators' state": ("rng_state*.pth",),
-    }
-    for part, patterns in parts.items():
-        if not any(any(folder.glob(pattern)) for pattern in patterns):
-            raise RecipeError(
-                f"{folder} lacks the {part}, so the run cannot resume from it (arguments.save_only_model leaves it out): "
-                "start a new run with it as model.path, in another output_dir."
-            )
-
-
-def last_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest complete `checkpoint-N` in a folder."""
-    states = Path(output_dir).glob("checkpoint-*/trainer_state.json")  # written last
-    steps = [int(number) for state in states if (number := state.parent.name.removeprefix("checkpoint-")).isdigit()]
-    return str(Path(output_dir) / f"checkpoint-{max(steps)}") if steps else None
-
-
-class VisualTokenLog:
-    """
-    What the projector gave in its last step, beside the text: visual tokens much louder or quieter than text, or nearly
-    the same for all images, tell of a bad start or a learning rate that is too high.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.model, self.tokens = model, None
-        self.shows_images = True  # a batch without any has a blank one, which tells nothing
-        for module in model.modules():
-            if isinstance(module, DeltaLlavaProjector):
-                module.register_forward_hook(self._keep)
-
-    def _keep(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        if self.shows_images and not torch.compiler.is_compiling():
-            self.tokens = output.detach()
-
-    def report(self) -> dict[str, float]:
-        """
-        Root mean square of visual tokens, and of what differs between images in them (their mean over images taken off),
-        both in units of the text's input embeddings; nothing where no image was seen, or the embeddings are sharded.
-        """
-        weight = self.model.get_input_embeddings().weight
-        if self.tokens is None or not weight.numel():
-            return {}
-        tokens, text = self.tokens.float(), weight.detach()[:: max(1, len(weight) // 4096)].float()
-        loudness = text.square().mean().sqrt().item()
-        values = {"visual_loudness": tokens, "visual_spread": tokens - tokens.mean(0)}
-        return {name: round(value.square().mean().sqrt().item() / loudness, 4) for name, value in values.items()}
 
 
 class SetEpochCallback(TrainerCallback):
@@ -344,7 +174,7 @@ class DeltaLlavaTrainer(Trainer):
                 else:  # gathered from shards, or quantized: merge the adapter into the original base model
                     model, state_dict = merge_adapter(model, adapter, dtype), None
             save_hub_folder(model, state_dict or model.state_dict(), self.processing_class, folder, dtype)
-            _replace_files(Path(folder), Path(output_dir))
+            replace_files(Path(folder), Path(output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # Without the arguments, which transformers would pickle: they may contain a token.
@@ -367,19 +197,6 @@ class DeltaLlavaTrainer(Trainer):
             load_weights(target, resume_from_checkpoint)
 
 
-def merge_adapter(model: Any, adapter: str, dtype: torch.dtype | None) -> nn.Module:
-    """The base model of a PEFT model, reloaded on the CPU and not quantized, with a saved adapter merged into it."""
-    from peft import PeftModel
-
-    config = copy.deepcopy(model.get_base_model().config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    base = DeltaLlavaForConditionalGeneration.from_pretrained(
-        config.name_or_path, config=config, dtype=dtype or "auto"
-    )
-    return PeftModel.from_pretrained(base, adapter).merge_and_unload()
-
-
 def smoothed_loss(
     outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None, factor: float = 0.1
 ) -> torch.Tensor:
@@ -398,18 +215,3 @@ def smoothed_loss(
     )
     count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
-
-
-def _replace_files(source: Path, target: Path) -> None:
-    """Move everything in `source` to `target`; replaces files of the same name and all weights there."""
-    for stale in target.glob("model*.safetensors*"):
-        stale.unlink()
-    for path in sorted(source.iterdir()):
-        if path.is_dir():
-            shutil.rmtree(target / path.name, ignore_errors=True)
-        path.replace(target / path.name)
-
-
-def is_peft(model: Any) -> bool:
-    """Whether a model is a `PeftModel`."""
-    return hasattr(model, "peft_config") and hasattr(model, "merge_and_unload")
