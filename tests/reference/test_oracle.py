@@ -110,31 +110,3 @@ def test_query_is_the_centre_patch_or_the_mean_of_the_four_central_ones() -> Non
     assert odd[0, 0, 0].item() == 1 * 12 + 1
     even = oracle.resize_queries(tokens, 3)
     assert even[0, 0, 0].item() == pytest.approx(sum(i * 12 + j for i in (1, 2) for j in (1, 2)) / 4)
-
-
-# ---------------------------------------------------------------------------- locality
-
-
-def test_a_patch_reaches_only_the_token_of_its_cell_through_keys_and_values() -> None:
-    generator = torch.Generator().manual_seed(1)
-    shapes = names.parameter_shapes(width=32, levels=2, rank=2, attention_width=24, head_dim=8, mlp_ratio=2, hidden=16)
-    weights = {name: torch.randn(shape, generator=generator).double() / 4 for name, shape in shapes.items()}
-    single = torch.randn(1, 36, 32, generator=generator).double()
-    multi = torch.randn(1, 36, 64, generator=generator).double()
-    before = oracle.released_projector(weights, single, multi, scale_factor=3)["output"]
-    multi[0, 4 * 6 + 1] += 1  # row 4, column 1: cell (1, 0) of the 2 x 2 query grid
-    after = oracle.released_projector(weights, single, multi, scale_factor=3)["output"]
-    moved = (before - after).abs().amax(dim=-1)[0] > 0
-    assert moved.tolist() == [False, False, True, False]
-
-
-def test_at_scale_factor_one_queries_do_not_matter() -> None:
-    generator = torch.Generator().manual_seed(2)
-    shapes = names.parameter_shapes(width=16, levels=1, rank=1, attention_width=8, head_dim=8, mlp_ratio=1, hidden=8)
-    weights = {name: torch.randn(shape, generator=generator).double() for name, shape in shapes.items()}
-    multi = torch.randn(1, 9, 16, generator=generator).double()
-    one, other = (
-        oracle.released_projector(weights, torch.randn(1, 9, 16, generator=generator).double(), multi, 1)["output"]
-        for _ in range(2)
-    )
-    torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
