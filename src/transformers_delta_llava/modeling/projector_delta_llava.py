@@ -57,7 +57,7 @@ class DeltaLlavaProjector(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the base weights, which quantisers leave alone."""
+        """Dtype of the base weights, which quantisers do not touch."""
         return getattr(self, next(iter(self.specs))).weight.dtype
 
     def forward(

@@ -232,7 +232,7 @@ class ProjectedWindowAttention(nn.Module):
     def forward(self, query: torch.Tensor | None, key: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
         """Queries (B, V, C), and keys and values of each window (B, V, tokens, C), to (B, V, C).
 
-        Where a window holds one patch, that has all the weight, whatever query and key are: they may be `None`.
+        Where a window holds one patch, that has all the weight: query and key do not matter, and may be `None`.
         (A method of its own for that case would bypass the hooks that load offloaded weights.)
         """
         (wq, wk, wv), (bq, _, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
@@ -243,8 +243,8 @@ class ProjectedWindowAttention(nn.Module):
         windows = query.shape[:2]
         query = F.linear(query, wq, bq).flatten(0, 1).unflatten(-1, heads)
         query = query * query.shape[-1] ** -0.5
-        # W_k^T q, one product per head: (heads, windows, d) @ (heads, d, C). Back in (windows, heads, C), the heads stand
-        # where a sequence of queries stands, and all of them meet the same keys in one batched product.
+        # W_k^T q, one product per head: (heads, windows, d) @ (heads, d, C). Back in (windows, heads, C), the heads
+        # take the place of a sequence of queries, and all of them meet the same keys in one batched product.
         wide_query = (query.transpose(0, 1) @ wk.unflatten(0, heads)).transpose(0, 1)
         scores = wide_query @ key.flatten(0, 1).transpose(1, 2)
         del wide_query  # as large as what comes next: with scores this small no fused kernel would save memory

@@ -21,7 +21,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 
-# Rows of a padded image are resized in strips of about this many pixels, whatever the shape of the image.
+# Rows of a padded image are resized in strips of about this many pixels.
 STRIP_PIXELS = 2**22
 # Longer than LONG_SIDE pixels and LONG_RATIO times its short side, an image is averaged over blocks before it is resized,
 # BLOCKS of them for each pixel that the tower sees: its square would cost minutes and gigabytes, nearly all of it padding.
@@ -380,7 +380,7 @@ def output_size(option: Callable[[str], Any]) -> tuple[int, int] | None:
 
 
 def levels_of(pixels: Any, option: Callable[[str], Any]) -> np.ndarray:
-    """Processed `pixels`, (3, height, width), back on the scale 0..255, whatever they were normalised by; int64."""
+    """Processed `pixels`, (3, height, width), back on the scale 0..255, without their normalisation; int64."""
     values = np.asarray(pixels.cpu() if isinstance(pixels, torch.Tensor) else pixels, np.float64)
     if option("do_normalize"):
         mean, std = (np.broadcast_to(option(name), 3)[:, None, None] for name in ("image_mean", "image_std"))
@@ -428,7 +428,7 @@ def is_nested(images: Any) -> bool:
 
 
 def flatten_images(images: Any) -> list[Any]:
-    """All images of an image, a batch array, a list, or a list of lists; None is no image."""
+    """All images of an image, a batch array, a list, or a list of lists, without None."""
     if isinstance(images, (list, tuple)):
         return [image for entry in images for image in flatten_images(entry)]
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:

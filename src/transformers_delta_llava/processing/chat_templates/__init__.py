@@ -1,4 +1,4 @@
-"""Conversation formats as chat templates: what differs is a table here, what they share are the Jinja files beside it."""
+"""Conversation formats as chat templates: a table of their differences, and Jinja files for what they share."""
 
 import json
 from dataclasses import dataclass, fields
@@ -8,19 +8,19 @@ from importlib.resources import files
 @dataclass(frozen=True)
 class Conversation:
     """
-    What makes one conversation format differ from the others; the names are LLaVA's.
+    The strings of one conversation format; the names of formats are LLaVA's.
 
     Attributes:
         default_system: The system message where the chat has none.
-        start: Comes before everything.
-        system: What stands before and after a system message that is not empty.
-        system_in_user: Whether the system message stands in the first user turn, before its text.
-        user: What stands before and after a user's text.
-        later_user: Comes before every user turn but the first.
-        assistant: Opens an answer; it is the generation prompt.
-        gap: Stands between that and the text of an answer. A model writes it, so it is trained on.
-        end: Ends an answer, and is trained on.
-        after: Stands behind that, and is not trained on.
+        start: Text before everything else.
+        system: Text before and after a system message that is not empty.
+        system_in_user: Whether the system message is in the first user turn, before its text.
+        user: Text before and after a user's text.
+        later_user: Text before every user turn but the first.
+        assistant: Text that opens an answer, the generation prompt.
+        gap: Text between that and an answer. A model writes it, so it is trained on.
+        end: Text that ends an answer, and is trained on.
+        after: Text after that, which is not trained on.
         captions: Whether it is for images with captions: a turn of images alone, and a pair of question and answer that is
             trained on, render without the question, as `<image>caption`.
     """
@@ -56,7 +56,7 @@ _LLAMA_2 = (
 
 
 def _inst(default_system: str, later_user: str) -> Conversation:
-    """Llama 2's and Mistral's kind."""
+    """Formats like Llama 2's and Mistral's."""
     return Conversation(
         default_system,
         system=("<<SYS>>\n", "\n<</SYS>>\n\n"),
@@ -69,7 +69,7 @@ def _inst(default_system: str, later_user: str) -> Conversation:
 
 
 def _chatml(default_system: str, after: str = "", user: str = "\n", assistant: str = "\n") -> Conversation:
-    """ChatML: `<|im_start|>role\ntext<|im_end|>`, with what stands `after` each turn and opens a user's and an answer."""
+    """ChatML: `<|im_start|>role\ntext<|im_end|>`, with the text `after` each turn and those that open a user's text and an answer."""
     return Conversation(
         default_system,
         system=("<|im_start|>system\n", f"<|im_end|>{after}"),
@@ -81,7 +81,7 @@ def _chatml(default_system: str, after: str = "", user: str = "\n", assistant: s
 
 
 def _llama_3(default_system: str, start: str = "") -> Conversation:
-    """Llama 3's kind."""
+    """Formats like Llama 3's."""
     opening = "<|start_header_id|>{}<|end_header_id|>\n\n".format
     return Conversation(
         default_system,
