@@ -1,6 +1,7 @@
 """The layout: who imports whom, which files go into Hub repos, and what must not be in the repo."""
 
 import ast
+import graphlib
 import importlib
 import inspect
 import re
@@ -79,6 +80,22 @@ def test_dependencies_point_one_way(path: Path) -> None:
         assert level <= depth, f"{'.' * level}{module} leaves the package"
         if level == depth:  # from ..other import x, from a file in a part's folder
             assert module.split(".")[0] in LAYERS[part(path)] | {"__version__"}, f"{part(path)} imports {module}"
+
+
+def test_no_import_cycle() -> None:
+    files = {path.relative_to(PACKAGE).with_suffix("").parts: path for path in PACKAGE.rglob("*.py")}
+    graph: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+    for name, path in files.items():
+        graph[name] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                module = (*name[: -node.level], *(node.module.split(".") if node.module else ()))
+                for alias in node.names:
+                    package = (*module, "__init__")
+                    candidates = [(*module, alias.name), (*module, alias.name, "__init__"), module, package]
+                    target = next(candidate for candidate in candidates if candidate in files)
+                    graph[name].add(target)
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the cycle
 
 
 @pytest.mark.parametrize("path", HUB_FILES, ids=lambda path: path.name)
