@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 from examples.make_tokenizer import write_tokenizer
-from transformers_delta_llava.hub.tokenizer import add_tokens, has_tokenizer, load_tokenizer, save_tokenizer
+from transformers_delta_llava.hub.tokenizer import TokenIds, add_tokens, has_tokenizer, load_tokenizer, save_tokenizer
 from transformers_delta_llava.utils.errors import DeltaLlavaError
 
 
@@ -44,25 +44,28 @@ def sentencepiece_file(tmp_path_factory):
     return prefix.with_suffix(".model")
 
 
+def edit_settings(folder, **values):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
 def test_tokens_are_added_once(folder, tmp_path):
     tokenizer = load_tokenizer(str(folder), TEXT, None)
     count = len(tokenizer)
     ids = add_tokens(tokenizer)
-    assert (ids.image, ids.pad, ids.count, ids.added) == (count, count + 1, count + 2, ["<image>", "<pad>"])
+    assert ids == TokenIds(count, count + 1, count + 2, ["<image>", "<pad>"])
     save_tokenizer(tokenizer, tmp_path / "saved", 2048)
     again = load_tokenizer(str(tmp_path / "saved"), TEXT, None)
-    ids_again = add_tokens(again)
-    assert (ids_again.image, ids_again.pad, ids_again.count, ids_again.added) == (count, count + 1, count + 2, [])
+    assert add_tokens(again) == TokenIds(count, count + 1, count + 2, [])
 
 
 def test_a_padding_token_that_is_there_stays(folder):
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": "<unk>"}))
+    edit_settings(folder, pad_token="<unk>")
     ids = add_tokens(load_tokenizer(str(folder), TEXT, None))
     assert (ids.pad, ids.added) == (0, ["<image>"])
 
 
-def test_what_is_saved_is_readable_everywhere(folder, tmp_path):
+def test_a_saved_tokenizer_is_readable_everywhere(folder, tmp_path):
     tokenizer = load_tokenizer(str(folder), TEXT, None)
     add_tokens(tokenizer)
     save_tokenizer(tokenizer, tmp_path / "saved", 2048)
@@ -77,26 +80,19 @@ def test_what_is_saved_is_readable_everywhere(folder, tmp_path):
     assert (again.padding_side, again.pad_token, again.model_max_length) == ("left", "<pad>", 2048)
     batch = again(["a", "a cat"])
     assert again.pad(batch, padding=True)["input_ids"][0][0] == again.pad_token_id
-
-
-def test_a_prompt_has_no_known_limit(folder, tmp_path):
-    tokenizer = load_tokenizer(str(folder), TEXT, None)
-    save_tokenizer(tokenizer, tmp_path / "saved", None)
-    assert AutoTokenizer.from_pretrained(tmp_path / "saved").model_max_length > 10**9
+    save_tokenizer(load_tokenizer(str(folder), TEXT, None), tmp_path / "unlimited", None)
+    assert AutoTokenizer.from_pretrained(tmp_path / "unlimited").model_max_length > 10**9
 
 
 @pytest.mark.parametrize("length", [[1], {"a": 1}, "2048", True])
 def test_a_limit_that_is_not_a_number(folder, length):
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": length}))
+    edit_settings(folder, model_max_length=length)
     with pytest.raises(DeltaLlavaError, match="model_max_length=.*; it must be a number"):
         load_tokenizer(str(folder), TEXT, None)
 
 
 def test_code_in_the_folder_is_not_run(folder):
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings |= {"auto_map": {"AutoTokenizer": [None, "evil.Tokenizer"]}, "chat_template": "{{ evil }}"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    edit_settings(folder, auto_map={"AutoTokenizer": [None, "evil.Tokenizer"]}, chat_template="{{ evil }}")
     (folder / "evil.py").write_text("raise SystemExit('was run')")
     (folder / "config.json").write_text('{"model_type": "llava_llama"}')
     tokenizer = load_tokenizer(str(folder), TEXT, None)
@@ -105,7 +101,7 @@ def test_code_in_the_folder_is_not_run(folder):
 
 
 def _released_encoding(tokenizer, prompt):
-    """What the released code makes of a prompt: the pieces between images encoded alone, None for each image."""
+    """The ids of the released code: the pieces between images are encoded one by one; None for each image."""
     ids = [tokenizer.bos_token_id]
     for index, piece in enumerate(prompt.split("<image>")):
         ids += [None] * (index > 0) + tokenizer.encode(piece, add_special_tokens=False)
