@@ -4,15 +4,13 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CLIPVisionModel
 
 from tests.training.tiny_run import (
-    make_image_processor,
     make_model,
-    make_tokenizer,
     recipe_content,
     write_data,
     write_model,
+    write_parts,
 )
 from transformers_delta_llava.training import RecipeError, make_recipe, train
 from transformers_delta_llava.training.frozen_features import FrozenFeatures
@@ -65,15 +63,9 @@ def test_a_run_computes_each_image_once_and_logs_its_visual_tokens(tmp_path, mon
 
 
 def test_two_joined_parts_start_as_loud_as_text(tmp_path):
-    model = make_model()
-    CLIPVisionModel(model.config.vision_config).save_pretrained(tmp_path / "vision")
-    make_image_processor().save_pretrained(tmp_path / "vision")
-    AutoModelForCausalLM.from_config(model.config.text_config).save_pretrained(tmp_path / "language")
-    make_tokenizer().save_pretrained(tmp_path / "language")
     write_data(tmp_path / "data", 8, text_only_every=9)
-    joined = {"vision": str(tmp_path / "vision"), "language": str(tmp_path / "language")}
     content = recipe_content(tmp_path, train=["projector"], arguments={"max_steps": 1})
-    content["model"] = {**joined, "config": {"vision_feature_levels": [1, 2, 3]}}
+    content["model"] = write_parts(tmp_path)
     out = train(make_recipe(content))
     log = json.loads((out / "trainer_state.json").read_text())["log_history"][0]
     assert log["visual_loudness"] == pytest.approx(1, abs=0.2)

@@ -15,14 +15,12 @@ import safetensors
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.tiny import TEXT, VISION
 from tests.training.tiny_run import (
     assert_same_weights,
     losses,
-    make_image_processor,
-    make_model,
     make_processor,
     make_tokenizer,
     modalities_with_gradients,
@@ -32,6 +30,7 @@ from tests.training.tiny_run import (
     weights,
     write_data,
     write_model,
+    write_parts,
 )
 from transformers_delta_llava.training import DataError, RecipeError, make_recipe, train
 from transformers_delta_llava.training.recipe import write_yaml
@@ -145,10 +144,7 @@ def test_a_finished_folder_has_no_weights_of_an_earlier_run_and_no_token(folder:
 
 
 def test_two_pretrained_parts_become_a_model(folder: Path, tmp_path: Path) -> None:
-    vision, language, config = tmp_path / "vision", tmp_path / "language", make_model().config
-    AutoModel.from_config(config.vision_config).save_pretrained(vision)
-    make_image_processor().save_pretrained(vision)
-    AutoModelForCausalLM.from_config(config.text_config).save_pretrained(language)
+    parts, language = write_parts(tmp_path), tmp_path / "language"
     # Vicuna's generation settings, which transformers refuses to save.
     settings = {"temperature": 0.9, "top_p": 0.6, "do_sample": False, "eos_token_id": 258}
     (language / "generation_config.json").write_text(json.dumps(settings))
@@ -157,8 +153,7 @@ def test_two_pretrained_parts_become_a_model(folder: Path, tmp_path: Path) -> No
 
     data = {"chat_template": "plain", "on_error": "skip", "pad_images": False}
     content = recipe_content(folder, train=["projector"], num_visual_tokens=36, data=data)
-    content["model"] = {"vision": str(vision), "language": str(language)}
-    content["model"]["config"] = {"vision_feature_levels": [1, 2, 3]}
+    content["model"] = parts
     content["arguments"]["output_dir"] = str(tmp_path / "out")
     out = train(make_recipe(content))
     skipped = [json.loads(line)["row"] for line in (out / "skipped_rows.jsonl").read_text().splitlines()]

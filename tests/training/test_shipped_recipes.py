@@ -9,10 +9,9 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 
-from tests.tiny import TEXT, VISION
-from tests.training.tiny_run import make_image_processor, make_model, make_processor, make_tokenizer, write_data
+from tests.training.tiny_run import make_image_processor, make_model, make_processor, write_data, write_parts
 from transformers_delta_llava.training import load_recipe, train
 from transformers_delta_llava.training.run import make_trainer
 
@@ -21,22 +20,15 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
 QLORA = ROOT / "examples" / "recipes" / "finetune-7b-qlora.yaml"
 STAGES = [path for path in RECIPES if path.name.startswith(("pretrain", "finetune")) and path != QLORA]
-GRID = {**VISION, "image_size": 48}  # 24 x 24 patches, as the real tower has
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: Any) -> Path:
     """What the recipes name, tiny."""
     folder = tmp_path_factory.mktemp("shipped")
-    config = make_model(vision_feature_levels=[1, 2, 3]).config
-    AutoModel.from_config(type(config.vision_config)(**GRID)).save_pretrained(folder / "vision")
-    make_image_processor(48).save_pretrained(folder / "vision")
-    AutoModelForCausalLM.from_config(config.text_config).save_pretrained(folder / "language")
-    make_tokenizer().save_pretrained(folder / "language")
+    write_parts(folder, side=48)  # 24 x 24 patches, as the real tower has
     write_data(folder / "data", 8)
-    torch.manual_seed(0)
-    text = {**TEXT, "vocab_size": 320}
-    model = type(make_model())(type(config)(GRID, text, image_token_id=259, vision_feature_levels=[1, 2, 3]))
+    model = make_model(vision={"image_size": 48})
     model.save_pretrained(folder / "stage1")
     processor = make_processor(num_visual_tokens=144, visual_token_budgets=model.config.visual_token_budgets)
     processor.image_processor = make_image_processor(48)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoModelForCausalLM, CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from tests.tiny import TEXT, VISION
 from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
@@ -50,13 +50,13 @@ def make_processor(template: str = "vicuna_v1", **kwargs: Any) -> DeltaLlavaProc
     )
 
 
-def make_model(**config: Any) -> DeltaLlavaForConditionalGeneration:
+def make_model(vision: dict[str, Any] | None = None, **config: Any) -> DeltaLlavaForConditionalGeneration:
     """An untrained model for `make_processor`, always the same."""
     torch.manual_seed(0)
     text = {**TEXT, "vocab_size": 320, "eos_token_id": 258, "pad_token_id": 256}
     config = {"vision_feature_levels": [1, 2, 3], "scale_factor": 6, **config}
     return DeltaLlavaForConditionalGeneration(
-        DeltaLlavaConfig(vision_config=VISION, text_config=text, image_token_id=259, **config)
+        DeltaLlavaConfig(vision_config={**VISION, **(vision or {})}, text_config=text, image_token_id=259, **config)
     )
 
 
@@ -65,6 +65,18 @@ def write_model(folder: Path, **config: Any) -> Path:
     make_model(**config).save_pretrained(folder)
     make_processor().save_pretrained(folder)
     return folder
+
+
+def write_parts(folder: Path, side: int = 24) -> dict[str, Any]:
+    """A vision tower and a language model, as on the Hub; returns the `model` section of a recipe that joins them."""
+    config = make_model().config
+    vision_config = type(config.vision_config)(**{**VISION, "image_size": side})
+    AutoModel.from_config(vision_config).save_pretrained(folder / "vision")
+    make_image_processor(side).save_pretrained(folder / "vision")
+    AutoModelForCausalLM.from_config(config.text_config).save_pretrained(folder / "language")
+    make_tokenizer().save_pretrained(folder / "language")
+    parts = {name: str(folder / name) for name in ("vision", "language")}
+    return {**parts, "config": {"vision_feature_levels": [1, 2, 3]}}
 
 
 def make_image(seed: int, width: int = 30, height: int = 24) -> Image.Image:
