@@ -89,8 +89,8 @@ def test_a_model_that_looks_at_one_quadrant_gets_its_saliency_there(
 
     for on in ("visual_tokens", "patches"):
         shares = []
-        for token in range(4):  # of a few tokens, as any one of them may have no positive saliency
-            saliency = explain(model, processor, noise, "what?", budget, token, on, max_new_tokens=4).saliency
+        for token in range(6):  # of a few tokens, as any one of them may have no positive saliency
+            saliency = explain(model, processor, noise, "what?", budget, token, on, max_new_tokens=6).saliency
             assert saliency.shape == (12, 12) if on == "patches" else saliency.shape == (math.isqrt(budget),) * 2
             if saliency.any():
                 shares.append((saliency * quadrant_mask(len(saliency), quadrant)).sum() / saliency.sum())
