@@ -20,7 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 
 from tests.tiny import tiny_config, tiny_processor
-from transformers_delta_llava.serving.transformers_serve import (
+from transformers_delta_llava.serving.requests import (
     ChatRequest,
     CompletionRequest,
     ResponsesRequest,

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.tiny import tiny_config, tiny_processor
 from transformers_delta_llava.processing import image_utils_delta_llava
-from transformers_delta_llava.serving.transformers_serve import (
+from transformers_delta_llava.serving.requests import (
     ChatRequest,
     CompletionRequest,
     ResponsesRequest,
