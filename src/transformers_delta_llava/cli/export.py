@@ -26,10 +26,6 @@ def export(
     vocab_size: Annotated[
         int | None, typer.Option(help="Rows of the vocabulary to keep; by default those that were trained.")
     ] = None,
-    vision_tower: Annotated[
-        bool | None,
-        typer.Option(help="Whether to write the tower's weights; by default as in the checkpoint that was converted."),
-    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Most bytes per weight file.")] = "2GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
 ) -> None:
@@ -39,7 +35,6 @@ def export(
         output,
         projector_only=projector_only,
         vocab_size=vocab_size,
-        vision_tower=vision_tower,
         overwrite=overwrite,
         max_shard_size=max_shard_size,
     )

@@ -86,7 +86,7 @@ def convert_checkpoint(
     inputs = [Path(path) for path in (folder, tower, tokenizer, base_model) if path]
     check_output(output, [path for path in inputs if path.is_dir()], overwrite)
 
-    found = read_source(
+    opened = read_source(
         folder,
         source_config,
         base_model=str(base_model) if base_model else None,
@@ -94,30 +94,30 @@ def convert_checkpoint(
         tokenizer=str(tokenizer) if tokenizer else None,
         chat_template=chat_template,
     )
-    config = _plan_config(found, scale_factor)
-    plan = plan_tensors(found.checkpoint, found.names, found.tower.checkpoint, config, cast_to)
+    config = _plan_config(opened, scale_factor)
+    plan = plan_tensors(opened.checkpoint, opened.names, opened.tower.checkpoint, config, cast_to)
     config.dtype = plan.tensors[EMBEDDINGS].dtype
-    generation_config, warnings = _plan_generation(found, config)
+    generation_config, warnings = _plan_generation(opened, config)
     shards = split_shards(plan.tensors, max_shard_size)
 
     # The source is hashed while the output is written: both take about as long, and use different threads.
     with ThreadPoolExecutor(1) as pool, atomic_folder(output, overwrite) as tmp_dir:
-        hashes = pool.submit(hash_files, found.files)
+        hashes = pool.submit(hash_files, opened.files)
         write_shards(plan.tensors, shards, tmp_dir, progress)
         if verify:
-            verify_archives(found.weight_files)
+            verify_archives(opened.weight_files)
             verify_shards(plan.tensors, tmp_dir, verify_progress or progress)
         write_code(tmp_dir)
         write_config(config, tmp_dir)
-        write_processor(config, found.tower.image_processor, found.config.keys.image_aspect_ratio == "pad", tmp_dir)
+        write_processor(config, opened.tower.image_processor, opened.config.keys.image_aspect_ratio == "pad", tmp_dir)
         with explain_errors("The tokenizer cannot be written"):
-            save_tokenizer(found.tokenizer, tmp_dir, found.config.keys.tokenizer_model_max_length)
-        (tmp_dir / TEMPLATE_FILE).write_text(found.chat_template.text, encoding="utf-8")
+            save_tokenizer(opened.tokenizer, tmp_dir, opened.config.keys.tokenizer_model_max_length)
+        (tmp_dir / TEMPLATE_FILE).write_text(opened.chat_template.text, encoding="utf-8")
         generation_config.save_pretrained(tmp_dir)
-        card = _model_card(found, config, repo_id or output.resolve().name, cast_to)
+        card = _model_card(opened, config, repo_id or output.resolve().name, cast_to)
         (tmp_dir / "README.md").write_text(card.render(), encoding="utf-8")
         report = _report(
-            found,
+            opened,
             plan,
             hashes.result(),
             output=output,
@@ -137,63 +137,63 @@ def hash_files(files: Iterable[Path]) -> dict[str, str]:
         return dict(zip((file.name for file in files), pool.map(sha256_of, files)))
 
 
-def _plan_config(found: Source, scale_factor: int | None) -> DeltaLlavaConfig:
-    ids = found.token_ids
-    vocabulary = Vocabulary(padded_vocab_size(found.vocab_size, ids.count), ids.image, ids.pad)
-    rank = find_delta_rank(found.checkpoint.tensors)
-    return convert_config(found.config, found.tower.config, vocabulary, scale_factor=scale_factor, delta_rank=rank)
+def _plan_config(source: Source, scale_factor: int | None) -> DeltaLlavaConfig:
+    ids = source.token_ids
+    vocabulary = Vocabulary(padded_vocab_size(source.vocab_size, ids.count), ids.image, ids.pad)
+    rank = find_delta_rank(source.checkpoint.tensors)
+    return convert_config(source.config, source.tower.config, vocabulary, scale_factor=scale_factor, delta_rank=rank)
 
 
-def _plan_generation(found: Source, config: DeltaLlavaConfig) -> tuple[GenerationConfig, list[str]]:
+def _plan_generation(source: Source, config: DeltaLlavaConfig) -> tuple[GenerationConfig, list[str]]:
     """The generation settings, and everything about the source that is worth a warning."""
-    generation_config, warning = read_generation_config(found.folder)
+    generation_config, warning = read_generation_config(source.folder)
     fit_generation_config(
-        generation_config, found.tokenizer, found.token_ids, config.text_config, found.chat_template.text
+        generation_config, source.tokenizer, source.token_ids, config.text_config, source.chat_template.text
     )
     warnings = [warning] if warning else []
-    warnings += chat_template_warnings(found.chat_template, found.tokenizer)
-    if found.untied:
+    warnings += chat_template_warnings(source.chat_template, source.tokenizer)
+    if source.untied:
         warnings.append("the adapter has a head or embeddings of its own, so the two are no longer tied")
-    if found.config.unknown:
-        warnings.append(f"config.json has unknown keys: {', '.join(found.config.unknown)}")
+    if source.config.unknown:
+        warnings.append(f"config.json has unknown keys: {', '.join(source.config.unknown)}")
     return generation_config, warnings
 
 
-def _model_card(found: Source, config: DeltaLlavaConfig, name: str, cast_to: torch.dtype | None) -> ModelCard:
+def _model_card(source: Source, config: DeltaLlavaConfig, name: str, cast_to: torch.dtype | None) -> ModelCard:
     return ModelCard.from_config(
         config,
         name=name,
-        vision_tower=found.tower.name,
-        base_models=found.base_models,
+        vision_tower=source.tower.name,
+        base_models=source.base_models,
         conversion=Conversion(
             cast_to=dtype_name(cast_to) if cast_to is not None else None,
-            new_rows=config.text_config.vocab_size - found.vocab_size,
-            new_tokens=found.token_ids.added,
+            new_rows=config.text_config.vocab_size - source.vocab_size,
+            new_tokens=source.token_ids.added,
         ),
     )
 
 
-def _report(found: Source, plan: TensorPlan, source_hashes: dict[str, str], **results: Any) -> ConversionReport:
-    tower, base = found.tower, found.base
+def _report(source: Source, plan: TensorPlan, source_hashes: dict[str, str], **results: Any) -> ConversionReport:
+    tower, base = source.tower, source.base
     return ConversionReport(
         source=ReadCheckpoint(
-            name=public_name(str(found.folder)),
-            model_type=found.config.settings["model_type"],
+            name=public_name(str(source.folder)),
+            model_type=source.config.settings["model_type"],
             sha256=source_hashes,
         ),
         vision_tower=ReadFiles(name=tower.name, sha256=hash_files(tower.checkpoint.files if tower.checkpoint else [])),
         base_model=ReadFiles(name=base.name, sha256=hash_files(base.checkpoint.files)) if base else None,
-        base_models=found.base_models,
-        trained_vocab_size=found.vocab_size,
-        tokens_added=found.token_ids.added,
-        chat_template=found.chat_template.name,
-        chat_template_reason=found.chat_template.reason,
+        base_models=source.base_models,
+        trained_vocab_size=source.vocab_size,
+        tokens_added=source.token_ids.added,
+        chat_template=source.chat_template.name,
+        chat_template_reason=source.chat_template.reason,
         tensors=TensorReport(
-            used=len(found.checkpoint.tensors) - len(plan.ignored),
+            used=len(source.checkpoint.tensors) - len(plan.ignored),
             ignored=plan.ignored,
             written=len(plan.tensors),
             dtypes=dict(Counter(dtype_name(tensor.dtype) for tensor in plan.tensors.values())),
         ),
-        config_keys=ConfigKeysReport(ignored=found.config.ignored, unknown=found.config.unknown),
+        config_keys=ConfigKeysReport(ignored=source.config.ignored, unknown=source.config.unknown),
         **results,
     )

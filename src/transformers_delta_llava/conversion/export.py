@@ -75,7 +75,6 @@ def export_checkpoint(
     *,
     projector_only: bool = False,
     vocab_size: int | None = None,
-    vision_tower: bool | None = None,
     overwrite: bool = False,
     max_shard_size: int | str = "2GB",
     progress: Progress | None = None,
@@ -91,8 +90,6 @@ def export_checkpoint(
         output: folder to write.
         projector_only: write `mm_projector.bin` and `config.json` alone.
         vocab_size: rows of the embeddings and the head to keep; by default those that were trained.
-        vision_tower: whether to write the tower's weights; by default where the checkpoint that was converted had them,
-            and always for a repo that was not converted.
         overwrite: replace an output that an earlier export wrote.
         max_shard_size: most bytes of tensors per weight file, as a number or as `2GB`.
         progress: called with the bytes of tensors written so far, and in all.
@@ -113,8 +110,8 @@ def export_checkpoint(
     conversion = validate(ConversionReport, read_optional_json(folder / REPORT_FILE), REPORT_FILE)
     checkpoint = read_checkpoint(folder)
     rows = _vocab_size(checkpoint, config, conversion, vocab_size)
-    with_tower = not conversion.vision_tower.sha256 if vision_tower is None else vision_tower
-    tensors = _released_tensors(checkpoint, rows, with_tower)
+    # Where conversion read the tower's weights from elsewhere, they stay there.
+    tensors = _released_tensors(checkpoint, rows, with_tower=not conversion.vision_tower.sha256)
     if projector_only:
         tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(SOURCE_PROJECTOR)}
         shards = {PROJECTOR_FILE: list(tensors)}

@@ -48,7 +48,7 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class Source:
-    """What was found in the source.
+    """A source with all its parts open: settings are read, the values of the tensors stay on disk.
 
     Attributes:
         folder: of the checkpoint.
