@@ -1,12 +1,12 @@
-"""The trained easy-VQA model as a checkpoint of the authors' trainer, with its log and its card: what `examples/easy-vqa/` is.
+"""Write `examples/easy-vqa/`: the trained easy-VQA model as a checkpoint of the authors' trainer, with its log and its card.
 
     delta-llava train examples/recipes/easy-vqa-pretrain.yaml
     delta-llava train examples/recipes/easy-vqa.yaml
     delta-llava evaluate easy-vqa runs/easy-vqa --num-visual-tokens 16 ... --output runs/easy-vqa/easy-vqa.json
     python examples/easy_vqa_ship.py runs/easy-vqa-pretrain runs/easy-vqa examples/easy-vqa
 
-In the released code the image is no token: its place in the prompt has no row in the embeddings. So the last row, which
-training here adds for `<image>`, stays behind, and conversion adds one of its own.
+The released code has no token for images, so the embeddings of its checkpoints have no row for one. Export leaves out the last
+row, which training here adds for `<image>`; conversion adds it again.
 """
 
 import argparse
