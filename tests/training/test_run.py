@@ -206,7 +206,7 @@ def resume(folder: Path, checkpoints: Path, tmp_path: Path) -> Any:
 
 
 def test_another_run_does_not_overwrite_checkpoints(resume: Any) -> None:
-    with pytest.raises(RecipeError, match="holds checkpoints of an earlier run: resume it with --resume"):
+    with pytest.raises(RecipeError, match="holds checkpoints of an earlier run: resume it with `resume=True`"):
         resume(False)
 
 
@@ -255,7 +255,9 @@ def test_a_full_disk_is_one_sentence_and_loses_no_checkpoint(
             *((torch, "save") if writer == "torch" else (transformers.modeling_utils, "safe_save_file")), full
         )
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-        with pytest.raises(RecipeError, match=r"disk of .* is full, at step 3.*resume from .*checkpoint-2 with --res"):
+        with pytest.raises(
+            RecipeError, match=r"disk of .* is full, at step 3.*resume from .*checkpoint-2 with `resume=True`"
+        ):
             resume()
     assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
     assert not list((tmp_path / "out").glob(".unfinished-*"))

@@ -234,7 +234,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
-            raise RecipeError(f"--set {shorten(override)}: write it as key=value, for example num_visual_tokens=36.")
+            raise RecipeError(
+                f"The change {shorten(override)}: write it as key=value, for example num_visual_tokens=36."
+            )
         _set(content, key.strip().split("."), _parse(text, key), override)
     return make_recipe(content, path.name)
 
@@ -308,7 +310,9 @@ def _set(content: dict[str, Any], keys: list[str], value: Any, override: str) ->
     for key in keys[:-1]:
         content = content.setdefault(key, {})
         if not isinstance(content, dict):
-            raise RecipeError(f"--set {shorten(override)}: {key} holds a value, so there is nothing below it to set.")
+            raise RecipeError(
+                f"The change {shorten(override)}: {key} holds a value, so there is nothing below it to set."
+            )
     content[keys[-1]] = value
 
 

@@ -74,7 +74,7 @@ def _explain(error: Exception, trainer: DeltaLlavaTrainer, checkpoint: str | Non
             if not (folder / "trainer_state.json").is_file() and trainer.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
         last = last_checkpoint(output_dir)
-        then = f"then resume from {last} with --resume (resume=True)" if last else "then start again"
+        then = f"then resume from {last} with `resume=True`" if last else "then start again"
         return f"The disk of {output_dir} is full, at step {trainer.state.global_step}: free some space, {then}."
     if isinstance(error, ImportError):
         return f"The run needs something that is not installed: {one_line(error)}."
@@ -154,8 +154,8 @@ def _check_run(arguments: TrainingArguments, resume: bool) -> None:
         )
     if last_checkpoint(output_dir) and not resume and not arguments.resume_from_checkpoint:
         raise RecipeError(
-            f"arguments.output_dir={output_dir} holds checkpoints of an earlier run: resume it with --resume "
-            "(resume=True), or choose another folder."
+            f"arguments.output_dir={output_dir} holds checkpoints of an earlier run: resume it with `resume=True`, or "
+            "choose another folder."
         )
 
 
