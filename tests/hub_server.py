@@ -132,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "stall":
             threading.Event().wait(self.server.stall)
             return self._hang_up()
-        if fault in ("500", "429"):
+        if fault and fault.isdigit():
             return self._send(int(fault), {"error": "a fault of the test"}, {})
         with self.server.lock:
             self.server.requests[request] += 1

@@ -119,6 +119,12 @@ def test_a_token_that_the_hub_refuses(folder, unchecked, token):
     assert set(server.requests.values()) == {1}, "asked again, with the same token"
 
 
+def test_a_token_without_write_access(folder, unchecked):
+    refused = pytest.raises(DeltaLlavaError, match="403: your token has no write access")
+    with HubServer(Faults(1, rate=1, kinds=("403",))) as server, refused:
+        push(folder, server)
+
+
 def test_the_files_of_the_commit_are_compared(folder, unchecked):
     with HubServer() as server:
         server.ignored = {"tokenizer.json"}
