@@ -91,27 +91,49 @@ def test_rows_that_were_trained_since_stay(repo, tmp_path):
         export_checkpoint(changed, tmp_path / "none", vocab_size=0)
 
 
+def change_tensors(repo: Path, **changes: torch.Tensor | None) -> None:
+    """Set tensors of a repo; None deletes one."""
+    tensors = {**load_file(repo / "model.safetensors"), **changes}
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, repo / "model.safetensors", metadata={"format": "pt"})
+
+
+EMBEDDINGS = "model.language_model.embed_tokens.weight"
+
+
 @pytest.mark.parametrize(
-    ("file", "keys", "message"),
+    ("damage", "message"),
     [
-        ("config.json", {"model_type": "llava_llama"}, "is not a Delta-LLaVA repo: .*'llava_llama'"),
+        (lambda repo: (repo / "config.json").unlink(), "has no config.json"),
         (
-            "config.json",
-            {"projector_layout": "paper"},
-            "projector_layout='paper', for which the authors' layout has no",
+            lambda repo: edit_json(repo / "config.json", model_type="llava_llama"),
+            "not a Delta-LLaVA repo: .*'llava_llama'",
         ),
-        ("config.json", {"vision_feature_levels": "x"}, r"config\.json of other is not usable"),
-        ("conversion.json", {"trained_vocab_size": "many"}, r"conversion\.json: trained_vocab_size='many'"),
+        (
+            lambda repo: edit_json(repo / "config.json", projector_layout="paper"),
+            "projector_layout='paper', for which",
+        ),
+        (
+            lambda repo: edit_json(repo / "config.json", vision_feature_levels="x"),
+            r"config\.json of other is not usable",
+        ),
+        (
+            lambda repo: edit_json(repo / "config.json", text_config={"model_type": "opt", "vocab_size": 320}),
+            "no language model of type opt; it has gemma, llama",
+        ),
+        (lambda repo: edit_json(repo / "conversion.json", trained_vocab_size="many"), r"trained_vocab_size='many'"),
+        (lambda repo: change_tensors(repo, extra=torch.ones(1)), "released layout has no name for extra"),
+        (lambda repo: change_tensors(repo, **{EMBEDDINGS: None, "lm_head.weight": None}), f"holds no {EMBEDDINGS}"),
     ],
 )
-def test_a_repo_that_cannot_be_exported(repo, tmp_path, file, keys, message):
+def test_a_repo_that_cannot_be_exported(repo, tmp_path, damage, message):
     other = shutil.copytree(repo, tmp_path / "other")
-    edit_json(other / file, **keys)
+    with pytest.raises(DeltaLlavaError, match="one folder"):
+        export_checkpoint(other, other, overwrite=True)
+    damage(other)
     with pytest.raises(DeltaLlavaError, match=message):
         export_checkpoint(other, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(DeltaLlavaError, match="one folder"):
-        export_checkpoint(other, other, overwrite=True)
 
 
 @pytest.mark.parametrize(
