@@ -163,7 +163,6 @@ def _is_deeper(value: Any, depth: int) -> bool:
     return True
 
 
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Where the Hub's client keeps downloads: the last folder's name is a commit.
 _CACHED = re.compile(r"(?:.*[/\\])?models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\][0-9a-f]{40}[/\\]?")
 _LONGEST_PATH = 4096
@@ -179,7 +178,11 @@ _FOLDER = re.compile(
 
 def is_repo_id(text: str) -> bool:
     """Whether `text` has the form of a Hub id, `owner/name`."""
-    return _REPO_ID.fullmatch(text) is not None
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return "/" in text  # names without an owner are ids to huggingface_hub
 
 
 def check_repo_id(text: str, or_folder: bool = False) -> None:
@@ -224,10 +227,6 @@ def hub_id_of(name: object, *folders: Path) -> str | None:
         return None
     if cached := cached_repo_id(name):
         return cached
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
     if not is_repo_id(name) or any((folder / name).exists() for folder in (Path(), *folders)):
         return None
     owner, _, last = name.partition("/")
