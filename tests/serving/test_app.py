@@ -153,7 +153,7 @@ def test_only_a_space_of_ours_is_replaced(tmp_path):
     ("options", "message"),
     [
         (["--model", "folder", "--package-url", URL], "folder is not a Hub id"),
-        (["--model", "org/model"], "This package was not installed from a git URL"),
+        (["--model", "org/model"], "install it from: name one with --package-url."),
         (["--model", "org/model", "--package-url", "git@host:repo"], "package_url='git@host:repo' is not a git URL"),
         (["--model", "org/model", "--package-url", f"{URL} ; x"], "is not a git URL of the form https://HOST/PATH"),
         (["--model", "org/model", "--package-url", URL], ""),

@@ -322,7 +322,7 @@ def write_space(
     url = package_url or installed_from()
     if url is None:
         raise DeltaLlavaError(
-            "This package was not installed from a git URL that the Space could install it from: name one with `package_url`."
+            "This package was not installed from a git URL that the Space could install it from: name one with `package_url=...`."
         )
     if not re.fullmatch(r"https://[^\s;#'\"]+", url):
         raise DeltaLlavaError(
