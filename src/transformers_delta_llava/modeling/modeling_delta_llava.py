@@ -4,7 +4,6 @@ import inspect
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import Any, TypeAlias
 
@@ -12,9 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
-    CausalLMOutputWithPast,
 )
 from transformers.utils import ModelOutput
 
@@ -22,6 +19,12 @@ from .configuration_delta_llava import SELECT_STRATEGIES, DeltaLlavaConfig
 from .delta_projection_delta_llava import DeltaProjection
 from .deltas_delta_llava import DeltaMixin
 from .generation_delta_llava import DeltaLlavaGenerationMixin
+from .outputs_delta_llava import (
+    CACHE_NAME,
+    DeltaLlavaCausalLMOutputWithPast,
+    DeltaLlavaModelOutputWithPast,
+    pick_cache,
+)
 from .projector_delta_llava import DeltaLlavaProjector
 from .projector_layers_delta_llava import PositionEmbedding2D, ProjectedWindowAttention
 from .vision_tower_delta_llava import find_tower_calls, rename_saved_tower, run_vision_tower
@@ -35,53 +38,6 @@ MODULES_NOT_TO_CONVERT = frozenset(
 
 # How many visual tokens each image gets: one number for all, one per image, or None for the config's default.
 VisualTokens: TypeAlias = int | list[int] | torch.Tensor | None
-
-# transformers 5.24 renamed `past_key_values` to `cache`, as an argument and as a field of outputs.
-CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
-
-
-@dataclass
-class DeltaLlavaModelOutputWithPast(BaseModelOutputWithPast):
-    """Output of [`DeltaLlavaModel`].
-
-    The fields of transformers' own class, `cache` or `past_key_values` as the installed version names it, and:
-
-    image_hidden_states: (visual tokens of the whole batch, hidden_size), what entered the language model.
-    image_outputs: what `get_image_features` returned.
-    """
-
-    image_hidden_states: torch.Tensor | None = None
-    image_outputs: BaseModelOutputWithPooling | None = None
-
-    def to_tuple(self) -> tuple:
-        return _nested_tuple(self)
-
-
-@dataclass
-class DeltaLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """Output of [`DeltaLlavaForConditionalGeneration`], with the two fields of the base model's."""
-
-    image_hidden_states: torch.Tensor | None = None
-    image_outputs: BaseModelOutputWithPooling | None = None
-
-    def to_tuple(self) -> tuple:
-        return _nested_tuple(self)
-
-
-def _nested_tuple(output: ModelOutput) -> tuple:
-    """The values of an output as a tuple, nested outputs included."""
-    return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in output.values())
-
-
-def _pick_cache(cache: Cache | None, past_key_values: Cache | None) -> dict[str, Cache | None]:
-    """The cache, by its argument's name in the installed transformers.
-
-    Raises:
-        ValueError: if it was given under both names.
-    """
-    if cache is not None and past_key_values is not None:
-        raise ValueError("You cannot specify both cache and past_key_values: they are two names of one argument.")
-    return {CACHE_NAME: past_key_values if cache is None else cache}
 
 
 class DeltaLlavaPreTrainedModel(DeltaMixin, PreTrainedModel):
@@ -329,7 +285,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             return_dict=True,
-            **_pick_cache(cache, past_key_values),
+            **pick_cache(cache, past_key_values),
             **kwargs,
         )
         output = DeltaLlavaModelOutputWithPast(
@@ -418,7 +374,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, DeltaLlavaGe
         """Make visual tokens of a new projector resemble text: over these images, at the config's budget, every channel
         has mean 0, and all together have the root mean square of the language model's input embeddings.
 
-        Random weights give tokens that are many times quieter than text and nearly the same for every image. Only the
+        Random weights give tokens that are much smaller than text and nearly the same for every image. Only the
         projector's last map changes. Not for a projector that has been trained: it would undo what was learned.
 
         Args:
@@ -429,7 +385,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, DeltaLlavaGe
         """
         tokens = torch.cat(list(self.get_image_features(pixel_values, return_dict=True).pooler_output)).float()
         embeddings = self.get_input_embeddings()
-        loudness = embeddings.weight.float().square().mean().sqrt()
+        target_rms = embeddings.weight.float().square().mean().sqrt()
         embed_scale = getattr(embeddings, "embed_scale", None)
         if embed_scale is not None:  # of Gemma: visual tokens are multiplied by it as text is, see `project_features`
             tokens = tokens / embed_scale.float()
@@ -439,9 +395,8 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, DeltaLlavaGe
             raise ValueError(
                 "calibrate_projector: the visual tokens of these images do not differ; give some real ones."
             )
-        projector = self.model.multi_modal_projector
-        last = projector.feed_forward.fc2 if projector.config.projector_layout == "released" else projector.out_proj
-        scale = loudness / spread
+        last = self.model.multi_modal_projector.output_map
+        scale = target_rms / spread
         last.weight.copy_(last.weight.float() * scale)
         last.bias.copy_((last.bias.float() - mean) * scale)
 
@@ -487,7 +442,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, DeltaLlavaGe
             num_visual_tokens=num_visual_tokens,
             mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
-            **_pick_cache(cache, past_key_values),
+            **pick_cache(cache, past_key_values),
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -93,6 +93,11 @@ class DeltaLlavaProjector(nn.Module):
             )
         return self.project(features, levels, side // scale_factor, scale_factor)
 
+    @property
+    def output_map(self) -> nn.Linear:
+        """The last map, to the language model's width."""
+        raise NotImplementedError
+
     def project(
         self, features: torch.Tensor, levels: Sequence[torch.Tensor], grid_size: int, scale_factor: int
     ) -> torch.Tensor:
@@ -118,6 +123,10 @@ class ReleasedProjector(DeltaLlavaProjector):
         self.v_proj = MemoryProjection(self.specs["v_proj"], rank, act)
         self.window_attention = ProjectedWindowAttention(config)
         self.feed_forward = FeedForward(width, hidden_size, hidden_size, act)
+
+    @property
+    def output_map(self) -> nn.Linear:
+        return self.feed_forward.fc2
 
     def project(
         self, features: torch.Tensor, levels: Sequence[torch.Tensor], grid_size: int, scale_factor: int
@@ -159,6 +168,10 @@ class PaperProjector(DeltaLlavaProjector):
         self.feed_forward_norm = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width, hidden_size, width, config.projector_hidden_act)
         self.out_proj = nn.Linear(width, hidden_size)
+
+    @property
+    def output_map(self) -> nn.Linear:
+        return self.out_proj
 
     def project(
         self, features: torch.Tensor, levels: Sequence[torch.Tensor], grid_size: int, scale_factor: int
