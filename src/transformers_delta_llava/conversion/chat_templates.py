@@ -21,7 +21,7 @@ TOKENIZER_TEMPLATE = "tokenizer"
 QUESTION = [{"type": "image"}, {"type": "text", "text": "What is in this image?"}]
 _ANSWER = "<the answer>"
 
-# A number that is not the number of parameters: `llama-30b`, `open_llama_3b`, `llama-2.7b`.
+# After a version: not part of a number of parameters, as in `llama-30b`, `open_llama_3b`, `llama-2.7b`.
 _NO_SIZE = r"(?!\d|b|\.\d+b)"
 # Words in a base model's name, and the conversation that LLaVA's users tune such a model with; the first match counts.
 _NAMES = {
@@ -46,7 +46,7 @@ _VOCABULARY = {
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template, what it is called, and why it was taken. `is_guess`: whether the reason may mislead."""
+    """A chat template with its name and the reason for the choice. `is_guess`: whether the reason may mislead."""
 
     name: str
     text: str

@@ -1,4 +1,4 @@
-"""Reads the tensors of a checkpoint folder one at a time, and runs no code that a checkpoint may carry."""
+"""Reads, writes and verifies weights tensor by tensor, and runs no code that a checkpoint may carry."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Builds transformers configs from the JSON of a checkpoint, and says what it did not understand."""
+"""Builds the config of a repo from a checkpoint's `config.json`, and lists the keys that it ignored or does not know."""
 
 from copy import deepcopy
 from dataclasses import dataclass

@@ -1,18 +1,10 @@
-"""How a converted model generates when nobody says otherwise."""
+"""The generation settings of a converted model."""
 
 import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import (
-    ConfigDict,
-    Field,
-    FiniteFloat,
-    NonNegativeFloat,
-    PositiveFloat,
-    ValidationError,
-    create_model,
-)
+from pydantic import ConfigDict, Field, FiniteFloat, NonNegativeFloat, PositiveFloat, ValidationError, create_model
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..hub.tokenizer import TokenIds
