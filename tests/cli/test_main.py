@@ -17,6 +17,11 @@ class Panic(BaseException):
         (OSError(28, "No space left on device", "x"), 2, "delta-llava: No space left on device: x\n"),
         (ImportError("install peft"), 2, "delta-llava: install peft\n"),
         (
+            ValueError("pass `base_model=...` or `overwrite=True`, not `x`"),
+            2,
+            "pass --base-model or --overwrite, not `x`\n",
+        ),
+        (
             KeyError("name"),
             1,
             "delta-llava: This should not happen (KeyError: there is no 'name'); run it again with ",
