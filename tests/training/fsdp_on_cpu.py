@@ -37,3 +37,6 @@ if __name__ == "__main__":
         AcceleratorState._reset_state()
         GradientState._reset_state()
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()  # its threads may abort a process that exits with them
