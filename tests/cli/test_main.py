@@ -19,7 +19,7 @@ class Panic(BaseException):
         (
             ValueError("pass `base_model=...` or `overwrite=True`, not `x`"),
             2,
-            "pass --base-model or --overwrite, not `x`\n",
+            "delta-llava: pass --base-model or --overwrite, not `x`\n",
         ),
         (
             KeyError("name"),
