@@ -140,7 +140,7 @@ def make_chart(chance: random.Random) -> tuple[Image.Image, Turns]:
     figure = Figure(figsize=(2.24, 2.24), dpi=100)
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    fills = [tuple(part / 255 for part in COLOURS[colour]) for colour in colours]
+    fills: list = [tuple(part / 255 for part in COLOURS[colour]) for colour in colours]
     if kind == "pie":
         axes.pie(values, colors=fills)
         names = ("slice", "largest", "smallest")

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tests.checkpoints import edit_json
-from transformers_delta_llava.conversion import convert_checkpoint
-from transformers_delta_llava.conversion.checkpoint import verify_archives
+from transformers_delta_llava.conversion import checkpoint, convert_checkpoint
+from transformers_delta_llava.conversion.checkpoint import read_checkpoint, verify_archives
 from transformers_delta_llava.conversion.pickles import open_pickle
 from transformers_delta_llava.utils.errors import DeltaLlavaError
 
@@ -218,10 +218,30 @@ def write_other_archive(file: Path) -> None:
         (write_other_archive, "not a readable PyTorch checkpoint"),
         (lambda file: file.write_bytes(b"xx" + file.read_bytes()), "pytorch_model.bin"),
         (lambda file: file.write_bytes(file.read_bytes() + b"xx"), "pytorch_model.bin"),
-        *((lambda file, size=size: os.truncate(file, size), "cut short") for size in (0, 10, 300)),
+        *((lambda file, size=size: os.truncate(file, size), "is (damaged|not a readable)") for size in (0, 10, 300)),
     ],
 )
 def test_a_damaged_archive_is_refused(file, damage, message):
     damage(file)
     with pytest.raises(DeltaLlavaError, match=message):
         open_pickle(file)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_files_older_than_pytorch_1_6_are_read(file, wrapped):
+    old = {f"module.{name}": tensor for name, tensor in TENSORS.items()}
+    torch.save({"state_dict": old} if wrapped else old, file, _use_new_zipfile_serialization=False)
+    tensors = read_checkpoint(file.parent).tensors
+    assert tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(tensor.load(), TENSORS[name]) for name, tensor in tensors.items())
+    verify_archives([file])  # has nothing to compare
+
+
+def test_old_files_are_in_memory_one_at_a_time(tmp_path):
+    for index, name in enumerate(TENSORS, start=1):
+        path = tmp_path / f"pytorch_model-0000{index}-of-00002.bin"
+        torch.save({name: TENSORS[name]}, path, _use_new_zipfile_serialization=False)
+    tensors = read_checkpoint(tmp_path).tensors
+    for name in [*TENSORS, *TENSORS]:
+        assert torch.equal(tensors[name].load(), TENSORS[name])
+    assert checkpoint._read_old_pickle.cache_info().currsize == 1

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from ..utils.errors import DeltaLlavaError, explain_errors, format_names
 from ..utils.files import read_json, write_json
-from .pickles import check_archive, open_pickle
+from .pickles import check_archive, is_archive, open_pickle
 
 
 # In the order in which transformers looks for weights; then what training frameworks write when they consolidate.
@@ -200,9 +200,23 @@ def _refuse_dtypes(file: Path, unsupported: Mapping[str, object]) -> None:
 
 
 def _open_pickle(file: Path) -> dict[str, LazyTensor]:
-    contents = open_pickle(file)
+    mapped = is_archive(file)
+    contents = open_pickle(file) if mapped else _read_old_pickle(file)
     _refuse_dtypes(file, {n: value.dtype for n, value in contents.items() if value.dtype not in _DTYPES.values()})
-    return {name: LazyTensor(tuple(value.shape), value.dtype, value.detach) for name, value in contents.items()}
+    return {
+        name: LazyTensor(
+            tuple(value.shape), value.dtype, value.detach if mapped else partial(_load_old_pickle, file, name)
+        )
+        for name, value in contents.items()
+    }
+
+
+# Files older than PyTorch 1.6 cannot be mapped. One at a time is in memory, since tensors are mostly read file by file.
+_read_old_pickle = lru_cache(maxsize=1)(open_pickle)
+
+
+def _load_old_pickle(file: Path, name: str) -> torch.Tensor:
+    return _read_old_pickle(file)[name].detach()
 
 
 def verify_archives(files: Iterable[Path]) -> None:
@@ -212,7 +226,7 @@ def verify_archives(files: Iterable[Path]) -> None:
         DeltaLlavaError: naming the first file that is damaged.
     """
     for file in files:
-        if file.suffix in (".bin", ".pt"):
+        if file.suffix in (".bin", ".pt") and is_archive(file):
             check_archive(file, values=True)
 
 

@@ -1,7 +1,7 @@
 """Opens the `.bin` files of `torch.save` as plain tensors, and runs no code that they may carry.
 
 Such a file is a zip archive. PyTorch reads the bytes of an entry whatever the archive says of compression, encryption or
-sizes, and compares no checksums, so all of that is checked here.
+sizes, and compares no checksums, so all of that is checked here. PyTorch before 1.6 wrote pickles in a row instead.
 """
 
 import os
@@ -26,18 +26,25 @@ _END_OF_ARCHIVE = 22  # bytes of the last record, without a comment
 
 
 def open_pickle(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file, by name; their values stay on disk.
+    """The tensors of a file, by name; their values stay on disk, but for files older than PyTorch 1.6.
 
     Raises:
         DeltaLlavaError: the file is damaged, holds anything but tensors, or was not written by `torch.save`.
     """
-    entries = check_archive(file)
-    contents = _load(file)
+    entries = check_archive(file) if is_archive(file) else None
+    contents = _load(file, mmap=entries is not None)
     others = [str(name) for name, value in contents.items() if not (isinstance(name, str) and _is_plain(value))]
     if others:
         raise DeltaLlavaError(f"{file.name} holds entries that are not plain tensors: {format_names(others)}.")
-    _check_storages(file, contents, entries)
+    if entries is not None:
+        _check_storages(file, contents, entries)
     return contents
+
+
+def is_archive(file: Path) -> bool:
+    """Whether a file is, or begins as, a zip archive."""
+    with file.open("rb") as stream:
+        return stream.read(4) == b"PK\x03\x04" or zipfile.is_zipfile(file)
 
 
 def check_archive(file: Path, values: bool = False) -> dict[int, int]:
@@ -50,10 +57,6 @@ def check_archive(file: Path, values: bool = False) -> dict[int, int]:
     Raises:
         DeltaLlavaError: the archive is damaged, or PyTorch did not write it.
     """
-    if not zipfile.is_zipfile(file):
-        raise DeltaLlavaError(
-            f"{file.name} is not a readable PyTorch checkpoint: it is cut short, or not a zip archive as torch.save writes."
-        )
     try:
         with zipfile.ZipFile(file) as archive:
             entries = _read_entries(archive)
@@ -66,10 +69,10 @@ def check_archive(file: Path, values: bool = False) -> dict[int, int]:
     return entries
 
 
-def _load(file: Path) -> dict[str, torch.Tensor]:
+def _load(file: Path, mmap: bool) -> dict[str, torch.Tensor]:
     try:
         # `weights_only` builds tensors and containers, and refuses everything else before running it.
-        contents = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        contents = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise DeltaLlavaError(
             f"{file.name} was refused without running it: its pickle holds more than plain tensors."
