@@ -83,6 +83,7 @@ def align(recipe_file: Path, overrides: list[str]) -> None:
     output = Path(str(arguments.output_dir))
     torch.manual_seed(arguments.seed)
     model, processor = build_model(recipe, arguments)
+    model.to(arguments.device)
     rows = open_rows(recipe.data)
     encode = ConversationEncoder(processor, recipe.data.max_length)
     features = FrozenFeatures(model, str(recipe.data.frozen_features))
@@ -92,12 +93,14 @@ def align(recipe_file: Path, overrides: list[str]) -> None:
         captions.append(messages[-1]["content"][0]["text"])
         images.append(encode(messages, min(recipe.budgets))["pixel_values"])
         if len(images) == 16 or place == len(rows) - 1:
-            files += features.keep(torch.cat(images))
+            files += features.keep(torch.cat(images).to(arguments.device))
             images = []
             if place % 320 == 319:
                 print(f"{place + 1} of {len(rows)} images seen, {time.time() - started:.0f} s", flush=True)
     dataset = TrainingDataset(rows, encode)
-    model.calibrate_projector(some_images(dataset, recipe.budgets[0]))
+    some = some_images(dataset, recipe.budgets[0])
+    assert some is not None, "captions are of images"
+    model.calibrate_projector(some.to(arguments.device))
     train(model, files, captions, processor.tokenizer, features, recipe.budgets, arguments)
     save_hub_folder(model, model.state_dict(), processor, output, torch.bfloat16)
     print(f"wrote {output}")
@@ -113,11 +116,11 @@ def train(
     arguments: TrainingArguments,
 ) -> None:
     """The loop: AdamW with a cosine, budgets drawn by the step."""
-    chance, config = random.Random(arguments.seed), model.config
+    chance, config, device = random.Random(arguments.seed), model.config, arguments.device
     projector = model.model.multi_modal_projector.float().train()
     embeddings = model.get_input_embeddings().weight.detach().float()
     vocabulary, targets = caption_targets(captions, tokenizer)
-    words = F.normalize(embeddings[vocabulary], dim=-1)
+    words, targets = F.normalize(embeddings[vocabulary], dim=-1), targets.to(device)
     loudness = embeddings.square().mean().sqrt().item()
     optimizer = torch.optim.AdamW(projector.parameters(), arguments.learning_rate, weight_decay=arguments.weight_decay)
     size, order = arguments.per_device_train_batch_size, list(range(len(files)))
@@ -132,8 +135,8 @@ def train(
         if start == 0:
             chance.shuffle(order)
         batch, budget = order[start : start + size], chance.choice(budgets)
-        stream, *levels = features.split(features.load([files[index] for index in batch]).float())
-        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
+        stream, *levels = features.split(features.load([files[index] for index in batch]).to(device).float())
+        with torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):
             tokens = projector(stream, levels, config.scale_factor_for(budget))
         loss, entropy = word_loss(tokens, words, targets[batch], loudness)
         optimizer.zero_grad()

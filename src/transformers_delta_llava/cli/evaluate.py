@@ -1,6 +1,7 @@
 """`delta-llava evaluate`."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -82,6 +83,7 @@ def smol(
     """Accuracy on each task of examples/smol, at every budget, beside the model asked without the image."""
     from ..analysis import load_repo
     from ..evaluation import evaluate_tasks, load_test_set
+    from ..training.frozen_features import FrozenFeatures
 
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise ValueError(f"--output {output}: name a file in a folder that exists.")
@@ -91,7 +93,10 @@ def smol(
     table = Table("", *dict.fromkeys(question.task for question in questions))
     report = {"benchmark": "smol", "questions": len(questions), "model": Path(model).name, "dtype": dtype}
     results = []
-    with progress("asking", len(questions) * (len(budgets) + 1)) as advance:
+    asking = progress("asking", len(questions) * (len(budgets) + 1))
+    with tempfile.TemporaryDirectory() as features, asking as advance:
+        if dtype == "bfloat16":  # which float16 holds as it is: the tower runs once an image, not once a budget
+            FrozenFeatures(loaded, features)
         for result in evaluate_tasks(loaded, processor, questions, budgets, batch_size, advance):
             table.add_row(result["asked"], *_cells(result["scores"]))
             scores = {task: score.to_dict() for task, score in result["scores"].items()}
