@@ -151,10 +151,9 @@ def build_language_model(file: Path, folder: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     model.generation_config = loaded.generation_config
-    config = model.config
-    for name in ("_name_or_path", "quantization_config"):
-        if hasattr(config, name):
-            setattr(config, name, "") if name == "_name_or_path" else delattr(config, name)
+    for name in ("quantization_config", "_model_name_or_path", "unk_token_id"):  # of the GGUF file
+        if hasattr(model.config, name):
+            delattr(model.config, name)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
     shutil.rmtree(file.parent)

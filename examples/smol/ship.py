@@ -10,7 +10,6 @@ Writes projector and LoRA alone, in bfloat16; the base weights come from `build_
 
 import argparse
 import json
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +23,7 @@ from transformers_delta_llava.conversion import export_checkpoint
 MOST_BYTES = 12_000_000
 VOCABULARY = 49_152  # of the language model; in the released code the image is no token
 PEFT_PREFIX = "base_model.model."
+OF_THE_GGUF_FILE = ("_model_name_or_path", "unk_token_id")
 # Settings of PEFT's that say how the adapter is merged; its target is named as the authors' code names the modules.
 ADAPTER_SETTINGS = ("peft_type", "r", "lora_alpha", "use_rslora", "fan_in_fan_out", "bias", "task_type")
 
@@ -46,8 +46,10 @@ def ship(run: Path, output: Path, vocabulary: int = VOCABULARY) -> int:
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         export_checkpoint(run, Path(scratch) / "projector", projector_only=True, vocab_size=vocabulary)
-        shutil.copyfile(Path(scratch) / "projector" / "config.json", output / "config.json")
+        config = json.loads((Path(scratch) / "projector" / "config.json").read_text(encoding="utf-8"))
         projector = torch.load(Path(scratch) / "projector" / "mm_projector.bin", weights_only=True)
+    config = {name: value for name, value in config.items() if name not in OF_THE_GGUF_FILE}
+    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     settings = json.loads((run / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     adapter = load_file(run / "adapter" / "adapter_model.safetensors")
     factors = {name.replace(".language_model.", "."): value for name, value in adapter.items() if ".lora_" in name}
