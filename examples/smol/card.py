@@ -77,7 +77,7 @@ tower, budgets 256, 64, 16, 4 and 1.
 ## What it can do
 
 Percent right, 95 % Wilson intervals, {dtype}, greedy answers; "without image" is the same model asked in words alone, and "majority" the answer
-that is most often right to a question, known from the test itself.
+that a question most often has in the training data.
 
 {table}
 

@@ -22,7 +22,7 @@ from tests.training.tiny_run import (
 )
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.conversion import convert_checkpoint
-from transformers_delta_llava.evaluation import evaluate_tasks, load_test_set
+from transformers_delta_llava.evaluation import evaluate_tasks, load_test_set, majority_of_training
 from transformers_delta_llava.training import make_recipe, train
 
 
@@ -135,8 +135,11 @@ def test_evaluation_of_a_test_set_of_several_tasks(run, tmp_path):
     assert questions[0].is_right("A red apple.") and not questions[0].is_right("an apple")
     assert questions[2].is_right("An apple!") and not questions[2].is_right("a pineapple")
     assert len(load_test_set(tmp_path, limit=1)) == 2
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a red apple"}]
+    (tmp_path / "finetune.json").write_text(json.dumps([{"conversations": turns}]))
+    majority = majority_of_training(tmp_path, questions)
     model = DeltaLlavaForConditionalGeneration.from_pretrained(run / "model")
-    results = list(evaluate_tasks(model, make_processor(), questions, [4, 1]))
+    results = list(evaluate_tasks(model, make_processor(), questions, [4, 1], majority))
     assert [result["asked"] for result in results] == [
         "majority",
         "without image",

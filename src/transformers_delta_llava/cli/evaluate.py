@@ -82,12 +82,13 @@ def smol(
 ) -> None:
     """Accuracy on each task of examples/smol, at every budget, beside the model asked without the image."""
     from ..analysis import load_repo
-    from ..evaluation import evaluate_tasks, load_test_set
+    from ..evaluation import evaluate_tasks, load_test_set, majority_of_training
     from ..training.frozen_features import FrozenFeatures
 
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise ValueError(f"--output {output}: name a file in a folder that exists.")
     questions = load_test_set(data, limit)
+    majority = majority_of_training(data, questions)
     loaded, processor = load_repo(model, device, dtype)
     budgets = [number_or_word(word) for word in num_visual_tokens or map(str, loaded.config.visual_token_budgets)]
     table = Table("", *dict.fromkeys(question.task for question in questions))
@@ -97,7 +98,7 @@ def smol(
     with tempfile.TemporaryDirectory() as features, asking as advance:
         if dtype == "bfloat16":  # which float16 holds as it is: the tower runs once an image, not once a budget
             FrozenFeatures(loaded, features)
-        for result in evaluate_tasks(loaded, processor, questions, budgets, batch_size, advance):
+        for result in evaluate_tasks(loaded, processor, questions, budgets, majority, batch_size, advance):
             table.add_row(result["asked"], *_cells(result["scores"]))
             scores = {task: score.to_dict() for task, score in result["scores"].items()}
             results.append({**result, "scores": scores})

@@ -11,7 +11,7 @@ from .easy_vqa import (
     majority_answers,
 )
 from .scores import Score, score_answers, wilson_interval
-from .test_sets import TaskQuestion, evaluate_tasks, load_test_set
+from .test_sets import TaskQuestion, evaluate_tasks, load_test_set, majority_of_training
 
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "load_questions",
     "load_test_set",
     "majority_answers",
+    "majority_of_training",
     "score_answers",
     "wilson_interval",
 ]

@@ -76,12 +76,15 @@ def score_tasks(questions: Sequence[TaskQuestion], answers: Sequence[str]) -> di
     return {task: Score(right[task], total) for task, total in totals.items()}
 
 
-def task_majorities(questions: Sequence[TaskQuestion]) -> list[str]:
-    """What one answers who knows the test but sees nothing: to each question the answer most often right."""
+def majority_of_training(folder: Path, questions: Sequence[TaskQuestion]) -> list[str]:
+    """What one says who knows the training data and sees nothing: to each question the answer it most often had in
+    `finetune.json` of the test set's folder; nothing to a question that was never asked there."""
     counts: dict[str, Counter[str]] = {}
-    for question in questions:
-        counts.setdefault(question.text, Counter())[question.key or question.answer] += 1
-    return [counts[question.text].most_common(1)[0][0] for question in questions]
+    for row in parse_json(read_text(folder / "finetune.json")):
+        turns = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
+        for question, answer in zip(turns[::2], turns[1::2]):
+            counts.setdefault(question, Counter())[answer] += 1
+    return [counts[q.text].most_common(1)[0][0] if q.text in counts else "" for q in questions]
 
 
 def _words(text: str) -> list[str]:
@@ -93,11 +96,15 @@ def evaluate_tasks(
     processor: DeltaLlavaProcessor,
     questions: Sequence[TaskQuestion],
     budgets: Sequence[int | str],
+    majority: Sequence[str],
     batch_size: int = 32,
     on_batch: Callable[[int], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """
     Scores at each setting, as it is done: the majority's, the model's without images, then at each budget.
+
+    Args:
+        majority: an answer to each question, of `majority_of_training`.
 
     Yields:
         `asked` (the setting's name), `scores` by task and, of the model, `answers` and `mean_visual_tokens`.
@@ -106,7 +113,7 @@ def evaluate_tasks(
         ValueError: a budget that the model does not have, or as `answer_questions`.
     """
     check_budgets(processor, budgets)
-    yield {"asked": "majority", "scores": score_tasks(questions, task_majorities(questions))}
+    yield {"asked": "majority", "scores": score_tasks(questions, majority)}
     for budget in (None, *budgets):
         asked = [question.without_image() for question in questions] if budget is None else questions
         spent: list[int] = []
