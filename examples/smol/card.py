@@ -54,6 +54,20 @@ def plot(results: dict, file: Path) -> None:
     figure.savefig(file, dpi=90)
 
 
+def nearest_line(folder: Path) -> str:
+    """What `nearest_words` found, as a sentence."""
+    found = read(folder, "nearest-words.json")
+    parts = []
+    for task in ("naming", "flag"):
+        shares = [found[task][f"right at {k}"] for k in (1, 5, 20)]
+        cells = [f"{s['accuracy']:.0f} % ({s['interval_95'][0]:.0f} to {s['interval_95'][1]:.0f})" for s in shares]
+        parts.append(f"{task}, {shares[0]['total']} images: {' / '.join(cells)}")
+    return (
+        f"Before the language model: of the {found['words']:,} words of all captions, the 1 / 5 / 20 nearest to the "
+        f"{found['num_visual_tokens']} visual tokens of a held-out image hold the right ones in ({'; '.join(parts)})."
+    )
+
+
 def write_card(folder: Path) -> None:
     """Write `README.md` and `accuracy.png` into the folder."""
     results, made = read(folder, "results.json"), read(folder, "training.json")
@@ -61,7 +75,13 @@ def write_card(folder: Path) -> None:
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     stages = "\n".join(f"- {stage}" for stage in made["stages"])
     (folder / "README.md").write_text(
-        CARD.format(table=score_table(results), megabytes=size / 1e6, stages=stages, dtype=results["dtype"], **made),
+        CARD.format(
+            table=score_table(results),
+            megabytes=size / 1e6,
+            dtype=results["dtype"],
+            nearest=nearest_line(folder),
+            **made,
+        ),
         encoding="utf-8",
     )
 
@@ -84,6 +104,8 @@ that a question most often has in the training data.
 ![accuracy against visual tokens](accuracy.png)
 
 {verdict}
+
+{nearest}
 
 ## How it was made
 
