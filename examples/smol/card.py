@@ -80,7 +80,7 @@ def write_card(folder: Path) -> None:
             megabytes=size / 1e6,
             dtype=results["dtype"],
             nearest=nearest_line(folder),
-            **made,
+            **{**made, "stages": stages},
         ),
         encoding="utf-8",
     )
