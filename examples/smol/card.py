@@ -96,7 +96,7 @@ tower, budgets 256, 64, 16, 4 and 1.
 
 ## What it can do
 
-Percent right, 95 % Wilson intervals, {dtype}, greedy answers; "without image" is the same model asked in words alone, and "majority" the answer
+Percent right of the first 30 questions of each task (`--limit 30`), 95 % Wilson intervals, {dtype}, greedy answers; "without image" is the same model asked in words alone, and "majority" the answer
 that a question most often has in the training data.
 
 {table}

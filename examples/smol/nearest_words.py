@@ -9,6 +9,7 @@ embeddings, as stage 1 trains it.
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -20,7 +21,7 @@ from transformers_delta_llava.evaluation import Score, load_test_set
 
 
 @torch.inference_mode()
-def nearest_words(repo: str, data: Path, budget: int, tasks: tuple[str, ...]) -> dict[str, dict]:
+def nearest_words(repo: str, data: Path, budget: int, tasks: tuple[str, ...]) -> dict[str, Any]:
     """Scores of each task at 1, 5 and 20 words."""
     model, processor = load_repo(repo, "cpu", "bfloat16")
     captions = [row["conversations"][1]["value"] for row in json.loads((data / "pretrain.json").read_text())]
