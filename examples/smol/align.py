@@ -36,7 +36,7 @@ SILENT = {"a", "an", "the", "of", "with", "and", "in", "on", "is", "are", "to", 
 
 
 def word_loss(
-    tokens: torch.Tensor, words: torch.Tensor, targets: torch.Tensor, loudness: float
+    tokens: torch.Tensor, words: torch.Tensor, targets: torch.Tensor, text_rms: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     How far visual tokens are from the words of their images.
@@ -45,7 +45,7 @@ def word_loss(
         tokens: (images, V, hidden) visual tokens.
         words: (vocabulary, hidden) input embeddings of the words of all captions, of length 1.
         targets: (images, vocabulary) share of each word in the caption of its image; a row sums to 1.
-        loudness: root mean square that the tokens shall have.
+        text_rms: root mean square that the tokens shall have.
 
     Returns:
         The loss, and the part of it that words make up: cross-entropy of the captions' words under each image's best
@@ -54,8 +54,8 @@ def word_loss(
     logits = SHARPNESS * F.normalize(tokens.float(), dim=-1) @ words.T
     logits = logits.logsumexp(1) - math.log(tokens.shape[1])
     entropy = -(targets * logits.log_softmax(-1)).sum(-1).mean()
-    loud = tokens.float().square().mean(-1).sqrt() / loudness
-    return entropy + (loud - 1).square().mean(), entropy
+    ratio = tokens.float().square().mean(-1).sqrt() / text_rms
+    return entropy + (ratio - 1).square().mean(), entropy
 
 
 def caption_targets(captions: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], torch.Tensor]:
@@ -68,11 +68,11 @@ def caption_targets(captions: list[str], tokenizer: PreTrainedTokenizerBase) -> 
         ]
         ids.append(said or spaced)
     vocabulary = sorted({token for said in ids for token in said})
-    place = {token: index for index, token in enumerate(vocabulary)}
+    index_of = {token: index for index, token in enumerate(vocabulary)}
     targets = torch.zeros(len(captions), len(vocabulary))
     for row, said in enumerate(ids):
         for token in said:
-            targets[row, place[token]] += 1 / len(said)
+            targets[row, index_of[token]] += 1 / len(said)
     return vocabulary, targets
 
 
@@ -88,15 +88,15 @@ def align(recipe_file: Path, overrides: list[str]) -> None:
     encode = ConversationEncoder(processor, recipe.data.max_length)
     features = FrozenFeatures(model, str(recipe.data.frozen_features))
     files, captions, images, started = [], [], [], time.time()
-    for place in range(len(rows)):
-        messages = rows.messages(place)
+    for index_of in range(len(rows)):
+        messages = rows.messages(index_of)
         captions.append(messages[-1]["content"][0]["text"])
         images.append(encode(messages, min(recipe.budgets))["pixel_values"])
-        if len(images) == 16 or place == len(rows) - 1:
+        if len(images) == 16 or index_of == len(rows) - 1:
             files += features.keep(torch.cat(images).to(arguments.device))
             images = []
-            if place % 320 == 319:
-                print(f"{place + 1} of {len(rows)} images seen, {time.time() - started:.0f} s", flush=True)
+            if index_of % 320 == 319:
+                print(f"{index_of + 1} of {len(rows)} images seen, {time.time() - started:.0f} s", flush=True)
     dataset = TrainingDataset(rows, encode)
     some = some_images(dataset, recipe.budgets[0])
     assert some is not None, "captions are of images"
@@ -116,12 +116,12 @@ def train(
     arguments: TrainingArguments,
 ) -> None:
     """The loop: AdamW with a cosine, budgets drawn by the step."""
-    chance, config, device = random.Random(arguments.seed), model.config, arguments.device
+    rng, config, device = random.Random(arguments.seed), model.config, arguments.device
     projector = model.model.multi_modal_projector.float().train()
     embeddings = model.get_input_embeddings().weight.detach().float()
     vocabulary, targets = caption_targets(captions, tokenizer)
     words, targets = F.normalize(embeddings[vocabulary], dim=-1), targets.to(device)
-    loudness = embeddings.square().mean().sqrt().item()
+    text_rms = embeddings.square().mean().sqrt().item()
     optimizer = torch.optim.AdamW(projector.parameters(), arguments.learning_rate, weight_decay=arguments.weight_decay)
     size, order = arguments.per_device_train_batch_size, list(range(len(files)))
     steps = math.ceil(arguments.num_train_epochs * (len(order) // size))
@@ -133,12 +133,12 @@ def train(
     for step in range(steps):
         start = step % (len(order) // size) * size
         if start == 0:
-            chance.shuffle(order)
-        batch, budget = order[start : start + size], chance.choice(budgets)
+            rng.shuffle(order)
+        batch, budget = order[start : start + size], rng.choice(budgets)
         stream, *levels = features.split(features.load([files[index] for index in batch]).to(device).float())
         with torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):
             tokens = projector(stream, levels, config.scale_factor_for(budget))
-        loss, entropy = word_loss(tokens, words, targets[batch], loudness)
+        loss, entropy = word_loss(tokens, words, targets[batch], text_rms)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(projector.parameters(), 1.0)

@@ -50,19 +50,19 @@ class Item(NamedTuple):
     caption: str
 
 
-def chance_of(*parts: object) -> random.Random:
+def rng_of(*parts: object) -> random.Random:
     """Random numbers that belong to one item, whatever was made before it."""
     return random.Random(int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big"))
 
 
 def is_held_out(text: str, share: float) -> bool:
     """Whether something named so belongs to the test; the seed has no say in it."""
-    return chance_of("held out", text).random() < share
+    return rng_of("held out", text).random() < share
 
 
 def is_taken(text: str, size: float) -> bool:
     """Whether a thing or a country is among those of a size below 1; what a small size has, a larger one has too."""
-    return chance_of("taken", text).random() < size
+    return rng_of("taken", text).random() < size
 
 
 def things(size: float, cache: Path) -> list[str]:
@@ -78,21 +78,19 @@ def emoji_items(test: bool, seed: int, size: float, cache: Path) -> Iterator[Ite
         emoji = sources.EmojiSet(set_name, cache)
         for name in names:
             if name in emoji:
-                chance = chance_of(seed, set_name, name)
+                rng = rng_of(seed, set_name, name)
                 words = name.replace("-", " ")
-                turns = [(chance.choice(NAMING), words)]
-                yield Item("naming", f"{set_name}-{name}", emoji.draw(name, chance), turns, words)
+                turns = [(rng.choice(NAMING), words)]
+                yield Item("naming", f"{set_name}-{name}", emoji.draw(name, rng), turns, words)
 
 
 def clip_art_items(seed: int, size: float, cache: Path) -> Iterator[Item]:
     """More drawings of the same things, of many hands."""
     for name, file in sources.clip_art(set(things(size, cache)), cache):
-        chance = chance_of(seed, "clip art", file.name)
+        rng = rng_of(seed, "clip art", file.name)
         words = name.replace("-", " ")
-        image = sources.load_image(file, chance)
-        yield Item(
-            "naming", f"clipart-{file.parent.name}--{file.stem}", image, [(chance.choice(NAMING), words)], words
-        )
+        image = sources.load_image(file, rng)
+        yield Item("naming", f"clipart-{file.parent.name}--{file.stem}", image, [(rng.choice(NAMING), words)], words)
 
 
 def flag_items(test: bool, seed: int, size: float, cache: Path) -> Iterator[Item]:
@@ -103,13 +101,13 @@ def flag_items(test: bool, seed: int, size: float, cache: Path) -> Iterator[Item
     for set_name, prefix in sets.items():
         emoji = sources.EmojiSet(set_name, cache) if prefix else None
         for code, country in countries.items():
-            chance = chance_of(seed, "flag", set_name, code)
+            rng = rng_of(seed, "flag", set_name, code)
             slug = twemoji.by_code.get("-".join(f"{0x1F1E6 + ord(c) - ord('a'):x}" for c in code), "")
             name = prefix + slug.removeprefix("flag-")
             if emoji is None:
-                image = sources.place(sources.render_svg(country["svg"], 216), chance)
+                image = sources.place(sources.render_svg(country["svg"], 216), rng)
             elif name in emoji:
-                image = emoji.draw(name, chance)
+                image = emoji.draw(name, rng)
             else:
                 continue
             turns = [(FLAG, country["name"])]
@@ -123,7 +121,7 @@ def stamp_items(test: bool, seed: int, size: float, cache: Path) -> Iterator[Ite
     for name, sentence, file in sources.stamps(cache):
         wanted = named_word(name, sentence) if test else is_taken(sentence, size)
         if wanted and is_held_out(sentence, 0.12) == test:
-            image = sources.load_image(file, chance_of(seed, "stamp", name))
+            image = sources.load_image(file, rng_of(seed, "stamp", name))
             yield Item("stamp", f"stamp-{file.parent.name}--{name}", image, [(DESCRIBE, sentence)], sentence)
 
 
@@ -133,12 +131,12 @@ def drawn_items(test: bool, seed: int, counts: dict[str, int], cache: Path) -> I
     fonts = sources.fonts(test, cache)
     side = "test" if test else "train"
     for task, make in (
-        ("reading", lambda chance: make_text(words, fonts, test, chance)),
+        ("reading", lambda rng: make_text(words, fonts, test, rng)),
         ("counting", make_scene),
         ("chart", make_chart),
     ):
         for index in range(counts[task]):
-            image, turns = make(chance_of(seed, side, task, index))
+            image, turns = make(rng_of(seed, side, task, index))
             caption = turns[0][1] if task == "reading" else ", ".join(dict.fromkeys(answer for _, answer in turns))
             yield Item(task, f"{task}-{side}-{index}", image, turns, caption)
 
@@ -152,10 +150,10 @@ def easy_vqa_items(test: bool, seed: int, count: int) -> Iterator[Item]:
     turns: dict[int, Turns] = {}
     for question, answer, index in zip(questions, answers, ids):
         turns.setdefault(index, []).append((question[0].upper() + question[1:], answer))
-    for index in sorted(turns, key=lambda index: chance_of(seed, "easy", index).random())[:count]:
+    for index in sorted(turns, key=lambda index: rng_of(seed, "easy", index).random())[:count]:
         with Image.open(paths[index]) as image:
             large = image.convert("RGB").resize((sources.SIDE, sources.SIDE), Image.Resampling.BICUBIC)
-        chosen = chance_of(seed, "easy", index, "turns").sample(turns[index], min(4, len(turns[index])))
+        chosen = rng_of(seed, "easy", index, "turns").sample(turns[index], min(4, len(turns[index])))
         facts = [answer for _, answer in turns[index] if answer not in ("yes", "no")] or [chosen[0][1]]
         yield Item("easy-vqa", f"easy-{'test' if test else 'train'}-{index}", large, chosen, ", ".join(facts))
 
@@ -177,7 +175,7 @@ def chat_rows(seed: int, size: float, cache: Path) -> Iterator[dict]:
             (f"What is the capital of {name}?", f"The capital of {name} is {capital}."),
             (f"Where is {name}?", f"{name} is in {continent}."),
         ]
-        yield llava_row(f"chat-{code}", None, [chance_of(seed, "chat", code).choice(turns)])
+        yield llava_row(f"chat-{code}", None, [rng_of(seed, "chat", code).choice(turns)])
 
 
 def llava_row(name: str, image: str | None, turns: Turns) -> dict:
@@ -254,8 +252,8 @@ def test_rows(seed: int, size: float, images: Path, cache: Path) -> Iterator[dic
     ):
         by_task.setdefault(item.task, []).append(item)
     for task, items in by_task.items():
-        for item in sorted(items, key=lambda item: chance_of(seed, "test", item.name).random())[: TESTS[task]]:
-            question, answer = chance_of(seed, "test question", item.name).choice(item.turns)
+        for item in sorted(items, key=lambda item: rng_of(seed, "test", item.name).random())[: TESTS[task]]:
+            question, answer = rng_of(seed, "test question", item.name).choice(item.turns)
             row = {"id": item.name, "task": task, "image": save(item._replace(name=f"test-{item.name}"), images)}
             row |= {"question": question, "answer": answer}
             yield row if task != "stamp" else {**row, "key": named_word(item.name, answer)}

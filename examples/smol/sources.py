@@ -68,7 +68,7 @@ class EmojiSet:
     def __contains__(self, name: str) -> bool:
         return name in self.icons["icons"] or name in self.icons.get("aliases", {})
 
-    def draw(self, name: str, chance: random.Random) -> Image.Image:
+    def draw(self, name: str, rng: random.Random) -> Image.Image:
         """(224, 224): the drawing somewhere on a pale ground."""
         alias = self.icons.get("aliases", {}).get(name, {}).get("parent", name)
         icon = self.icons["icons"][alias]
@@ -77,7 +77,7 @@ class EmojiSet:
             '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
             f'viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
         )
-        return place(render_svg(svg, chance.randint(150, 216)), chance)
+        return place(render_svg(svg, rng.randint(150, 216)), rng)
 
 
 def nameable(emoji: EmojiSet) -> list[str]:
@@ -147,26 +147,26 @@ def render_svg(svg: str, side: int) -> Image.Image:
     return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=side)))).convert("RGBA")
 
 
-def load_image(file: Path, chance: random.Random) -> Image.Image:
+def load_image(file: Path, rng: random.Random) -> Image.Image:
     """(224, 224): an image file on a pale ground."""
     with Image.open(file) as image:
-        return place(image.convert("RGBA"), chance)
+        return place(image.convert("RGBA"), rng)
 
 
-def place(drawing: Image.Image, chance: random.Random) -> Image.Image:
+def place(drawing: Image.Image, rng: random.Random) -> Image.Image:
     """(224, 224) RGB: a drawing, no larger than that, somewhere on a pale ground."""
-    drawing.thumbnail((chance.randint(150, 216),) * 2, Image.Resampling.LANCZOS)
-    ground = Image.new("RGB", (SIDE, SIDE), pale(chance))
+    drawing.thumbnail((rng.randint(150, 216),) * 2, Image.Resampling.LANCZOS)
+    ground = Image.new("RGB", (SIDE, SIDE), pale(rng))
     spare = (SIDE - drawing.width, SIDE - drawing.height)
-    ground.paste(drawing, (chance.randint(0, spare[0]), chance.randint(0, spare[1])), drawing)
+    ground.paste(drawing, (rng.randint(0, spare[0]), rng.randint(0, spare[1])), drawing)
     return ground
 
 
-def pale(chance: random.Random) -> tuple[int, int, int]:
-    """A colour of paper: white half of the time."""
-    if chance.random() < 0.5:
+def pale(rng: random.Random) -> tuple[int, int, int]:
+    """A color of paper: white half of the time."""
+    if rng.random() < 0.5:
         return (255, 255, 255)
-    return (chance.randint(200, 255), chance.randint(200, 255), chance.randint(200, 255))
+    return (rng.randint(200, 255), rng.randint(200, 255), rng.randint(200, 255))
 
 
 def _read(archive: tarfile.TarFile, file: str) -> Any:

@@ -38,12 +38,12 @@ def test_scenes_are_what_their_answers_say():
         for question, answer in turns:
             if question.startswith("What color"):
                 distance = min(
-                    sum(abs(a - b) for a, b in zip(pixel, scenes.COLOURS[answer]))
+                    sum(abs(a - b) for a, b in zip(pixel, scenes.COLORS[answer]))
                     for _, pixel in image.getcolors(224 * 224)
                 )
                 assert distance < 12, (seed, question, answer)
             seen.add(answer)
-    assert seen >= {*scenes.COLOURS, *scenes.NUMBERS}
+    assert seen >= {*scenes.COLORS, *scenes.NUMBERS}
 
 
 def test_numbers_of_the_test_are_in_no_training_image():
@@ -80,7 +80,7 @@ def test_word_loss_falls_towards_the_words_of_the_caption():
     )
     right = torch.stack([words[row.topk(2).indices] for row in targets])
     wrong = right.flip(0)
-    losses = [word_loss(tokens * 8, words, targets, loudness=1.0)[0] for tokens in (right, wrong)]
+    losses = [word_loss(tokens * 8, words, targets, text_rms=1.0)[0] for tokens in (right, wrong)]
     assert losses[0] < losses[1]
     assert word_loss(right * 800, words, targets, 1.0)[0] > 100  # far too loud
 

@@ -485,9 +485,9 @@ class TestFromVisionTextPretrained:
             pixel_values=pixel_values,
         )
         tokens = torch.cat(model.get_image_features(pixel_values).pooler_output)
-        loudness = model.get_input_embeddings().weight.square().mean().sqrt()
+        text_rms = model.get_input_embeddings().weight.square().mean().sqrt()
         torch.testing.assert_close(tokens.mean(0), torch.zeros(48), atol=1e-5, rtol=0)
-        torch.testing.assert_close(tokens.square().mean().sqrt(), loudness, atol=0, rtol=1e-4)
+        torch.testing.assert_close(tokens.square().mean().sqrt(), text_rms, atol=0, rtol=1e-4)
         for parameter in model.model.multi_modal_projector.parameters():
             nn.init.zeros_(parameter)
         with pytest.raises(ValueError, match="do not differ"):

@@ -58,8 +58,8 @@ def test_a_run_computes_each_image_once_and_logs_its_visual_tokens(tmp_path, mon
     assert sum(kept) == 16  # two epochs
     assert len(list((tmp_path / "features").glob("*/*.npy"))) == 8
     log = [entry for entry in json.loads((out / "trainer_state.json").read_text())["log_history"] if "loss" in entry]
-    assert all(entry["visual_loudness"] > 0 for entry in log)
-    assert all(0 <= entry["visual_spread"] <= entry["visual_loudness"] for entry in log)
+    assert all(entry["visual_token_rms"] > 0 for entry in log)
+    assert all(0 <= entry["visual_token_spread"] <= entry["visual_token_rms"] for entry in log)
 
 
 def test_two_joined_parts_start_as_loud_as_text(tmp_path):
@@ -68,8 +68,8 @@ def test_two_joined_parts_start_as_loud_as_text(tmp_path):
     content["model"] = write_parts(tmp_path)
     out = train(make_recipe(content))
     log = json.loads((out / "trainer_state.json").read_text())["log_history"][0]
-    assert log["visual_loudness"] == pytest.approx(1, abs=0.2)
-    assert log["visual_spread"] > 0.2
+    assert log["visual_token_rms"] == pytest.approx(1, abs=0.2)
+    assert log["visual_token_spread"] > 0.2
 
 
 def test_features_of_a_tower_that_is_trained_are_refused(tmp_path):

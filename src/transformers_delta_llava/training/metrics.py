@@ -57,14 +57,15 @@ def peak_memory(device: torch.device) -> float:
 
 
 class VisualTokenLog:
-    """
-    What the projector gave in its last step, beside the text: visual tokens much louder or quieter than text, or nearly
-    the same for all images, tell of a bad start or a learning rate that is too high.
+    """Size of the last step's visual tokens beside the text's embeddings.
+
+    Visual tokens much larger or smaller than text, or nearly the same for all images, point to a bad start or too high a
+    learning rate.
     """
 
     def __init__(self, model: nn.Module):
         self.model, self.tokens = model, None
-        self.shows_images = True  # a batch without any has a blank one, which tells nothing
+        self.shows_images = True  # a batch without any has a blank one, which is masked
         for module in model.modules():
             if isinstance(module, DeltaLlavaProjector):
                 module.register_forward_hook(self._keep)
@@ -74,14 +75,15 @@ class VisualTokenLog:
             self.tokens = output.detach()
 
     def report(self) -> dict[str, float]:
-        """
-        Root mean square of visual tokens, and of what differs between images in them (their mean over images taken off),
-        both in units of the text's input embeddings; nothing where no image was seen, or the embeddings are sharded.
+        """Root mean square of the visual tokens, and of their deviation from the mean over images.
+
+        Both are in units of the input embeddings' root mean square. Empty where no image was seen, or the embeddings are
+        sharded.
         """
         weight = self.model.get_input_embeddings().weight
         if self.tokens is None or not weight.numel():
             return {}
         tokens, text = self.tokens.float(), weight.detach()[:: max(1, len(weight) // 4096)].float()
-        loudness = text.square().mean().sqrt().item()
-        values = {"visual_loudness": tokens, "visual_spread": tokens - tokens.mean(0)}
-        return {name: round(value.square().mean().sqrt().item() / loudness, 4) for name, value in values.items()}
+        text_rms = text.square().mean().sqrt().item()
+        values = {"visual_token_rms": tokens, "visual_token_spread": tokens - tokens.mean(0)}
+        return {name: round(value.square().mean().sqrt().item() / text_rms, 4) for name, value in values.items()}
