@@ -19,6 +19,7 @@ from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.analysis import load_repo
 from transformers_delta_llava.conversion import convert_checkpoint
 from transformers_delta_llava.evaluation import answer_questions, draw_test_questions, score_answers
+from transformers_delta_llava.modeling.delta_repo_delta_llava import dtype_name
 
 from .report import Report
 
@@ -113,7 +114,7 @@ def _difference(model: Any, inputs: dict[str, Any], budget: int, expected: torch
 
 def _every_budget(report: Report, model: Any, inputs: Any, expected: Any) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         moved = _copy(model, report.device, dtype)
         for budget in inputs:
             measure = partial(_difference, moved, inputs[budget], budget, expected[budget])
@@ -130,7 +131,7 @@ def _copy(model: Any, device: str, dtype: torch.dtype) -> Any:
 def _autocast(report: Report, model: Any, inputs: Any, expected: Any) -> None:
     moved, budget = _copy(model, report.device, torch.float32), 144
     for dtype in (torch.bfloat16, torch.float16):
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
 
         def measure(dtype: torch.dtype = dtype) -> float:
             with torch.autocast(report.device, dtype):

@@ -14,6 +14,7 @@ from torch import nn
 from harness import peak_bytes
 from projector import build, inputs
 from transformers_delta_llava.analysis.profile import projector_costs
+from transformers_delta_llava.modeling.delta_repo_delta_llava import dtype_name
 
 from .report import Report, captured, measured_rates, milliseconds
 
@@ -28,7 +29,7 @@ def projector(report: Report) -> None:
     """bfloat16, then float16; every batch, every scale factor."""
     batches = [1, 2] if report.rehearse else [1, 32, 256]
     for dtype in (torch.bfloat16, torch.float16):
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         projectors = build("tiny" if report.rehearse else "7b", report.device, dtype)
         rates = measured_rates(report, dtype)
         report.note(**{f"rates, {name}": rates})

@@ -1,7 +1,6 @@
 """`delta-llava delta`."""
 
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,16 +19,11 @@ if TYPE_CHECKING:
 delta = typer.Typer(no_args_is_help=True, help="Take deltas out of models, shrink them, put them into models.")
 
 
-class Dtype(str, Enum):
-    """Dtypes that deltas can be written in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
 Output = Annotated[Path, typer.Argument(help="Folder to write; it must not exist.", show_default=False)]
-DtypeOption = Annotated[Dtype | None, typer.Option(help="Dtype of the deltas; by default the source's.")]
+DeltaDtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="Dtype of the deltas, float32, bfloat16 or float16; by default the source's."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Take deltas that belong to another base.")]
 
 
@@ -41,13 +35,13 @@ def extract(
         str | None, typer.Option(help="What SOURCE was fine-tuned from; the deltas become the difference.")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="With --base: rank of the difference that is kept.")] = None,
-    dtype: DtypeOption = None,
+    dtype: DeltaDtype = None,
     as_json: Json = False,
 ) -> None:
     """Write the deltas of a model, or of a fine-tuned model against its base, as a delta repo."""
     from ..deltas import extract_deltas  # takes seconds to import, which `--help` need not wait for
 
-    report = extract_deltas(source, output, base, rank, _torch_dtype(dtype))
+    report = extract_deltas(source, output, base, rank, _dtype(dtype))
     if report.left_out:
         names = ", ".join(report.left_out[:6]) + (" ..." if len(report.left_out) > 6 else "")
         say(
@@ -64,13 +58,13 @@ def truncate(
     energy: Annotated[
         float | None, typer.Option(help="Or share of the squared norm to keep, in every projection and level.")
     ] = None,
-    dtype: DtypeOption = None,
+    dtype: DeltaDtype = None,
     as_json: Json = False,
 ) -> None:
     """Write deltas at a lower rank, by singular values."""
     from ..deltas import truncate_deltas
 
-    _print_report(truncate_deltas(source, output, rank, energy, _torch_dtype(dtype)), as_json)
+    _print_report(truncate_deltas(source, output, rank, energy, _dtype(dtype)), as_json)
 
 
 @delta.command()
@@ -158,7 +152,7 @@ def _print_report(report: "DeltaReport", as_json: bool) -> None:
     typer.echo(report.output)
 
 
-def _torch_dtype(dtype: Dtype | None) -> "torch.dtype | None":
-    import torch
+def _dtype(name: str | None) -> "torch.dtype | None":
+    from ..utils.validation import torch_dtype
 
-    return None if dtype is None else getattr(torch, dtype.value)
+    return None if name is None else torch_dtype(name)
