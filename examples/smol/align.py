@@ -88,15 +88,15 @@ def align(recipe_file: Path, overrides: list[str]) -> None:
     encode = ConversationEncoder(processor, recipe.data.max_length)
     features = FrozenFeatures(model, str(recipe.data.frozen_features))
     files, captions, images, started = [], [], [], time.time()
-    for index_of in range(len(rows)):
-        messages = rows.messages(index_of)
+    for index in range(len(rows)):
+        messages = rows.messages(index)
         captions.append(messages[-1]["content"][0]["text"])
         images.append(encode(messages, min(recipe.budgets))["pixel_values"])
-        if len(images) == 16 or index_of == len(rows) - 1:
+        if len(images) == 16 or index == len(rows) - 1:
             files += features.keep(torch.cat(images).to(arguments.device))
             images = []
-            if index_of % 320 == 319:
-                print(f"{index_of + 1} of {len(rows)} images seen, {time.time() - started:.0f} s", flush=True)
+            if index % 320 == 319:
+                print(f"{index + 1} of {len(rows)} images seen, {time.time() - started:.0f} s", flush=True)
     dataset = TrainingDataset(rows, encode)
     some = some_images(dataset, recipe.budgets[0])
     assert some is not None, "captions are of images"

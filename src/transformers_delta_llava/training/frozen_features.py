@@ -1,4 +1,4 @@
-"""What a frozen vision tower says of an image, computed once and kept on disk."""
+"""Features of a frozen vision tower, computed once per image and kept on disk."""
 
 import hashlib
 import os
@@ -14,15 +14,14 @@ from ..modeling import DeltaLlavaForConditionalGeneration
 
 
 class FrozenFeatures:
-    """
-    Answers for a model's frozen tower: from disk for images that it has seen, by running the tower for others.
+    """Takes the place of a model's `get_patch_features`: reads an image's features from disk, or runs the tower once.
 
-    Kept are the patches of the hidden states that the projector reads, in float16, one file an image (states x patches x
-    channels x 2 bytes); the folder below `folder` is named by a hash of the tower, so that another tower's are never read.
+    A file holds the patches of the hidden states that the projector reads, in float16 (states x patches x channels x 2
+    bytes). The files lie in a folder named by a hash of the tower, so that another tower's are never read.
 
     Args:
-        model: its `get_patch_features` is answered for from now on; its tower must not be trained.
-        folder: where to keep them.
+        model: its `get_patch_features` is replaced; its tower must not be trained.
+        folder: where to keep the features.
     """
 
     def __init__(self, model: DeltaLlavaForConditionalGeneration, folder: str | Path):
@@ -60,11 +59,11 @@ class FrozenFeatures:
             _, features, levels = self._run(pixel_values[missing], **kwargs)
             states = dict(zip(self.order, [features, *levels]))
             kept = torch.stack([states[index] for index in self.indices], dim=1).to(torch.float16).cpu().numpy()
-            for place, array in zip(missing, kept):
-                unfinished = files[place].with_suffix(f".{os.getpid()}")
+            for index, array in zip(missing, kept):
+                unfinished = files[index].with_suffix(f".{os.getpid()}")
                 with unfinished.open("wb") as file:
                     np.save(file, array)
-                unfinished.replace(files[place])
+                unfinished.replace(files[index])
         return files
 
     def load(self, files: Sequence[Path]) -> torch.Tensor:
