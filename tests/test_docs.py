@@ -65,6 +65,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "results" / "144" / "model").mkdir(parents=True)
     (folder / "results" / "144" / "model" / "now_results.json").write_text(json.dumps(REPORT))
     shutil.copy(ROOT / "examples" / "images" / "chelsea.jpg", folder / "photo.jpg")
+    (folder / "smol-data" / "images").mkdir(parents=True)
+    shutil.copy(folder / "photo.jpg", folder / "smol-data" / "images")
+    question = {"task": "naming", "image": "photo.jpg", "question": "What is this?", "answer": "a cat"}
+    (folder / "smol-data" / "test.json").write_text(json.dumps([question]))
+    (folder / "smol-data" / "finetune.json").write_text("[]")
     shutil.copy(ROOT / "examples" / "recipes" / "finetune-7b.yaml", folder / "RECIPE.yaml")
     return folder
 

@@ -51,11 +51,10 @@ class TaskQuestion(NamedTuple):
 
 
 def load_test_set(folder: Path, limit: int | None = None) -> list[TaskQuestion]:
-    """
-    The questions of `test.json` in a folder, whose images are in `images/`; with `limit` so many of each task.
+    """The questions of `test.json` in a folder, whose images are in `images/`; with `limit` at most so many of each task.
 
     Raises:
-        DeltaLlavaError: no such file, or a row that is none.
+        DeltaLlavaError: no such file, or a row that is not a question.
     """
     file = folder / "test.json"
     if not file.is_file():
@@ -77,8 +76,8 @@ def score_tasks(questions: Sequence[TaskQuestion], answers: Sequence[str]) -> di
 
 
 def majority_of_training(folder: Path, questions: Sequence[TaskQuestion]) -> list[str]:
-    """What one says who knows the training data and sees nothing: to each question the answer it most often had in
-    `finetune.json` of the test set's folder; nothing to a question that was never asked there."""
+    """For each question the answer that it has most often in `finetune.json` of the test set's folder; empty where that
+    file does not have the question."""
     counts: dict[str, Counter[str]] = {}
     for row in parse_json(read_text(folder / "finetune.json")):
         turns = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
