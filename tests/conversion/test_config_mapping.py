@@ -173,3 +173,10 @@ def test_reading_leaves_the_settings_unchanged():
     first, second = convert_config(config, VISION), convert_config(config, VISION, Vocabulary(320, 300))
     assert settings == before
     assert (first.text_config.vocab_size, second.text_config.vocab_size) == (384, 320)
+
+
+@pytest.mark.parametrize("key", ["model_type", "mm_use_im_start_end"])
+def test_a_value_of_any_length_makes_a_short_sentence(key):
+    with pytest.raises(DeltaLlavaError, match=rf"config.json has {key}=.*\.\.\.") as refused:
+        read_config({**CONFIG, key: [*range(1000)]})
+    assert len(str(refused.value)) < 800

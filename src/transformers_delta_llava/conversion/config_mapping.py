@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..modeling import DeltaLlavaConfig
 from ..modeling.configuration_delta_llava import SELECT_STRATEGIES
-from ..utils.errors import DeltaLlavaError, explain_errors
+from ..utils.errors import DeltaLlavaError, explain_errors, show
 from ..utils.validation import check_sizes, validate
 from .language_models import LanguageModel, find_language_model
 
@@ -172,7 +172,7 @@ def read_config(settings: dict) -> SourceConfig:
         if settings.get(key) not in allowed:
             supported = " or ".join(repr(value) for value in allowed if value is not None) or "absent"
             raise DeltaLlavaError(
-                f"config.json has {key}={settings[key]!r}, which is not supported; it must be {supported}."
+                f"config.json has {key}={show(settings[key])}, which is not supported; it must be {supported}."
             )
     keys = validate(SourceKeys, settings, "config.json")
     text_config, others = build_config(**{**deepcopy(settings), "model_type": language_model.text_model_type})

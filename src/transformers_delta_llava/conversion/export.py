@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from ..hub.tokenizer import TEMPLATE_FILE, TOKENIZER_FILES, WORD_MARK_RULE
 from ..modeling import DeltaLlavaConfig
 from ..modeling.delta_repo_delta_llava import dtype_name
-from ..utils.errors import DeltaLlavaError, explain_errors, format_names
+from ..utils.errors import DeltaLlavaError, explain_errors, format_names, show
 from ..utils.files import (
     EXPORTED_FROM,
     REPORT_FILE,
@@ -151,7 +151,7 @@ def read_repo_config(folder: Path) -> DeltaLlavaConfig:
     values = read_json(folder / "config.json")
     if values.get("model_type") != "delta_llava":
         raise DeltaLlavaError(
-            f"{folder.name} is not a Delta-LLaVA repo: its config.json has model_type={values.get('model_type')!r}."
+            f"{folder.name} is not a Delta-LLaVA repo: its config.json has model_type={show(values.get('model_type'))}."
         )
     what = f"The config.json of {folder.name} is not usable"
     check_sizes(values, what)

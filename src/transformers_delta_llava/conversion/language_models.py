@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..utils.errors import DeltaLlavaError
+from ..utils.errors import DeltaLlavaError, show
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,11 @@ def find_language_model(model_type: object) -> LanguageModel:
     if isinstance(model_type, str) and model_type in LANGUAGE_MODELS:
         return LANGUAGE_MODELS[model_type]
     if isinstance(model_type, str) and model_type in UNSUPPORTED:
-        raise DeltaLlavaError(f"config.json has model_type={model_type!r}: {UNSUPPORTED[model_type]}.")
+        raise DeltaLlavaError(f"config.json has model_type={show(model_type)}: {UNSUPPORTED[model_type]}.")
     known = ", ".join(LANGUAGE_MODELS)
-    raise DeltaLlavaError(f"config.json has model_type={model_type!r}; a Delta-LLaVA checkpoint has one of {known}.")
+    raise DeltaLlavaError(
+        f"config.json has model_type={show(model_type)}; a Delta-LLaVA checkpoint has one of {known}."
+    )
 
 
 def language_models_of(text_model_type: str) -> dict[str, LanguageModel]:

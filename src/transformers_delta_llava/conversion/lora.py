@@ -14,7 +14,7 @@ import regex
 import torch
 from pydantic import Field
 
-from ..utils.errors import DeltaLlavaError, format_names
+from ..utils.errors import DeltaLlavaError, format_names, show
 from ..utils.files import read_json
 from ..utils.validation import FileModel, validate
 from .checkpoint import LazyTensor, same_bits
@@ -88,7 +88,7 @@ def _compile(pattern: str) -> Any:
     try:
         return regex.compile(rf"(.*\.)?({pattern})$")
     except (regex.error, RecursionError, OverflowError):
-        raise DeltaLlavaError(f"{ADAPTER_CONFIG}: {pattern!r} in alpha_pattern is not a valid pattern.") from None
+        raise DeltaLlavaError(f"{ADAPTER_CONFIG}: {show(pattern)} in alpha_pattern is not a valid pattern.") from None
 
 
 def _matches(pattern: Any, module: str, deadline: float) -> bool:
@@ -113,9 +113,9 @@ def read_lora_settings(folder: Path) -> LoraSettings:
     values = read_json(path)
     settings = validate(LoraSettings, values, ADAPTER_CONFIG)
     if settings.peft_type not in (None, "LORA"):
-        raise DeltaLlavaError(f"{ADAPTER_CONFIG} has peft_type={settings.peft_type!r}; only LORA can be merged.")
+        raise DeltaLlavaError(f"{ADAPTER_CONFIG} has peft_type={show(settings.peft_type)}; only LORA can be merged.")
     used = {field.alias or name for name, field in LoraSettings.model_fields.items()}
-    variants = [f"{name}={value!r}" for name, value in values.items() if value and name not in used | _NO_EFFECT]
+    variants = [f"{name}={show(value)}" for name, value in values.items() if value and name not in used | _NO_EFFECT]
     if variants:
         raise DeltaLlavaError(
             f"{ADAPTER_CONFIG} asks for {format_names(variants)}, which is more than a low-rank sum; {_MERGE_WITH_PEFT} "
@@ -123,7 +123,7 @@ def read_lora_settings(folder: Path) -> LoraSettings:
         )
     if settings.init_lora_weights not in _PLAIN_INITIALISATIONS:
         raise DeltaLlavaError(
-            f"{ADAPTER_CONFIG} has init_lora_weights={settings.init_lora_weights!r}, which changes the base weights, so the "
+            f"{ADAPTER_CONFIG} has init_lora_weights={show(settings.init_lora_weights)}, which changes the base weights, so the "
             f"adapter does not fit the base model's own; {_MERGE_WITH_PEFT} and convert the full checkpoint, or save the "
             "adapter with path_initial_model_for_weight_conversion."
         )

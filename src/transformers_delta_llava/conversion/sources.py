@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from ..hub.tokenizer import TOKENIZER_FILES, TokenIds, add_tokens, has_tokenizer, load_tokenizer, read_own_template
-from ..utils.errors import DeltaLlavaError, explain_errors, format_names
+from ..utils.errors import DeltaLlavaError, explain_errors, format_names, show
 from ..utils.files import hub_id_of, local_folder, public_name, read_json
 from .chat_templates import ChatTemplate, choose_chat_template, exported_template
 from .checkpoint import Checkpoint, LazyTensor, has_weights, open_weights, read_checkpoint
@@ -249,7 +249,7 @@ def _read_base(model_id: str, text_model_type: str) -> BaseModel:
         family = LANGUAGE_MODELS.get(model_type) if isinstance(model_type, str) else None
         if (family.text_model_type if family else model_type) != text_model_type:
             raise DeltaLlavaError(
-                f"The base model {public_name(model_id)} has model_type={model_type!r}, but the checkpoint was trained on a "
+                f"The base model {public_name(model_id)} has model_type={show(model_type)}, but the checkpoint was trained on a "
                 f"{text_model_type}; pass the right one as `base_model=...`."
             )
     return BaseModel(public_name(model_id), folder, read_checkpoint(folder))

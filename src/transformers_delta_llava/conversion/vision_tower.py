@@ -15,7 +15,7 @@ from transformers.image_utils import (
 )
 
 from ..modeling.configuration_delta_llava import DEFAULT_VISION_CONFIG, SELECT_STRATEGIES
-from ..utils.errors import DeltaLlavaError
+from ..utils.errors import DeltaLlavaError, show
 from ..utils.files import cached_repo_id, local_folder, public_name, read_json, read_optional_json
 from .checkpoint import Checkpoint, has_weights, read_checkpoint
 from .config_mapping import build_config
@@ -120,7 +120,7 @@ def _tower_config(folder: Path) -> PreTrainedConfig:
         raise DeltaLlavaError(f"The vision tower {folder.name} has a vision_config that is not a JSON object.")
     if model_type not in tuple(SELECT_STRATEGIES):  # it may be of any type, as JSON is
         known = ", ".join([*_TOWER_OF, *SELECT_STRATEGIES])
-        raise DeltaLlavaError(f"The vision tower {folder.name} has model_type={model_type!r}; use one of {known}.")
+        raise DeltaLlavaError(f"The vision tower {folder.name} has model_type={show(model_type)}; use one of {known}.")
     return build_config(**{**values, "model_type": model_type})[0]
 
 

@@ -21,7 +21,7 @@ from ..modeling.delta_projection_delta_llava import (
     projection_specs,
 )
 from ..modeling.delta_repo_delta_llava import DELTA_CONFIG, DELTA_WEIGHTS, read_delta_config
-from ..utils.errors import format_names
+from ..utils.errors import format_names, show
 from ..utils.files import local_folder, public_name, read_optional_json
 
 
@@ -107,7 +107,7 @@ def _read_delta_repo(folder: Path, name: str) -> Projections:
     result = _collect(name, folder, layout, sharing, levels, tensors, config)
     if result.rank != config["delta_rank"]:
         raise ValueError(
-            f"{name}: delta_rank={config['delta_rank']!r} in its config, but its tensors have rank {result.rank}."
+            f"{name}: delta_rank={show(config['delta_rank'])} in its config, but its tensors have rank {result.rank}."
         )
     return result
 

@@ -11,7 +11,7 @@ import transformers
 from tokenizers import AddedToken, Regex, normalizers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..utils.errors import DeltaLlavaError, one_line
+from ..utils.errors import DeltaLlavaError, one_line, show
 from ..utils.files import local_folder, read_json, read_optional_json, read_text, write_json
 
 
@@ -124,7 +124,7 @@ def _write_settings(folder: Path, sentencepiece_class: str | None) -> None:
         settings.pop(name, None)
     length = settings.get("model_max_length")
     if length is not None and type(length) not in (int, float):
-        raise DeltaLlavaError(f"tokenizer_config.json has model_max_length={length!r}; it must be a number.")
+        raise DeltaLlavaError(f"tokenizer_config.json has model_max_length={show(length)}; it must be a number.")
     if sentencepiece_class:
         settings = {"tokenizer_class": sentencepiece_class, "add_bos_token": True, **settings}
     written_by_v5 = "backend" in settings  # its tokenizers do not mention `legacy`, and are what they are

@@ -42,6 +42,11 @@ def shorten(value: object, limit: int = 200) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
+def show(value: object) -> str:
+    """A value from a file, as Python writes it, for a message; shortened."""
+    return shorten(repr(value))
+
+
 def printable(text: str) -> str:
     r"""`text` with control characters, invisible ones and lone surrogates escaped (`\x1b`)."""
     if text.isprintable():
