@@ -212,7 +212,7 @@ def read_delta_config(folder_or_repo: str | os.PathLike, **hub_kwargs: Any) -> d
         raise ValueError(f"{folder_or_repo}: {DELTA_CONFIG} does not describe deltas.")
     if config.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"{folder_or_repo}: format_version={config.get('format_version')!r} of {DELTA_CONFIG} is not "
+            f"{folder_or_repo}: format_version={ascii(config.get('format_version'))[:100]} of {DELTA_CONFIG} is not "
             f"{FORMAT_VERSION}, the one this code reads."
         )
     hashes, base = config["base_sha256"], config.get("base_model_name_or_path")
