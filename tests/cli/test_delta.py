@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.deltas.conftest import make
+from tests.modeling.delta_cases import make
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import struct
 from functools import partial
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from examples.make_checkpoint import write_weights
 from tests.checkpoints import read_tensors
-from transformers_delta_llava.conversion import checkpoint
 from transformers_delta_llava.conversion.checkpoint import (
     LazyTensor,
     read_checkpoint,
@@ -205,7 +205,7 @@ def test_a_failure_to_write_is_an_os_error(tmp_path, monkeypatch):
     def save_file(*args, **kwargs):
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    monkeypatch.setattr(safetensors.torch, "save_file", save_file)
     with pytest.raises(OSError, match=r"model\.safetensors cannot be written: No space left"):
         write(tmp_path)
 

@@ -3,23 +3,10 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from examples.make_checkpoint import write_checkpoint
-from tests.tiny import tiny_config
+from tests.modeling.delta_cases import LAYOUTS, make
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
-
-
-LAYOUTS = {
-    "released": {},
-    "paper": {"projector_layout": "paper"},
-    "paper, one base": {"projector_layout": "paper", "delta_sharing": "all"},
-}
-
-
-def make(seed: int = 0, **overrides) -> DeltaLlavaForConditionalGeneration:
-    torch.manual_seed(seed)
-    return DeltaLlavaForConditionalGeneration(tiny_config(**{"delta_rank": 4, **overrides})).eval()
 
 
 @pytest.fixture(params=LAYOUTS, ids=str)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.deltas.conftest import LAYOUTS, make
+from tests.modeling.delta_cases import LAYOUTS, make
 from tests.tiny import prompt
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.conversion import convert_checkpoint, inspect_model

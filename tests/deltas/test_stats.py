@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.deltas.conftest import LAYOUTS, make
+from tests.modeling.delta_cases import LAYOUTS, make
 from transformers_delta_llava.deltas import delta_stats, extract_deltas
 
 

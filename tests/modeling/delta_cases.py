@@ -18,7 +18,7 @@ LAYOUTS = {
 
 def make(seed: int = 0, **overrides) -> DeltaLlavaForConditionalGeneration:
     torch.manual_seed(seed)
-    return DeltaLlavaForConditionalGeneration(tiny_config(delta_rank=4, **overrides)).eval()
+    return DeltaLlavaForConditionalGeneration(tiny_config(**{"delta_rank": 4, **overrides})).eval()
 
 
 def inputs(seed: int = 0) -> dict[str, torch.Tensor]:

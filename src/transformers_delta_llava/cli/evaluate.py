@@ -42,8 +42,7 @@ def easy_vqa(
     from ..analysis import load_repo  # takes seconds to import, which `--help` need not wait for
     from ..evaluation import draw_test_questions, evaluate_easy_vqa, expand_settings
 
-    if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        raise ValueError(f"--output {output}: name a file in a folder that exists.")
+    _check_report_path(output)
     questions = draw_test_questions(limit)
     loaded, processor = load_repo(model, device, dtype)
     budgets = [number_or_word(word) for word in num_visual_tokens or [str(loaded.config.num_visual_tokens)]]
@@ -85,8 +84,7 @@ def smol(
     from ..evaluation import evaluate_tasks, load_test_set, majority_of_training
     from ..training.frozen_features import FrozenFeatures
 
-    if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        raise ValueError(f"--output {output}: name a file in a folder that exists.")
+    _check_report_path(output)
     questions = load_test_set(data, limit)
     majority = majority_of_training(data, questions)
     loaded, processor = load_repo(model, device, dtype)
@@ -121,6 +119,11 @@ def add_to_card(
     add_results(repo / "README.md", entries)
     for entry in entries:
         typer.echo(f"{entry.dataset_name}: {entry.metric_name} = {entry.metric_value}")
+
+
+def _check_report_path(output: Path | None) -> None:
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise ValueError(f"--output {output}: name a file in a folder that exists.")
 
 
 def _cells(scores: "dict[str, Score]") -> list[str]:

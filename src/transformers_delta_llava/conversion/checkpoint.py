@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from ..modeling.delta_repo_delta_llava import write_tensors
 from ..utils.errors import DeltaLlavaError, explain_errors, format_names
 from ..utils.files import read_json, write_json
 from .pickles import check_archive, is_archive, open_pickle
@@ -271,7 +271,7 @@ def write_shards(
             done += tensors[name].num_bytes
             if progress is not None:
                 progress(done, total)
-        _save(contents, folder / file_name)
+        write_tensors(contents, folder / file_name, file_name)
     if len(shards) > 1:
         parameters = sum(tensor.numel() for tensor in tensors.values())
         weight_map = {name: file_name for file_name, names in shards.items() for name in names}
@@ -322,13 +322,3 @@ def _refuse_non_finite(name: str, tensor: torch.Tensor) -> None:
         raise DeltaLlavaError(
             f"{name} holds NaN or Inf: a run that diverged, a damaged file, or a cast to a dtype of too small a range."
         )
-
-
-def _save(contents: dict[str, torch.Tensor], path: Path) -> None:
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        save_file(contents, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # safetensors wraps what the file system says
-        raise OSError(f"{path.name} cannot be written: {error}") from error
-    path.chmod(mode)  # some safetensors versions let only the owner read

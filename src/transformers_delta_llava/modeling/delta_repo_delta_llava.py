@@ -126,9 +126,6 @@ def write_delta_repo(
         FileExistsError: if the folder exists and may not be replaced.
         OSError: if it cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     folder = Path(folder).resolve()
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -141,14 +138,7 @@ def write_delta_repo(
         new, previous = Path(temporary) / "new", Path(temporary) / "previous"
         new.mkdir()
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        weights = new / DELTA_WEIGHTS
-        weights.touch()
-        mode = weights.stat().st_mode
-        try:
-            save_file(contiguous, weights, metadata={"format": "pt"})
-        except SafetensorError as error:  # it wraps errors of the file system
-            raise OSError(f"{folder.name}/{DELTA_WEIGHTS} cannot be written: {error}") from error
-        weights.chmod(mode)  # some safetensors versions let only the owner read
+        write_tensors(contiguous, new / DELTA_WEIGHTS, f"{folder.name}/{DELTA_WEIGHTS}")
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (new / DELTA_CONFIG).write_text(text, encoding="utf-8")
         (new / "README.md").write_text(_card(folder.name, config), encoding="utf-8")
@@ -161,6 +151,29 @@ def write_delta_repo(
             if previous.exists():
                 previous.rename(folder)
             raise
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path, name: str) -> None:
+    """Write a safetensors file with the permissions of any new file.
+
+    Args:
+        tensors: contiguous, without shared memory.
+        path: file to write.
+        name: of the file, for the message.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # it wraps errors of the file system
+        raise OSError(f"{name} cannot be written: {error}") from error
+    path.chmod(mode)  # some safetensors versions let only the owner read
 
 
 def _check_replaceable(folder: Path, overwrite: bool) -> None:

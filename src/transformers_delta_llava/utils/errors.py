@@ -42,9 +42,12 @@ def shorten(value: object, limit: int = 200) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-def show(value: object) -> str:
+def show(value: object, limit: int = 200) -> str:
     """A value from a file, as Python writes it, for a message; shortened."""
-    return shorten(repr(value))
+    try:
+        return shorten(repr(value), limit)
+    except ValueError:  # Python refuses to write out integers of thousands of digits
+        return f"a {type(value).__name__} too long to print"
 
 
 def printable(text: str) -> str:
@@ -124,16 +127,9 @@ def _describe_validation(error: ValidationError, limit: int = 3) -> str:
         elif fault["type"] in ("value_error", "assertion_error"):
             parts.append(f"{key}: {message}" if key else message)
         else:
-            parts.append(f"{key}={_short_repr(fault['input'])}: {message[0].lower()}{message[1:]}".lstrip("="))
+            parts.append(f"{key}={show(fault['input'], 60)}: {message[0].lower()}{message[1:]}".lstrip("="))
     rest = f"; and {len(faults) - limit} more" if len(faults) > limit else ""
     return "; ".join(parts) + rest
-
-
-def _short_repr(value: object) -> str:
-    try:
-        return shorten(repr(value), 60)
-    except ValueError:  # Python refuses to write out integers of thousands of digits
-        return f"a {type(value).__name__} too long to print"
 
 
 class RecipeError(DeltaLlavaError):
