@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from tests.training.tiny_run import assert_same_weights, make_model
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
+from transformers_delta_llava.training.trainer import keep_labelled_logits
 
 
 def rows(count: int = 4) -> list[dict[str, Any]]:
@@ -64,3 +65,17 @@ def test_a_resumed_run_has_every_weight_of_the_checkpoint(
     again = trainer(load(tmp_path / "repo"), tmp_path, max_steps=1, learning_rate=0.0)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert_same_weights(trained.state_dict(), again.model.state_dict(), atol=0)
+
+
+def test_logits_without_labels_are_left_out_and_change_nothing() -> None:
+    model = make_model().eval()
+    batch = {name: torch.stack([row[name] for row in rows(2)]) for name in rows(1)[0]}
+    batch["labels"][0, -2:] = -100  # positions that only the other row has a label for are kept
+    outputs, gradients = [], []
+    for kept in ({}, keep_labelled_logits(batch["labels"])):
+        outputs.append(model(**batch, **kept, num_items_in_batch=3))
+        gradients.append(torch.autograd.grad(outputs[-1].loss, model.lm_head.weight)[0])
+    assert outputs[1].logits.shape[1] == 4 < outputs[0].logits.shape[1]
+    torch.testing.assert_close(outputs[1].loss, outputs[0].loss)
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert keep_labelled_logits(torch.full((2, 5), -100))["shift_labels"].tolist() == [[-100], [-100]]

@@ -100,10 +100,12 @@ class DeltaLlavaTrainer(Trainer):
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As in transformers, and counts what the batch holds."""
+        """As in transformers; counts what the batch holds, and computes logits only where a label needs them."""
         counts = {name: inputs.pop(name) for name in COUNTS}
         self.throughput.add(counts)
         self.visual_tokens.shows_images = counts["num_images"] > 0
+        if not self.args.label_smoothing_factor:  # that needs logits and labels of one length
+            inputs.update(keep_labelled_logits(inputs["labels"]))
         return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -195,6 +197,25 @@ class DeltaLlavaTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_weights(target, resume_from_checkpoint)
+
+
+def keep_labelled_logits(labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """
+    Arguments of `forward` that leave out the logits of positions where no row of the batch has a label.
+
+    Most tokens of an image and a question have none, and a logit of each word of the vocabulary is dear.
+
+    Args:
+        labels: (rows, tokens), -100 where there is no loss.
+
+    Returns:
+        `logits_to_keep` (kept,), at least one position, and `shift_labels` (rows, kept).
+    """
+    shifted = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+    kept = (shifted != IGNORED).any(0).nonzero().flatten()
+    if not len(kept):
+        kept = kept.new_zeros(1)
+    return {"logits_to_keep": kept, "shift_labels": shifted[:, kept].contiguous()}
 
 
 def smoothed_loss(
