@@ -30,7 +30,19 @@ LAYERS = {
     "evaluation": {"utils", "modeling", "processing"},
     "training": {"conversion", "hub", "utils", "modeling", "processing"},  # prepares tokenizers as conversion does
     "serving": {"analysis", "utils", "modeling", "processing"},  # the demo app shows analyses
-    "cli": {"conversion", "deltas", "hub", "utils", "processing", "analysis", "evaluation", "serving", "training"},
+    "onnx_export": {"analysis", "utils", "modeling", "processing"},
+    "cli": {
+        "conversion",
+        "deltas",
+        "hub",
+        "utils",
+        "processing",
+        "analysis",
+        "evaluation",
+        "onnx_export",
+        "serving",
+        "training",
+    },
 }
 # Files that are copied into Hub repos, where only what transformers brings along is sure to be installed.
 HUB_FILES = sorted([*PACKAGE.glob("modeling/[!_]*.py"), *PACKAGE.glob("processing/[!_]*.py")])
@@ -42,6 +54,7 @@ PUBLIC_MODULES = (
     "transformers_delta_llava.deltas",
     "transformers_delta_llava.evaluation",
     "transformers_delta_llava.hub",
+    "transformers_delta_llava.onnx_export",
     "transformers_delta_llava.processing",
     "transformers_delta_llava.serving",
     "transformers_delta_llava.training",

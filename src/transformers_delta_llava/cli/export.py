@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from ..conversion import export_checkpoint
+from ..onnx_export import export_onnx
+from ..utils.errors import DeltaLlavaError
 from .options import say
 
 
@@ -14,22 +16,56 @@ class Format(str, Enum):
     """Layouts that can be written."""
 
     released = "released"
+    onnx = "onnx"
 
 
 def export(
     repo: Annotated[str, typer.Argument(help="Folder or Hub id of a Delta-LLaVA repo.", show_default=False)],
-    output: Annotated[Path, typer.Argument(help="Folder to write the checkpoint to.", show_default=False)],
-    layout: Annotated[Format, typer.Option("--format", help="released: the authors' layout.")] = Format.released,
+    output: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    layout: Annotated[
+        Format,
+        typer.Option(
+            "--format", help="released: the authors' layout; onnx: graphs for Python without torch, Node, browsers."
+        ),
+    ] = Format.released,
     projector_only: Annotated[
-        bool, typer.Option("--projector-only", help="Write mm_projector.bin and config.json alone.")
+        bool, typer.Option("--projector-only", help="released: write mm_projector.bin and config.json alone.")
     ] = False,
     vocab_size: Annotated[
-        int | None, typer.Option(help="Rows of the vocabulary to keep; by default those that were trained.")
+        int | None, typer.Option(help="released: rows of the vocabulary to keep; by default those that were trained.")
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Most bytes per weight file.")] = "2GB",
+    max_shard_size: Annotated[str, typer.Option(help="released: most bytes per weight file.")] = "2GB",
+    num_visual_tokens: Annotated[
+        list[int] | None, typer.Option(help="onnx: visual tokens of an image; may be repeated; by default all.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="onnx: fp32, fp16, q8 or q4; may be repeated; by default fp32.")
+    ] = None,
+    merge_deltas: Annotated[
+        bool, typer.Option("--merge-deltas", help="onnx: fold the deltas into the projector's weights.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
 ) -> None:
-    """Write a repo back as a checkpoint in the authors' layout, bit for bit, and print its path."""
+    """Write a repo in another layout, and print its path: the authors', bit for bit, or ONNX."""
+    for_onnx = {"num_visual_tokens": num_visual_tokens, "dtype": dtype, "merge_deltas": merge_deltas}
+    for_released = {"projector_only": projector_only, "vocab_size": vocab_size}
+    others = for_released if layout is Format.onnx else for_onnx
+    if given := [name for name, value in others.items() if value]:
+        raise DeltaLlavaError(f"`{given[0]}=...` does not go with --format {layout.value}; leave it out.")
+    if layout is Format.onnx:
+        exported = export_onnx(
+            repo,
+            output,
+            num_visual_tokens=num_visual_tokens,
+            dtypes=dtype or ["fp32"],
+            merge_deltas=merge_deltas,
+            overwrite=overwrite,
+            on_message=say,
+        )
+        sizes = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in exported.bytes_by_dtype.items())
+        say(f"{', '.join(map(str, exported.num_visual_tokens))} visual tokens per image; {sizes}")
+        typer.echo(exported.output)
+        return
     report = export_checkpoint(
         repo,
         output,

@@ -1,0 +1,200 @@
+"""Ask a Delta-LLaVA about an image: onnxruntime, no PyTorch and no transformers.
+
+    pip install onnxruntime tokenizers pillow numpy
+    python run_onnx.py "What is in this image?" photo.jpg --num-visual-tokens 4
+    python run_onnx.py "Who wrote Hamlet?"
+
+Lies in the folder of the model. To use it from Python: `OnnxModel(folder).answer(question, Image.open("photo.jpg"))`.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+from tokenizers import Tokenizer
+
+
+HERE = Path(__file__).resolve().parent
+SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4"}
+
+
+class OnnxModel:
+    """The graphs of one precision, loaded as they are needed, and what is around them.
+
+    Args:
+        folder: of the exported model.
+        dtype: fp32, fp16, q8 or q4; by default the one that the export names first.
+        threads: of onnxruntime; by default all cores.
+    """
+
+    def __init__(self, folder: str | Path = HERE, dtype: str | None = None, threads: int = 0):
+        self.folder = Path(folder)
+        self.config = self._read("config.json")
+        self.image = self._read("preprocessor_config.json")
+        self.generation = self._read("generation_config.json")
+        self.export = self.config["onnx_export"]
+        self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        dtype = dtype or self.export["dtypes"][0]
+        if dtype not in self.export["dtypes"]:
+            raise ValueError(f"dtype={dtype!r}: this export has {', '.join(self.export['dtypes'])}.")
+        self.suffix, self.threads = SUFFIXES[dtype], threads
+        self.sessions: dict[str, onnxruntime.InferenceSession] = {}
+
+    def _read(self, name: str) -> dict[str, Any]:
+        return json.loads((self.folder / name).read_text(encoding="utf-8"))
+
+    def session(self, name: str) -> onnxruntime.InferenceSession:
+        """The graph `name`, such as `decoder_model_merged`."""
+        if name not in self.sessions:
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = self.threads
+            graphs = self.folder / "onnx" if (self.folder / "onnx").is_dir() else self.folder
+            self.sessions[name] = onnxruntime.InferenceSession(
+                graphs / f"{name}{self.suffix}.onnx", options, providers=["CPUExecutionProvider"]
+            )
+        return self.sessions[name]
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        """Pixel values (1, 3, height, width), float32: padded to a square of the mean colour, resized, normalised."""
+        image = ImageOps.exif_transpose(image)
+        image = (image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image).convert("RGB")
+        options, mean = self.image, np.array(self.image["image_mean"], np.float32)
+        if self.export["do_pad"]:
+            side = max(image.size)
+            square = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in options["image_mean"]))
+            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+            image = square
+        size = options["size"]
+        if options["do_resize"]:
+            short, long = sorted(image.size)
+            edge = size.get("shortest_edge")
+            target = (size["width"], size["height"]) if edge is None else (edge, int(edge * long / short))
+            image = image.resize(
+                target if edge is None or image.width <= image.height else target[::-1], options["resample"]
+            )
+        if options["do_center_crop"]:
+            width, height = options["crop_size"]["width"], options["crop_size"]["height"]
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            image = image.crop((left, top, left + width, top + height))
+        pixels = np.asarray(image, np.uint8).astype(np.float64)
+        pixels = (pixels * options["rescale_factor"] if options["do_rescale"] else pixels).astype(np.float32)
+        if options["do_normalize"]:
+            pixels = (pixels - mean) / np.array(options["image_std"], np.float32)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
+
+    def encode(self, question: str, num_visual_tokens: int = 0) -> np.ndarray:
+        """Ids (1, sequence) of the prompt, with placeholders for the visual tokens of an image, if there is one."""
+        before, after = self.export["prompts"]["image" if num_visual_tokens else "text"]
+        image_token = self.export["image_token"]
+        question = question.replace(image_token, image_token.replace("<", "< ", 1)).strip()
+        text = before.replace(image_token, image_token * num_visual_tokens) + question + after
+        return np.array([self.tokenizer.encode(text, add_special_tokens=False).ids])
+
+    def generate(
+        self,
+        question: str,
+        image: Image.Image | None = None,
+        num_visual_tokens: int | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 50,
+        seed: int | None = None,
+    ) -> Iterator[int]:
+        """Ids of the answer, one by one: the most likely ones, or with a `temperature` drawn at random."""
+        visual: np.ndarray | None = None
+        budgets = self.export["vision_encoders"]
+        number = 0 if image is None else num_visual_tokens or self.export["num_visual_tokens"]
+        if number and str(number) not in budgets:
+            raise ValueError(f"num_visual_tokens={number}: this export has {', '.join(budgets)}.")
+        ids = self.encode(question, number)
+        if image is not None:
+            visual = self.session(budgets[str(number)]).run(None, {"pixel_values": self.preprocess(image)})[0]
+        ends = np.atleast_1d(self.generation["eos_token_id"]).tolist() if "eos_token_id" in self.generation else []
+        suppressed = self.generation.get("suppress_tokens") or []
+        rng = np.random.default_rng(seed)
+        decoder = self.session("decoder_model_merged")
+        outputs = [output.name for output in decoder.get_outputs()]
+        cache, length = self._empty_cache(), 0
+        for _ in range(max_new_tokens):
+            embeds = self.session("embed_tokens").run(None, {"input_ids": ids})[0]
+            if visual is not None and length == 0:
+                embeds[ids == self.config["image_token_index"]] = visual[0]
+            positions = np.arange(length, length + ids.shape[1])[None]
+            length += ids.shape[1]
+            inputs = {
+                "inputs_embeds": embeds,
+                "attention_mask": np.ones((1, length), np.int64),
+                "position_ids": positions,
+            }
+            feeds = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in inputs.items()}
+            first, *present = decoder.run_with_ort_values(outputs, feeds | cache)
+            cache = dict(zip(cache, present))
+            logits = first.numpy()[0, -1]
+            logits[suppressed] = -np.inf
+            token = int(logits.argmax()) if temperature <= 0 else draw(logits / temperature, top_p, top_k, rng)
+            if token in ends:
+                return
+            yield token
+            ids = np.array([[token]])
+
+    def answer(self, question: str, image: Image.Image | None = None, **options: Any) -> Iterator[str]:
+        """The answer, piece by piece; the options are those of `generate`."""
+        ids: list[int] = []
+        said = ""
+        for token in self.generate(question, image, **options):
+            ids.append(token)
+            text = self.tokenizer.decode(ids)
+            if not text.endswith("\ufffd"):  # half a character: the next token completes it
+                yield text[len(said) :]
+                said = text
+
+    def _empty_cache(self) -> dict[str, onnxruntime.OrtValue]:
+        values = {}
+        for entry in self.session("decoder_model_merged").get_inputs():
+            if entry.name.startswith("past_key_values"):
+                shape, half = (1, entry.shape[1], 0, entry.shape[3]), entry.type == "tensor(float16)"
+                empty = np.zeros(shape, np.float16 if half else np.float32)
+                values[entry.name] = onnxruntime.OrtValue.ortvalue_from_numpy(empty)
+        return values
+
+
+def draw(logits: np.ndarray, top_p: float, top_k: int, rng: np.random.Generator) -> int:
+    """One token at random among the `top_k` most likely ones that together have `top_p` of the probability."""
+    order = np.argsort(-logits)[: top_k or None]
+    chances = np.exp(logits[order] - logits[order[0]])
+    chances /= chances.sum()
+    kept = max(1, int(np.searchsorted(np.cumsum(chances), top_p)) + 1)
+    return int(rng.choice(order[:kept], p=chances[:kept] / chances[:kept].sum()))
+
+
+def main() -> None:
+    """Print an answer as it comes."""
+    parser = argparse.ArgumentParser(description="Ask a Delta-LLaVA about an image, with onnxruntime.")
+    parser.add_argument("question")
+    parser.add_argument("image", nargs="?", help="a file; without one the question is about nothing but itself")
+    parser.add_argument("--num-visual-tokens", type=int, help="how many tokens show the image")
+    parser.add_argument("--dtype", choices=SUFFIXES)
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely answer")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int)
+    options = vars(parser.parse_args())
+    question, path, dtype = options.pop("question"), options.pop("image"), options.pop("dtype")
+    try:
+        image = Image.open(path) if path else None
+        for piece in OnnxModel(dtype=dtype).answer(question, image, **options):
+            print(piece, end="", flush=True)
+        print()
+    except (OSError, ValueError) as error:
+        sys.exit(f"run_onnx.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
