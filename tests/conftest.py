@@ -3,6 +3,7 @@
 A published repo carries its code. What is deprecated today breaks it later, so it is mended before it is published.
 """
 
+import gc
 import logging
 import re
 import sys
@@ -65,6 +66,13 @@ def logged_deprecations() -> Iterator[list[str]]:
     yield handler.messages
     logger.removeHandler(handler)
     assert not handler.messages
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frozen_garbage() -> None:
+    """Trainer collects garbage in every run, which takes a second where all of transformers is imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,19 +1,11 @@
 """Models and data that all training tests share, and no test changes."""
 
-import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.training.tiny_run import write_data, write_model
-
-
-@pytest.fixture(scope="session", autouse=True)
-def frozen_garbage() -> None:
-    """Trainer collects garbage in every run, which takes a second where all of transformers is imported."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,7 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +14,9 @@ import safetensors
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
+from tests.robustness.children import outcome
 from tests.tiny import TEXT, VISION
 from tests.training.tiny_run import (
     assert_same_weights,
@@ -33,7 +33,6 @@ from tests.training.tiny_run import (
     write_parts,
 )
 from transformers_delta_llava.training import DataError, RecipeError, make_recipe, train
-from transformers_delta_llava.training.recipe import write_yaml
 from transformers_delta_llava.training.run import make_trainer
 
 
@@ -280,33 +279,23 @@ def test_a_killed_run_resumes_to_the_same_weights(folder: Path, tmp_path: Path) 
     assert len(losses(unbroken)) == 12
 
     step = random.SystemRandom().randint(3, 11)  # SystemRandom, because training seeds the other generator
-    write_yaml(recipe_for(folder, tmp_path / "killed", **changes).to_dict(), tmp_path / "recipe.yaml")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", TRAIN_UNTIL_KILLED, str(tmp_path / "recipe.yaml"), str(step)]
-    killed = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert killed.returncode == -9, killed.stderr
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def train_until_killed() -> None:
+        trainer = make_trainer(recipe_for(folder, tmp_path / "killed", **changes))
+        trainer.add_callback(Kill())
+        trainer.train()
+
+    assert outcome(train_until_killed, timeout=300) == {"died": signal.SIGKILL}
     saved = {path.name for path in (tmp_path / "killed").glob("checkpoint-*")}
     assert saved == {f"checkpoint-{number}" for number in range(2, step, 2)}, f"killed at step {step}"
     resumed = run(folder, tmp_path / "killed", resume=True, **changes)
     assert_same_weights(unbroken, resumed)
     assert losses(unbroken) == pytest.approx(losses(resumed), abs=1e-6)
-
-
-TRAIN_UNTIL_KILLED = """
-import os, signal, sys
-from transformers import TrainerCallback
-from transformers_delta_llava.training import load_recipe
-from transformers_delta_llava.training.run import make_trainer
-
-class Kill(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == int(sys.argv[2]):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-trainer = make_trainer(load_recipe(sys.argv[1]))
-trainer.add_callback(Kill())
-trainer.train()
-"""
 
 
 # ---------------------------------------------------------------------------- failures

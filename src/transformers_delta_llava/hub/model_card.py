@@ -1,11 +1,12 @@
 """The README of a repo: facts in dataclasses, words in `model_card.md.jinja`."""
 
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 
 import torch
 from huggingface_hub import EvalResult, ModelCardData
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from ..modeling import DeltaLlavaConfig, DeltaLlavaProjector
 
@@ -125,10 +126,8 @@ class ModelCard:
 
     def render(self) -> str:
         """The card as Markdown with its YAML header."""
-        environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True)
-        template = environment.from_string(files(__package__).joinpath("model_card.md.jinja").read_text("utf-8"))
         fewer = [tokens for tokens, _ in self.budgets if tokens < self.num_visual_tokens]
-        return template.render(
+        return _template().render(
             card=self,
             header=self._header(),
             patches=self.budgets[0][0],
@@ -158,6 +157,12 @@ class ModelCard:
             model_name=self.title if results else None,
             eval_results=results or None,
         ).to_yaml()
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True)
+    return environment.from_string(files(__package__).joinpath("model_card.md.jinja").read_text("utf-8"))
 
 
 def count_deltas(config: DeltaLlavaConfig) -> Deltas | None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from datetime import datetime
-from functools import reduce, wraps
+from functools import lru_cache, reduce, wraps
 from types import FrameType, GeneratorType, MappingProxyType
 from typing import Any
 
@@ -44,14 +44,9 @@ def check_template(
     """
     if len(source) > MAX_CHARACTERS:
         raise DeltaLlavaError(f"{name} has more than {MAX_CHARACTERS:,} characters.")
-    environment = _SmallSteps()
-    with explain_errors(f"{name} is not a template"):
-        tree = environment.parse(_GENERATION.sub("", source))
-    if tree.find(nodes.Pow):
-        raise DeltaLlavaError(f"{name} computes powers (**), which no prompt needs and which may take for ever.")
     try:
-        code = environment.compile(_JoinByPlus().visit(tree))
-        template = Template.from_code(environment, code, environment.make_globals(None))
+        with explain_errors(f"{name} is not a template"):
+            template = _compile(source)
         with time_limit(name):
             template.render(**{"messages": messages, "tools": None, "documents": None, **variables})
     except _LargeStep as error:
@@ -64,8 +59,18 @@ def check_template(
         pass
 
 
-class _LargeStep(Exception):
+class _LargeStep(DeltaLlavaError):
     """A step that would make something large."""
+
+
+@lru_cache(maxsize=16)  # a conversion renders one template several times
+def _compile(source: str) -> Template:
+    environment = _SmallSteps()
+    tree = environment.parse(_GENERATION.sub("", source))
+    if tree.find(nodes.Pow):
+        raise _LargeStep("computes powers (**)")
+    code = environment.compile(_JoinByPlus().visit(tree))
+    return Template.from_code(environment, code, environment.make_globals(None))
 
 
 class _SmallSteps(ImmutableSandboxedEnvironment):

@@ -1,0 +1,73 @@
+"""
+Runs recipes one after the other in two processes over gloo: the last as `delta-llava train` does, with DDP, the others with FSDP2.
+
+The processes are forks, so that only one imports everything, with the environment that `torchrun` and `accelerate launch` give.
+accelerate enables FSDP on accelerators only; here it is enabled on CPUs too. Everything else (sharding, mixed precision,
+gathering, saving) is accelerate's own code, as on GPUs.
+"""
+
+import gc
+import os
+import socket
+import sys
+from typing import Any
+
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
+
+from transformers_delta_llava.cli.main import main
+from transformers_delta_llava.training import load_recipe, train
+
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+
+
+def fork(count: int) -> None:
+    """Return in `count` child processes; the parent waits for them, and exits as they did."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    children = []
+    for rank in range(count):
+        if not (child := os.fork()):
+            os.environ.update({**address, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)})
+            return
+        children.append(child)
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children))
+
+
+def enable_fsdp() -> None:
+    """Make accelerate use FSDP for MULTI_CPU where the environment asks for FSDP."""
+    original = AcceleratorState.__init__
+
+    def patched(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin = fsdp_plugin
+            for state in (PartialState._shared_state, AcceleratorState._shared_state):
+                state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = patched
+    os.environ.update(FSDP)
+
+
+if __name__ == "__main__":
+    *sharded, replicated = sys.argv[1:]
+    gc.freeze()  # every run collects garbage, which takes a second where all of transformers is imported
+    fork(2)
+    enable_fsdp()
+    for recipe in sharded:
+        train(load_recipe(recipe))
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+    for name in FSDP:
+        del os.environ[name]
+    sys.argv[1:] = ["train", replicated]
+    main()
