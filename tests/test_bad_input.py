@@ -8,10 +8,8 @@ from transformers import pipeline
 
 from tests.integration.engine_scripts.bad_input import refusals
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
-from transformers_delta_llava.conversion import convert_checkpoint
 
 
-CHECKPOINT = Path(__file__).parents[1] / "examples" / "easy-vqa"
 COUNTS = "The number of <image> tokens in the prompts should be the same as the number of images: the text holds"
 MESSAGES = {
     "unknown budget": "num_visual_tokens=7: this model cannot give it; use one of 64, 16, 4, 1.",
@@ -26,15 +24,14 @@ MESSAGES = {
 
 
 @pytest.fixture(scope="module")
-def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+def refused(easy_vqa_repo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """What was said to every fault."""
-    folder = tmp_path_factory.mktemp("bad")
-    convert_checkpoint(CHECKPOINT, folder / "repo")
-    Image.new("RGB", (20, 30)).save(folder / "image.png")
-    model = DeltaLlavaForConditionalGeneration.from_pretrained(folder / "repo").eval()
-    processor = DeltaLlavaProcessor.from_pretrained(folder / "repo")
+    image = tmp_path_factory.mktemp("bad") / "image.png"
+    Image.new("RGB", (20, 30)).save(image)
+    model = DeltaLlavaForConditionalGeneration.from_pretrained(easy_vqa_repo).eval()
+    processor = DeltaLlavaProcessor.from_pretrained(easy_vqa_repo)
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
-    return refusals(processor, pipe, str(folder / "image.png"))
+    return refusals(processor, pipe, str(image))
 
 
 @pytest.mark.parametrize("fault", MESSAGES)

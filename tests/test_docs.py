@@ -32,16 +32,15 @@ from transformers_delta_llava.training.conversations import to_messages
 
 
 # Commands of ours that a page shows in full and a test runs with less: what is added.
-ADDED = {"convert": ["--overwrite"], "push": ["--dry-run"]}
+ADDED = {"convert": ["--overwrite"], "profile": ["--num-visual-tokens", "144"], "push": ["--dry-run"]}
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(easy_vqa_repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every model, checkpoint and file that a page names. Only to be copied."""
     folder = tmp_path_factory.mktemp("documented")
-    convert_checkpoint(ROOT / "examples" / "easy-vqa", folder / "REPO")
-    for name in ("pretrain-7b", "finetune-7b"):
-        shutil.copytree(folder / "REPO", folder / "runs" / name)
+    for name in ("REPO", "runs/pretrain-7b", "runs/finetune-7b"):
+        shutil.copytree(easy_vqa_repo, folder / name)
     write_checkpoint(folder / "llava-v1.5-7b-144", DEMO)
     linked = {"mm_projector_type": "mlp2x_gelu", "_name_or_path": "NousResearch/Hermes-4.3-36B"}
     write_checkpoint(folder / "DeltaLLaVA-36B-144", replace(DEMO, model_type="llava_seed_oss", config=linked))

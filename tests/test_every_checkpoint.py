@@ -1,7 +1,6 @@
 """All steps of a new user, for every kind of checkpoint: convert, inspect, ask, export, compare."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,37 +10,21 @@ from transformers import pipeline
 
 from examples.make_checkpoint import write_checkpoint
 from tests.checkpoints import SHALLOW, read_tensors
-from transformers_delta_llava.cli.main import main
 from transformers_delta_llava.conversion.checkpoint import same_bits
-from transformers_delta_llava.conversion.language_models import LANGUAGE_MODELS
 
 
 QUESTION = "What is in this image?"
-_PHI_3 = "<|user|>\n<image>\nWhat is in this image?<|end|>\n<|assistant|>\n"
 _CHATML = "<|im_start|>user\n<image>\nWhat is in this image?<|im_end|>\n<|im_start|>assistant\n"
-# What the first prompt of each type holds around the image and the question.
+# What the first prompt of each type holds around the image and the question; two types have a second name.
 PROMPTS = {
     "llava_llama": "USER: <image>\nWhat is in this image? ASSISTANT:",
     "llava_mistral": "[INST] <image>\nWhat is in this image? [/INST]",
     "llava_gemma": "<start_of_turn>user\n<image>\nWhat is in this image?<end_of_turn>\n<start_of_turn>model\n",
     "llava_seed_oss": "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is in this image?<|eot_id|>",
-    **dict.fromkeys(("llava_Phi3", "llava_phi3"), _PHI_3),
-    **dict.fromkeys(("llava_qwen", "llava_qwen2", "llava_qwen3"), _CHATML),
+    "llava_Phi3": "<|user|>\n<image>\nWhat is in this image?<|end|>\n<|assistant|>\n",
+    "llava_qwen": _CHATML,
+    "llava_qwen3": _CHATML,
 }
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """`delta-llava ...` in this process: its exit code and what it printed."""
-
-    def call(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["delta-llava", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        printed = capsys.readouterr()
-        return stopped.value.code or 0, printed.out + printed.err
-
-    return call
 
 
 def read_bytes(folder: Path) -> dict[str, bytes]:
@@ -49,17 +32,15 @@ def read_bytes(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in ("conversion.json", "README.md")}
 
 
-@pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
-def test_convert_inspect_ask_export_compare(model_type, tmp_path, run):
+@pytest.mark.parametrize("model_type", PROMPTS)
+def test_convert_inspect_ask_export_compare(model_type, tmp_path, call):
     source, repo, exported, again = (tmp_path / name for name in ("source", "repo", "exported", "again"))
     write_checkpoint(
         source, model_type=model_type, tokenizer="real", form="bin", shards=2, dtype=torch.bfloat16, **SHALLOW
     )
 
-    code, printed = run("convert", source, repo)
-    assert code == 0, printed
-    code, printed = run("inspect", repo)
-    assert code == 0, printed
+    assert call("convert", source, repo)[0] == 0
+    assert call("inspect", repo)[0] == 0
 
     chat = pipeline("image-text-to-text", model=str(repo), trust_remote_code=True)
     content = [{"type": "image", "image": Image.new("RGB", (40, 30), "green")}, {"type": "text", "text": QUESTION}]
@@ -69,16 +50,13 @@ def test_convert_inspect_ask_export_compare(model_type, tmp_path, run):
     (answer,) = chat(text=messages, max_new_tokens=4, return_full_text=False, generate_kwargs={"do_sample": False})
     assert isinstance(answer["generated_text"], str)
 
-    code, printed = run("export", repo, exported)
-    assert code == 0, printed
+    assert call("export", repo, exported)[0] == 0
     before, after = read_tensors(source), read_tensors(exported)
     assert before.keys() == after.keys()
     assert all(same_bits(tensor, after[name]) for name, tensor in before.items())
     settings = json.loads((exported / "tokenizer_config.json").read_text())
     assert isinstance(settings.get("extra_special_tokens", {}), dict)  # all that transformers 4 reads there
-    code, printed = run("inspect", exported)
-    assert code == 0, printed
+    assert call("inspect", exported)[0] == 0
 
-    code, printed = run("convert", exported, again)
-    assert code == 0, printed
+    assert call("convert", exported, again)[0] == 0
     assert read_bytes(again) == read_bytes(repo)

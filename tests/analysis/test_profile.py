@@ -12,8 +12,8 @@ from tests.tiny import TEXT, tiny_config
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.analysis import PARTS, paper_flops, profile_model, roofline, shape_config
 from transformers_delta_llava.analysis.profile import (
+    Counter,
     FusedAttention,
-    Meter,
     language_costs,
     projector_costs,
     tower_costs,
@@ -133,17 +133,17 @@ def test_memory_is_counted_while_it_is_held() -> None:
         w = z.view(10, 100).T  # a view holds nothing of its own
         return w.add_(1)
 
-    meter = Meter()
-    assert meter.measure(chain)[1] == 8000
-    assert meter.measure(lambda: kept.append(x + 1))[1] == 4000
-    assert meter.measure(chain)[1] == 8000, "what is held from before does not count"
-    assert meter.memory.held_bytes() == 4000
+    counter = Counter()
+    assert counter.measure(chain)[1] == 8000
+    assert counter.measure(lambda: kept.append(x + 1))[1] == 4000
+    assert counter.measure(chain)[1] == 8000, "what is held from before does not count"
+    assert counter.held_bytes() == 4000
 
 
 def test_attention_is_fused() -> None:
     q = torch.empty(1, 2, 64, 8, device="meta")
     attention = torch.nn.functional.scaled_dot_product_attention
-    assert Meter().measure(lambda: attention(q, q, q)) == (2 * 2 * 2 * 64 * 64 * 8, q.nbytes)
+    assert Counter().measure(lambda: attention(q, q, q)) == (2 * 2 * 2 * 64 * 64 * 8, q.nbytes)
 
 
 def allocated(function) -> int:

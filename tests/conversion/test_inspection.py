@@ -2,14 +2,12 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import edit_json
-from transformers_delta_llava.cli.main import main
 from transformers_delta_llava.conversion import inspect_model
 from transformers_delta_llava.processing import load_chat_template
 from transformers_delta_llava.utils.errors import DeltaLlavaError
@@ -108,24 +106,18 @@ def test_folders_that_are_not_a_model(tmp_path):
         inspect_model(tmp_path)
 
 
-def test_the_command(repo, changed, monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["delta-llava", "inspect", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return stopped.value.code or 0, capsys.readouterr().out
-
-    code, out = call(repo)
+def test_the_command(repo, changed, call):
+    code, out, _ = call("inspect", repo)
     assert code == 0
     assert "16 by default, of 64, 16, 4, 1" in out
     assert "nothing wrong was found" in out
     assert "chat template: vicuna_v1 (nothing in the checkpoint says which), which asks\n    <s>A chat between" in out
     assert "    What is in this image? ASSISTANT:\n" in out
     (changed / "README.md").unlink()
-    code, out = call(changed)
+    code, out, _ = call("inspect", changed)
     assert code == 1
     assert "wrong: There is no README.md." in out
-    code, out = call(changed, "--json")
+    _, out, _ = call("inspect", changed, "--json")
     assert json.loads(out)["problems"] == ["There is no README.md."]
 
 

@@ -46,7 +46,11 @@ def launched(folder: Path, tmp_path_factory: Any) -> Path:
         write_yaml(recipe(folder, out / name, 2, **changes).to_dict(), out / f"{name}.yaml")
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT), *(p for p in sys.path if p)])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("run_on_cpus.py")), *(str(out / f"{n}.yaml") for n in runs)]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("run_on_cpus.py")),
+        *(str(out / f"{n}.yaml") for n in runs),
+    ]
     process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr[-3000:]
     return out

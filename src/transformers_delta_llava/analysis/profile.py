@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 from transformers import DynamicCache
 
 from ..modeling import CACHE_NAME, DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaProjector
@@ -38,20 +38,27 @@ class FusedAttention(TorchFunctionMode):
         return result
 
 
-class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of tensors that operations allocate, for as long as anything holds them; `peak` is the most.
+class Counter(TorchDispatchMode):
+    """Adds up the `flops` of operations, and the bytes of the tensors that they allocate, for as long as anything holds
+    them; `peak` is the most.
 
     Workspaces of kernels, and what an allocator rounds up, are not included.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.flops = 0
         self.live: dict[StorageWeakRef, int] = {}  # some may be freed since
         self.total = self.peak = 0
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, then add the storages that are new."""
-        result = operation(*args, **(kwargs or {}))
+        """Run the operation, then count it and the storages that are new."""
+        kwargs = kwargs or {}
+        result = operation(*args, **kwargs)
+        if formula := flop_registry.get(operation._overloadpacket):
+            self.flops += formula(*args, **kwargs, out_val=result)
+        elif operation is torch.ops.aten.addmm_.default:  # not in PyTorch's table
+            self.flops += 2 * args[1].numel() * args[2].shape[1]
         given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
@@ -69,36 +76,21 @@ class LiveMemory(TorchDispatchMode):
         self.total = sum(self.live.values())
         return self.total
 
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def _count_in_place_product(self_shape: Any, left: torch.Size, right: torch.Size, **_: Any) -> int:
-    return 2 * left[0] * left[1] * right[1]
-
-
-class Meter:
-    """Operations and peak memory of calls without data, as fused kernels would have them.
-
-    Several calls of one meter share its memory: what an earlier one left behind, such as a cache, is not counted again.
-    """
-
-    def __init__(self) -> None:
-        self.memory = LiveMemory()
-
     def measure(self, function: Callable[[], Any]) -> tuple[int, int]:
         """Operations of a call, and the most bytes that it holds at a time beyond those held when it starts.
 
         A product and its sum are two operations; only products of matrices, convolutions and attention count. What the
-        call returns is released.
+        call returns is released; what it left behind, such as a cache, is not counted again in another call.
         """
-        before = self.memory.peak = self.memory.held_bytes()
-        # PyTorch's own table has no `addmm_`.
-        counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _count_in_place_product})
-        with torch.no_grad(), FusedAttention() as attention, counter, self.memory:
+        self.flops, before = 0, self.held_bytes()
+        self.peak = before
+        with torch.no_grad(), FusedAttention() as attention, self:
             function()
-        return counter.get_total_flops() + attention.flops, self.memory.peak - before
+        return self.flops + attention.flops, self.peak - before
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def tower_costs(model: DeltaLlavaForConditionalGeneration) -> tuple[int, int]:
@@ -107,7 +99,7 @@ def tower_costs(model: DeltaLlavaForConditionalGeneration) -> tuple[int, int]:
     """
     side = model.config.vision_config.image_size
     pixels = torch.empty(1, 3, side, side, dtype=model.dtype, device="meta")
-    return Meter().measure(lambda: model.model.get_patch_features(pixels))
+    return Counter().measure(lambda: model.model.get_patch_features(pixels))
 
 
 def projector_costs(projector: DeltaLlavaProjector, scale_factor: int) -> tuple[int, int]:
@@ -119,7 +111,7 @@ def projector_costs(projector: DeltaLlavaProjector, scale_factor: int) -> tuple[
     parameter = next(projector.parameters())
     features = torch.empty(shape, dtype=projector.dtype, device=parameter.device)
     levels = [features] * len(config.vision_feature_levels)
-    return Meter().measure(lambda: projector(features, levels, scale_factor))
+    return Counter().measure(lambda: projector(features, levels, scale_factor))
 
 
 @dataclass(frozen=True)
@@ -140,16 +132,16 @@ def language_costs(model: DeltaLlavaForConditionalGeneration, prompt: int, new_t
     operations of all of them.
     """
     embeddings = torch.empty(1, prompt, model.config.text_config.hidden_size, dtype=model.dtype, device="meta")
-    cache, meter = DynamicCache(), Meter()
+    cache, counter = DynamicCache(), Counter()
 
     def run(tokens: torch.Tensor) -> Any:
         outputs = model.model.language_model(inputs_embeds=tokens, use_cache=True, **{CACHE_NAME: cache})
         return model.lm_head(outputs.last_hidden_state[:, -1:])
 
-    prefill_flops, prefill_bytes = meter.measure(lambda: run(embeddings))
-    cache_bytes = meter.memory.held_bytes()  # the last layer runs when nearly all of it is there
-    first, decode_bytes = meter.measure(lambda: run(embeddings[:, :1]))
-    second, _ = meter.measure(lambda: run(embeddings[:, :1]))
+    prefill_flops, prefill_bytes = counter.measure(lambda: run(embeddings))
+    cache_bytes = counter.held_bytes()  # the last layer runs when nearly all of it is there
+    first, decode_bytes = counter.measure(lambda: run(embeddings[:, :1]))
+    second, _ = counter.measure(lambda: run(embeddings[:, :1]))
     steps = new_tokens - 1
     decode_flops = steps * first + steps * (steps - 1) // 2 * (second - first)
     return LanguageCosts(prefill_flops, prefill_bytes - cache_bytes, decode_flops, decode_bytes, cache_bytes)
