@@ -10,6 +10,8 @@ BIN := .venv/bin
 # One BLAS thread per pytest worker: the tests' matrices are tiny, more threads only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 WORKERS ?= auto
+# A file's tests go to one worker, or several would run its fixtures.
+XDIST = -n $(WORKERS) --dist loadfile
 TESTS ?= tests
 NEWEST_TESTS ?= tests/modeling tests/processing tests/test_hub_surface.py tests/test_remote_code.py tests/test_end_to_end.py
 BENCH ?= projector end_to_end training_step processing scaling deltas
@@ -25,20 +27,20 @@ demo-real: .venv/.smol  ## Join DINOv2 and SmolLM2 (from pip packages, 180 MB) b
 	@$(BIN)/python -m examples.smol.demo
 
 test: .venv/.ready  ## Run the tests (TESTS=path for some of them), with coverage
-	@$(PYTEST) $(BIN)/python -m pytest -n $(WORKERS) $(TESTS) --cov --cov-report=term
+	@$(PYTEST) $(BIN)/python -m pytest $(XDIST) $(TESTS) --cov --cov-report=term
 ifeq ($(TESTS),tests)
 	@$(BIN)/python -m coverage report --include='*/modeling/*,*/processing/*' --fail-under=95
 endif
 
 test-oldest: .venv-oldest/.ready  ## Run the tests on the oldest transformers release supported
-	@$(PYTEST) .venv-oldest/bin/python -m pytest -n $(WORKERS) $(TESTS)
+	@$(PYTEST) .venv-oldest/bin/python -m pytest $(XDIST) $(TESTS)
 
 test-newest:  ## Run demo and core tests on what pip installs today (NEWEST_TORCH=1: also the newest torch, gigabytes)
 	@echo "Setting up .venv-newest (a few minutes) ..."
 	@tools/make-venv .venv-newest $(if $(NEWEST_TORCH),/dev/null,constraints-newest.txt)
 	@.venv-newest/bin/python -c 'import torch, transformers; print("transformers", transformers.__version__, "torch", torch.__version__)'
 	@.venv-newest/bin/python examples/demo.py
-	@$(PYTEST) .venv-newest/bin/python -m pytest -n $(WORKERS) $(NEWEST_TESTS)
+	@$(PYTEST) .venv-newest/bin/python -m pytest $(XDIST) $(NEWEST_TESTS)
 
 test-engines: .venv/.ready $(ENGINES:%=.engines/%/.ready)  ## Run the tests of the engines, each in its environment (ENGINES="vllm serve" for some)
 	@DELTA_LLAVA_ENGINES="$(ENGINES)" $(PYTEST) $(BIN)/python -m pytest -v -rs tests/integration

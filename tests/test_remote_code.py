@@ -1,8 +1,9 @@
-"""A saved model is a Hub repo: it is loaded with `trust_remote_code`, with or without this package."""
+"""A saved model and a converted checkpoint are Hub repos: they load with `trust_remote_code`, with or without this package."""
 
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.hub_server import TOKEN, HubServer, Repo
 from tests.tiny import prompt, tiny_config, tiny_processor
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.hub.repo_files import HUB_FILES
@@ -59,9 +61,9 @@ def load_all(folder: str, saved: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def repo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     """A folder written by `save_pretrained`, with other deltas, and what model and processor make of one image."""
-    folder = tmp_path_factory.mktemp("repo")
+    folder = tmp_path_factory.mktemp("saved")
     torch.manual_seed(0)
     model = DeltaLlavaForConditionalGeneration(tiny_config()).eval()
     model.save_pretrained(folder)
@@ -82,27 +84,77 @@ def repo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
         return folder, {**expected, "other": model(**inputs).logits, "logits again": expected["logits"]}
 
 
-def load_without_the_package(folder: Path, saved: Path) -> None:
-    """An editable install is a .pth file, which Python reads in its `site` module: `-S` leaves it out."""
+def ask_on_the_hub(repo: str) -> None:
+    """Load a repo of the Hub and ask it, with what the card's readers use; leaves the results in the working directory."""
+    import json
+
+    import torch
+    from PIL import Image
+    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+
+    config = AutoConfig.from_pretrained(repo, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
+    base = AutoModel.from_pretrained(repo, trust_remote_code=True)
+    model, info = AutoModelForImageTextToText.from_pretrained(repo, trust_remote_code=True, output_loading_info=True)
+    image = Image.open("photo.jpg")
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "What is it?"}]
+    messages = [{"role": "user", "content": content}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    inputs = processor(images=image, text=prompt, return_tensors="pt")
+    with torch.no_grad():
+        torch.save({**inputs, "logits": model(**inputs).logits}, "result.pt")
+    pipe = pipeline("image-text-to-text", model=repo, trust_remote_code=True)
+    results = {
+        "classes": [
+            f"{type(p).__module__.split('.')[0]}.{type(p).__name__}" for p in (config, processor, base, model)
+        ],
+        "loading": {name: sorted(map(str, value)) for name, value in info.items()},
+        "placeholders": int((inputs["input_ids"] == config.image_token_id).sum()),
+        "padding_side": processor.tokenizer.padding_side,
+        "answer": pipe(text=messages, max_new_tokens=4, return_full_text=False)[0]["generated_text"],
+        "has_lm_head": hasattr(base, "lm_head"),
+    }
+    with open("result.json", "w") as file:
+        json.dump(results, file)
+
+
+@pytest.fixture(scope="module")
+def fresh(saved: tuple[Path, dict], repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a process without the package left its results: of both functions, then of the code in the card of `repo`.
+
+    An editable install is a .pth file, which Python reads in its `site` module: `-S` leaves it out.
+    """
+    folder = tmp_path_factory.mktemp("fresh")
+    (folder / repo.name).symlink_to(repo)
+    Image.effect_mandelbrot((60, 40), (-2, -1, 1, 1), 20).convert("RGB").save(folder / "photo.jpg")
+    snippets = re.findall(r"```python\n(.*?)```", (repo / "README.md").read_text(), re.DOTALL)
+    assert len(snippets) == 2
+    absent = "import importlib.util, sys\nassert importlib.util.find_spec('transformers_delta_llava') is None"
+    calls = "load_all(*sys.argv[1:])\nask_on_the_hub('org/tiny')\nprint('the card:')"
+    parts = [absent, inspect.getsource(load_all), inspect.getsource(ask_on_the_hub), calls, *snippets]
     paths = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
-    environment["HF_MODULES_CACHE"] = str(saved.parent / "modules")
-    absent = "import importlib.util, sys\nassert importlib.util.find_spec('transformers_delta_llava') is None\n"
-    script = f"{absent}{inspect.getsource(load_all)}\nload_all(*sys.argv[1:])"
-    command = [sys.executable, "-S", "-c", script, str(folder), str(saved)]
-    run = subprocess.run(command, env=environment, cwd=saved.parent, capture_output=True, text=True)
+    with HubServer() as server:
+        server.repos["org/tiny"] = Repo(private=False)
+        server.repos["org/tiny"].commit("main", {file.name: file.read_bytes() for file in repo.iterdir()})
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        environment |= {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
+        environment["HF_HOME"] = str(folder / "home")
+        command = [sys.executable, "-S", "-c", "\n".join(parts), str(saved[0]), str(folder / "saved")]
+        run = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+    (folder / "stdout").write_text(run.stdout.partition("the card:\n")[2])
+    return folder
 
 
 @pytest.mark.parametrize("installed", [False, True], ids=["package absent", "package installed"])
-def test_a_repo_gives_the_same_results_and_is_saved_as_a_repo_again(repo, tmp_path, installed):
-    (folder, expected), saved = repo, tmp_path / "saved"
+def test_a_repo_gives_the_same_results_and_is_saved_as_a_repo_again(saved, request, tmp_path, installed):
+    (folder, expected), again = saved, tmp_path / "saved"
     assert set(HUB_FILES) <= {file.name for file in folder.iterdir()}
     if installed:
-        load_all(str(folder), str(saved))
+        load_all(str(folder), str(again))
     else:
-        load_without_the_package(folder, saved)
-    results = torch.load(saved / "results.pt")
+        again = request.getfixturevalue("fresh") / "saved"
+    results = torch.load(again / "results.pt")
     results |= results.pop("batch")
     package = "transformers_delta_llava." if installed else "transformers_modules."
     assert all(module.startswith(package) for module in results.pop("modules"))
@@ -112,10 +164,31 @@ def test_a_repo_gives_the_same_results_and_is_saved_as_a_repo_again(repo, tmp_pa
     assert not [name for name, tensor in results.items() if not torch.equal(tensor, expected[name])]
     assert not torch.equal(results["other"], results["logits"])
     for name in HUB_FILES:
-        assert (saved / name).read_text() == (folder / name).read_text()
+        assert (again / name).read_text() == (folder / name).read_text()
     for name in ("config.json", "processor_config.json"):
-        maps = [json.loads((path / name).read_text())["auto_map"] for path in (folder, saved)]
+        maps = [json.loads((path / name).read_text())["auto_map"] for path in (folder, again)]
         assert maps[0] == maps[1]
+
+
+def test_a_converted_repo_loads_from_the_hub_and_answers(fresh):
+    result = json.loads((fresh / "result.json").read_text())
+    names = ["Config", "Processor", "Model", "ForConditionalGeneration"]
+    assert result["classes"] == [f"transformers_modules.DeltaLlava{name}" for name in names]
+    assert not any(result["loading"].values())
+    assert (result["placeholders"], result["padding_side"]) == (16, "left")
+    assert isinstance(result["answer"], str) and not result["has_lm_head"]
+
+
+def test_its_logits_are_those_of_the_package(repo, fresh):
+    inputs = torch.load(fresh / "result.pt")
+    logits = inputs.pop("logits")
+    here = DeltaLlavaForConditionalGeneration.from_pretrained(repo)
+    with torch.no_grad():
+        assert torch.equal(here(**inputs).logits, logits)
+
+
+def test_the_code_in_the_model_card_runs(fresh):
+    assert len((fresh / "stdout").read_text().splitlines()) >= 2
 
 
 CONFIG_WITHOUT_TORCH = """

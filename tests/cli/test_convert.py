@@ -1,6 +1,6 @@
 """`delta-llava convert` and `export`: paths on stdout, sentences on stderr, one of them and code 2 for bad input."""
 
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -58,5 +58,10 @@ def test_usage(call):
     code, out, err = call("no-such-command")
     assert (code, out) == (2, "") and "no-such-command" in err
     assert call("--version") == (0, f"{__version__}\n", "")
-    module = [sys.executable, "-m", "transformers_delta_llava", "--version"]
-    assert subprocess.run(module, capture_output=True, text=True, check=True).stdout == f"{__version__}\n"
+
+
+def test_the_package_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["transformers_delta_llava", "--version"])
+    with pytest.raises(SystemExit):
+        runpy.run_module("transformers_delta_llava", run_name="__main__")
+    assert capsys.readouterr().out == f"{__version__}\n"

@@ -12,7 +12,6 @@ from examples.easy_vqa_data import swap_red_and_blue
 from examples.easy_vqa_data import write_rows as write_questions
 from tests.training.tiny_run import write_data
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
-from transformers_delta_llava.conversion import convert_checkpoint
 from transformers_delta_llava.deltas import extract_deltas, merge_into_base
 from transformers_delta_llava.evaluation import answer_questions, draw_test_questions, load_questions, score_answers
 from transformers_delta_llava.training import load_recipe
@@ -25,12 +24,10 @@ DELTAS = EXAMPLES / "easy-vqa-deltas"
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("deltas")
-    checkpoint = EXAMPLES / "easy-vqa"
-    convert_checkpoint(checkpoint, folder / "repo")
-    merge_into_base(folder / "repo", folder / "base", rank=3)
-    return folder / "base"
+def base(easy_vqa_repo: Path, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("deltas") / "base"
+    merge_into_base(easy_vqa_repo, folder, rank=3)
+    return folder
 
 
 def recipe_for(base: Path, tmp_path: Path, *changes: str):

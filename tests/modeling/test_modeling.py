@@ -376,7 +376,9 @@ class TestLoading:
 
     @pytest.mark.parametrize("budget, gradients", [(144, False), (36, True)])
     def test_compiles_without_graph_breaks(self, pixel_values, budget, gradients):
-        model = make_model()
+        model = make_model(
+            tiny_config(text={"num_hidden_layers": 1}, vision_feature_levels=[1, 2], vision_feature_layer=1)
+        )
         inputs = {"input_ids": prompt([budget])[None], "pixel_values": pixel_values[:1], "num_visual_tokens": budget}
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         with torch.set_grad_enabled(gradients):

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..modeling import DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
-from ..utils.prompts import check_budgets, max_prompt_tokens
+from ..utils.prompts import max_prompt_tokens
 from .inference import answer_ids, count_visual_tokens, encode_question, find_token, token_text
 
 
@@ -108,7 +108,7 @@ def explain_budgets(
     Raises:
         ValueError: see `explain`; a budget that the processor does not have is refused before the first run.
     """
-    check_budgets(processor, budgets)
+    processor.resolve_num_visual_tokens(budgets)
     explanations = []
     for budget in budgets or default_budgets(processor):
         explanations.append(explain(model, processor, image, prompt, budget, token, on, max_new_tokens))

@@ -15,7 +15,7 @@ import torch
 
 from ..modeling import DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
-from ..utils.prompts import check_budgets, check_prompt, check_texts, max_prompt_tokens
+from ..utils.prompts import check_prompt, check_texts, max_prompt_tokens
 from .scores import Score, score_answers
 
 
@@ -182,7 +182,7 @@ def expand_settings(
     Raises:
         ValueError: a budget that the processor does not have, a loss that is not a share, or losses without `"auto"`.
     """
-    check_budgets(processor, budgets)
+    processor.resolve_num_visual_tokens(budgets)
     for loss in auto_max_losses or []:
         if not 0 <= loss <= 1:
             raise ValueError(f"auto_max_loss={loss}: use a share from 0 to 1.")

@@ -10,7 +10,6 @@ from ..modeling import DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
 from ..utils.errors import DeltaLlavaError
 from ..utils.files import parse_json, read_text
-from ..utils.prompts import check_budgets
 from ..utils.validation import FileModel, validate
 from .easy_vqa import answer_questions
 from .scores import Score
@@ -111,7 +110,7 @@ def evaluate_tasks(
     Raises:
         ValueError: a budget that the model does not have, or as `answer_questions`.
     """
-    check_budgets(processor, budgets)
+    processor.resolve_num_visual_tokens(budgets)
     yield {"asked": "majority", "scores": score_tasks(questions, majority)}
     for budget in (None, *budgets):
         asked = [question.without_image() for question in questions] if budget is None else questions

@@ -188,7 +188,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
         budget, share, flag = (_call_option(kwargs, "images_kwargs", name) for name in _OWN_OPTIONS)
         if budget is not None:
-            self._resolve_choices(budget, len(flatten_images(images)) or None)
+            self.resolve_num_visual_tokens(budget, len(flatten_images(images)) or None)
         if share is not None:
             _check_share(share)
         if flag is not None:
@@ -208,7 +208,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
     ) -> tuple[BatchFeature, list[str]]:
         kwargs.pop("input_data_format", None)  # of what the caller gave; by now every image is RGB
         images = flatten_images(images)
-        choices = self._resolve_choices(num_visual_tokens, len(images))
+        choices = self.resolve_num_visual_tokens(num_visual_tokens, len(images))
         max_loss = self.auto_max_loss if auto_max_loss is None else float(auto_max_loss)
         sizes = [image.size for image in images]
         padded = self.do_pad if do_pad is None else bool(do_pad)
@@ -261,7 +261,9 @@ class DeltaLlavaProcessor(ProcessorMixin):
         """
         if image_sizes is None:
             return MultiModalData()
-        choices = self._resolve_choices(_call_option(kwargs, "images_kwargs", "num_visual_tokens"), len(image_sizes))
+        choices = self.resolve_num_visual_tokens(
+            _call_option(kwargs, "images_kwargs", "num_visual_tokens"), len(image_sizes)
+        )
         most = [max(self.visual_token_budgets) if choice == AUTO else choice for choice in choices]
         return MultiModalData(num_image_tokens=most, num_image_patches=[1] * len(image_sizes))
 
@@ -298,8 +300,17 @@ class DeltaLlavaProcessor(ProcessorMixin):
         """An argument of the image processor: of this call, or else its own. `kwargs` are the call's."""
         return kwargs[name] if kwargs.get(name) is not None else getattr(self.image_processor, name, None)
 
-    def _resolve_choices(self, num_visual_tokens: Any, num_images: int | None) -> list[int | str]:
-        """One number or `"auto"` per image; a list may have any length where `num_images` is None."""
+    def resolve_num_visual_tokens(self, num_visual_tokens: Any, num_images: int | None = None) -> list[int | str]:
+        """
+        One number or `"auto"` per image, from the argument of a call.
+
+        Args:
+            num_visual_tokens: as in a call; the processor's default when `None`.
+            num_images: how many images there are; by default a list may have any length.
+
+        Raises:
+            ValueError: for a number that the model does not have, or another number of entries than of images.
+        """
         if num_visual_tokens is None:
             num_visual_tokens = self.num_visual_tokens
         if isinstance(num_visual_tokens, (np.ndarray, torch.Tensor)):

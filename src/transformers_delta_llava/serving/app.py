@@ -19,7 +19,6 @@ from ..modeling import DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
 from ..utils.errors import DeltaLlavaError
 from ..utils.files import atomic_folder, check_output, check_repo_id, public_name, write_json
-from ..utils.prompts import check_budgets
 from .conversation import Conversation
 
 
@@ -157,7 +156,7 @@ def choose_budgets(processor: DeltaLlavaProcessor, num_visual_tokens: int | None
     if num_visual_tokens is None:  # the default of a repo may also be "auto", or one of each for several images
         defaults = processor.num_visual_tokens, processor.image_seq_length, budgets[-1]
         return budgets, next(budget for budget in defaults if budget in budgets)
-    check_budgets(processor, [num_visual_tokens])
+    processor.resolve_num_visual_tokens(num_visual_tokens)
     return budgets, num_visual_tokens
 
 

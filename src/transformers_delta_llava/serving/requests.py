@@ -239,6 +239,6 @@ def check_conversation(turns: list[dict], options: dict, processor: DeltaLlavaPr
     parts = [part for turn in turns for part in turn["content"]]
     check_texts([part["text"] for part in parts if part["type"] == "text"], processor.tokenizer, limit)
     images = sum(part["type"] == "image" for part in parts)
-    choices = processor._resolve_choices(options.get("num_visual_tokens"), images)
+    choices = processor.resolve_num_visual_tokens(options.get("num_visual_tokens"), images)
     least = min(processor.visual_token_budgets)
     check_prompt(sum(least if isinstance(choice, str) else choice for choice in choices), limit)

@@ -1,4 +1,4 @@
-"""How long prompts may be, and how many visual tokens."""
+"""How long prompts may be."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -60,12 +60,3 @@ def check_prompt(num_tokens: int, limit: int | None) -> None:
             f"The prompt is too long: it has {num_tokens:,} tokens, and the model has {limit:,} positions; shorten it, or "
             "use fewer visual tokens."
         )
-
-
-def check_budgets(processor: Any, budgets: Iterable[Any]) -> None:
-    """Refuse `budgets` that are neither `"auto"` nor what the processor has, before anything runs.
-
-    Raises:
-        ValueError: the processor's own sentence.
-    """
-    processor._resolve_choices(list(budgets), None)
