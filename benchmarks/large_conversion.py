@@ -1,6 +1,6 @@
 """A large checkpoint against `cp -r` of the same files with fsync: memory and time of a conversion, side by side.
 
-    python benchmarks/large_conversion.py [--sizes 1b 7b] [--folder FOLDER] [--shard-gb 2] [--json FILE]
+    python -m benchmarks.large_conversion [--sizes 1b 7b] [--folder FOLDER] [--shard-gb 2] [--json FILE]
 
 Writes a checkpoint of random bf16 values in `.bin` shards of about 5 GB, shaped as LLaVA-1.5 with Vicuna (7b) or as a small
 Llama of 22 layers (1b), CLIP-L/336 inside; then copies it, and converts it in a process of its own. The peak of anonymous
@@ -20,9 +20,6 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from examples.make_checkpoint import LLAVA_KEYS, TEXT, projector_shapes, write_tokenizer, write_tower
 

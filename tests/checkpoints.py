@@ -14,6 +14,7 @@ from huggingface_hub.utils import _http, close_session
 from examples.make_checkpoint import Tensors, write_checkpoint
 from transformers_delta_llava.conversion import convert_checkpoint
 from transformers_delta_llava.conversion.checkpoint import read_checkpoint
+from transformers_delta_llava.utils.files import write_json
 
 
 # A vision tower of four layers, for tests to which the released levels (12, 16, 22, 23) do not matter: half the time.
@@ -31,7 +32,12 @@ def read_tensors(folder: Path) -> Tensors:
 def edit_json(path: Path, **keys: object) -> None:
     """Set keys of a JSON file; None deletes one."""
     content = {**json.loads(path.read_text()), **keys}
-    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    write_json({key: value for key, value in content.items() if value is not None or key not in keys}, path)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file in a folder, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from tests.tiny import tiny_config, tiny_processor
-from transformers_delta_llava import DeltaLlavaForConditionalGeneration
+from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from transformers_delta_llava.cli.main import main
 from transformers_delta_llava.conversion import convert_checkpoint
 
@@ -83,11 +83,21 @@ def tiny_model() -> DeltaLlavaForConditionalGeneration:
 
 
 @pytest.fixture(scope="session")
-def tiny_repo(tiny_model: DeltaLlavaForConditionalGeneration, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder `tiny` of that model and its processor. Only to be read."""
+def processor(tiny_model: DeltaLlavaForConditionalGeneration) -> DeltaLlavaProcessor:
+    """Its processor. Only to be read."""
+    return tiny_processor(tiny_model.config)
+
+
+@pytest.fixture(scope="session")
+def tiny_repo(
+    tiny_model: DeltaLlavaForConditionalGeneration,
+    processor: DeltaLlavaProcessor,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The folder `tiny` of both. Only to be read."""
     folder = tmp_path_factory.mktemp("repos") / "tiny"
     tiny_model.save_pretrained(folder)
-    tiny_processor(tiny_model.config).save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder
 
 

@@ -135,6 +135,8 @@ def test_commands_in_the_text_of_page(page: str, monkeypatch: pytest.MonkeyPatch
 def run(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a command of ours in this process; hold one that takes hours, or another program's, against what it is about."""
     program, *words = command
+    if words[:1] == ["-m"]:
+        words[:2] = [f"{words[1].replace('.', '/')}.py"]
     files = [word for word in words if re.match(r"(benchmarks|docs|examples|tests|tools)/\S+$", word)]
     assert not [file for file in files if not (ROOT / file).exists()], command
     flags = {word.split("=")[0] for word in words if word.startswith("--")}

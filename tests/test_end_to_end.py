@@ -6,12 +6,8 @@ import torch
 from PIL import Image
 from transformers import pipeline
 
-from tests.tiny import tiny_config, tiny_processor
+from tests.tiny import noise, tiny_config, tiny_processor
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
-
-
-def noise(width: int, height: int, seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 PROMPTS = ["what<image>isit", "no_image_here", "<image>and<image>differ?", "<image>!"]

@@ -9,13 +9,12 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from tests.hub_server import TOKEN, HubServer, Repo
-from tests.tiny import prompt, tiny_config, tiny_processor
+from tests.tiny import noise, prompt, tiny_config, tiny_processor
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.hub.repo_files import HUB_FILES
 
@@ -69,7 +68,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     model.save_pretrained(folder)
     processor = tiny_processor(model.config)
     processor.save_pretrained(folder)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8))
+    image = noise(50, 30)
     image.save(folder / "image.png")
     chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "?"}]}]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}

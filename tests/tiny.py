@@ -1,6 +1,8 @@
 """Tiny configs and inputs that every test of the models shares."""
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
@@ -51,6 +53,11 @@ def prompt(budgets: list[int], num_text_tokens: int = 4, seed: int = 0) -> torch
         parts.append(torch.full((budget,), IMAGE_TOKEN_ID))
         parts.append(torch.randint(1, 98, (num_text_tokens,), generator=generator))
     return torch.cat(parts)
+
+
+def noise(width: int = 24, height: int = 24, seed: int = 0) -> Image.Image:
+    """An image of which auto keeps all, always the same."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def left_pad(rows: list[torch.Tensor], pad_token_id: int = 0) -> dict[str, torch.Tensor]:

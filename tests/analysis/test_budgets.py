@@ -7,13 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.tiny import tiny_processor
 from transformers_delta_llava.analysis import budgets, compare_budgets, explain, load_repo
-
-
-@pytest.fixture(scope="module")
-def processor(tiny_model: Any) -> Any:
-    return tiny_processor(tiny_model.config)
 
 
 @pytest.fixture(scope="module")

@@ -9,29 +9,20 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.tiny import tiny_config, tiny_processor
-from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
+from tests.tiny import noise, tiny_config, tiny_processor
+from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.analysis import compare_budgets, explain, load_repo
 from transformers_delta_llava.analysis.explain import default_budgets, saliency_map, token_gradients
 from transformers_delta_llava.analysis.inference import encode_question
 
 
+NOISE = noise()
 QUADRANTS = [(0, 1), (1, 0)]  # row and column of halves
 
 
 def make(seed: int = 0, **overrides: Any) -> DeltaLlavaForConditionalGeneration:
     torch.manual_seed(seed)
     return DeltaLlavaForConditionalGeneration(tiny_config(**overrides)).eval()
-
-
-@pytest.fixture(scope="module")
-def processor(tiny_model: Any) -> DeltaLlavaProcessor:
-    return tiny_processor(tiny_model.config)
-
-
-@pytest.fixture(scope="module")
-def noise() -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +63,14 @@ def look_at(model: Any, processor: Any, image: Image.Image, quadrant: tuple[int,
 @pytest.mark.parametrize("budget", [36, 4])
 @pytest.mark.parametrize("quadrant", QUADRANTS, ids=str)
 def test_a_model_that_looks_at_one_quadrant_gets_its_saliency_there(
-    processor: Any, noise: Image.Image, quadrant: tuple[int, int], budget: int
+    processor: Any, quadrant: tuple[int, int], budget: int
 ) -> None:
     model = make(seed=1, use_transformer_block=False)
-    look_at(model, processor, noise, quadrant, budget)
+    look_at(model, processor, NOISE, quadrant, budget)
 
     # It does so by the pixels: what changes elsewhere changes nothing.
     inside = quadrant_mask(24, quadrant).bool()
-    inputs = encode_question(processor, noise, "what?", budget)
+    inputs = encode_question(processor, NOISE, "what?", budget)
     with torch.no_grad():
         logits = model(**inputs).logits[0, -1]
         for place, changes in ((inside, True), (~inside, False)):
@@ -90,7 +81,7 @@ def test_a_model_that_looks_at_one_quadrant_gets_its_saliency_there(
     for on in ("visual_tokens", "patches"):
         shares = []
         for token in range(6):  # of a few tokens, as any one of them may have no positive saliency
-            saliency = explain(model, processor, noise, "what?", budget, token, on, max_new_tokens=6).saliency
+            saliency = explain(model, processor, NOISE, "what?", budget, token, on, max_new_tokens=6).saliency
             assert saliency.shape == (12, 12) if on == "patches" else saliency.shape == (math.isqrt(budget),) * 2
             if saliency.any():
                 shares.append((saliency * quadrant_mask(len(saliency), quadrant)).sum() / saliency.sum())
@@ -99,9 +90,7 @@ def test_a_model_that_looks_at_one_quadrant_gets_its_saliency_there(
 
 @pytest.mark.parametrize("layout", ["released", "paper"])
 @pytest.mark.parametrize("quadrant", QUADRANTS, ids=str)
-def test_patches_show_where_a_single_token_comes_from(
-    processor: Any, noise: Image.Image, quadrant: tuple[int, int], layout: str
-) -> None:
+def test_patches_show_where_a_single_token_comes_from(processor: Any, quadrant: tuple[int, int], layout: str) -> None:
     model = make(projector_layout=layout)
     mask = quadrant_mask(12, quadrant).flatten()[:, None]
 
@@ -110,9 +99,9 @@ def test_patches_show_where_a_single_token_comes_from(
         return features * mask, [level * mask for level in levels], scale_factor
 
     model.model.multi_modal_projector.register_forward_pre_hook(blind)
-    saliency = explain(model, processor, noise, "what?", 1, on="patches", max_new_tokens=1).saliency
+    saliency = explain(model, processor, NOISE, "what?", 1, on="patches", max_new_tokens=1).saliency
     assert saliency.max() == 1 and (saliency[quadrant_mask(12, quadrant) == 0] == 0).all()
-    assert explain(model, processor, noise, "what?", 1, max_new_tokens=1).saliency.shape == (1, 1)
+    assert explain(model, processor, NOISE, "what?", 1, max_new_tokens=1).saliency.shape == (1, 1)
 
 
 # The numbers.
@@ -121,15 +110,13 @@ def test_patches_show_where_a_single_token_comes_from(
 @pytest.mark.parametrize("budget", [144, 36, 1])
 @pytest.mark.parametrize("layout", ["released", "paper"])
 @pytest.mark.parametrize("on", ["visual_tokens", "patches"])
-def test_gradients_are_the_slopes_of_the_logit(
-    processor: Any, noise: Image.Image, on: str, layout: str, budget: int
-) -> None:
+def test_gradients_are_the_slopes_of_the_logit(processor: Any, on: str, layout: str, budget: int) -> None:
     model = make(projector_layout=layout).double()
     for name, norm in list(model.named_modules()):
         if type(norm).__name__ == "LlamaRMSNorm":  # which computes in float32, too coarse for differences
             exact = torch.nn.RMSNorm(norm.weight.shape, norm.variance_epsilon, dtype=torch.float64)
             model.set_submodule(name, exact)
-    inputs = encode_question(processor, noise, "what?", budget).to(torch.float64)
+    inputs = encode_question(processor, NOISE, "what?", budget).to(torch.float64)
     answer = [7, 30, 5]
     activations, gradients = token_gradients(model, inputs, answer, on)
     change = torch.randn(activations.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -180,28 +167,28 @@ def test_saliency_is_the_positive_part_of_the_products() -> None:
         saliency_map(activations.half(), gradients.half() * math.nan)
 
 
-def test_the_answer_is_the_greedy_one(tiny_model: Any, processor: Any, noise: Image.Image) -> None:
-    runs = compare_budgets(tiny_model, processor, noise, "what?", [36, 4], max_new_tokens=5, repeats=1).runs
+def test_the_answer_is_the_greedy_one(tiny_model: Any, processor: Any) -> None:
+    runs = compare_budgets(tiny_model, processor, NOISE, "what?", [36, 4], max_new_tokens=5, repeats=1).runs
     for run in runs:
-        explanation = explain(tiny_model, processor, noise, "what?", run.num_visual_tokens, token=2, max_new_tokens=5)
+        explanation = explain(tiny_model, processor, NOISE, "what?", run.num_visual_tokens, token=2, max_new_tokens=5)
         assert (explanation.answer, explanation.num_visual_tokens) == (run.answer, run.num_visual_tokens)
         assert explanation.token in run.answer
-    assert explain(tiny_model, processor, noise, "what?", max_new_tokens=1).num_visual_tokens == 36
-    assert explain(tiny_model, processor, noise, "what?", "auto", max_new_tokens=1).num_visual_tokens == 144
+    assert explain(tiny_model, processor, NOISE, "what?", max_new_tokens=1).num_visual_tokens == 36
+    assert explain(tiny_model, processor, NOISE, "what?", "auto", max_new_tokens=1).num_visual_tokens == 144
 
 
-def test_an_answer_stops_where_it_ends_and_an_empty_one_is_refused(processor: Any, noise: Image.Image) -> None:
+def test_an_answer_stops_where_it_ends_and_an_empty_one_is_refused(processor: Any) -> None:
     model = make()
-    first = explain(model, processor, noise, "what?", token=0, max_new_tokens=4)
-    inputs = encode_question(processor, noise, "what?")
+    first = explain(model, processor, NOISE, "what?", token=0, max_new_tokens=4)
+    inputs = encode_question(processor, NOISE, "what?")
     ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, -4:].tolist()
     model.generation_config.eos_token_id = [98, next(index for index in ids if index != ids[0])]
-    stopped = explain(model, processor, noise, "what?", token=0, max_new_tokens=4)
+    stopped = explain(model, processor, NOISE, "what?", token=0, max_new_tokens=4)
     assert stopped.answer == first.answer[: len(stopped.answer)] != first.answer
     assert torch.equal(stopped.saliency, first.saliency)
     model.generation_config.eos_token_id = ids[0]
     with pytest.raises(ValueError, match="The answer with 36 visual tokens is empty: there is no token to explain."):
-        explain(model, processor, noise, "what?", max_new_tokens=4)
+        explain(model, processor, NOISE, "what?", max_new_tokens=4)
 
 
 def test_an_empty_image_is_refused(tiny_model: Any, processor: Any) -> None:
@@ -223,9 +210,9 @@ def test_an_empty_image_is_refused(tiny_model: Any, processor: Any) -> None:
         ("refused", "visual_tokens"),
     ],
 )
-def test_the_model_is_left_as_it_was(processor: Any, noise: Image.Image, on: str, how: str) -> None:
+def test_the_model_is_left_as_it_was(processor: Any, on: str, how: str) -> None:
     model = make()
-    expected = explain(model, processor, noise, "what?", 9, 1, on, max_new_tokens=2)
+    expected = explain(model, processor, NOISE, "what?", 9, 1, on, max_new_tokens=2)
     if how == "frozen":
         model.requires_grad_(False)
     else:
@@ -246,10 +233,10 @@ def test_the_model_is_left_as_it_was(processor: Any, noise: Image.Image, on: str
     before = state()
     if how == "refused":
         with pytest.raises(ValueError, match="token=9"):
-            explain(model, processor, noise, "what?", 9, 9, on, max_new_tokens=2)
+            explain(model, processor, NOISE, "what?", 9, 9, on, max_new_tokens=2)
     else:
         with torch.inference_mode(how == "inference mode"), torch.set_grad_enabled(how != "no grad"):
-            explanation = explain(model, processor, noise, "what?", 9, 1, on, max_new_tokens=2)
+            explanation = explain(model, processor, NOISE, "what?", 9, 1, on, max_new_tokens=2)
         assert torch.equal(explanation.saliency, expected.saliency) and explanation.answer == expected.answer
         assert not explanation.saliency.requires_grad and not explanation.saliency.is_inference()
     assert state() == before and (kept == 1).all()

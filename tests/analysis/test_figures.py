@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.tiny import tiny_config, tiny_processor
+from tests.tiny import noise
 from transformers_delta_llava.analysis import (
     BudgetComparison,
     BudgetRun,
@@ -27,17 +27,8 @@ from transformers_delta_llava.analysis import (
 from transformers_delta_llava.deltas import DeltaRow
 
 
+NOISE = noise()
 EVIL = "<script>alert('1')</script> & $\\frac{1}$ \x1b[31m {{ 7 * 7 }}"
-
-
-@pytest.fixture(scope="module")
-def processor() -> Any:
-    return tiny_processor(tiny_config())
-
-
-@pytest.fixture(scope="module")
-def noise() -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))
 
 
 def texts(path: Path) -> list[str]:
@@ -78,9 +69,9 @@ def comparison(answer: str, prompt: str) -> BudgetComparison:
     return BudgetComparison(prompt, runs, 0.3, 3, 64, "cpu", "float32", 1, {"torch": "2", "transformers": "5"})
 
 
-def test_a_comparison_shows_answers_and_times_as_they_are(processor: Any, noise: Any, tmp_path: Path) -> None:
+def test_a_comparison_shows_answers_and_times_as_they_are(processor: Any, tmp_path: Path) -> None:
     path = tmp_path / "figure.svg"
-    plot_comparison(comparison(EVIL, EVIL), noise, processor, "tiny", path)
+    plot_comparison(comparison(EVIL, EVIL), NOISE, processor, "tiny", path)
     text = " ".join(texts(path))
     shown = " ".join(EVIL.replace("\x1b", "\\x1b").split())
     assert text.count(shown) == 4  # the prompt and three answers
@@ -93,14 +84,14 @@ def test_a_comparison_shows_answers_and_times_as_they_are(processor: Any, noise:
     assert ET.parse(path).getroot().findall(".//{*}script") == []
 
 
-def test_figures_hold_every_answer(processor: Any, noise: Any, tmp_path: Path) -> None:
+def test_figures_hold_every_answer(processor: Any, tmp_path: Path) -> None:
     """Nothing is cut at an edge."""
     answers = ["", "word " * 300, "x" * 2000, "two\n\nlines", "日本語のとても長い答え" * 30]
     many = comparison("", "what is it? " * 20)
     runs = [replace(many.runs[0], answer=answer) for answer in answers]
-    plot_comparison(replace(many, runs=runs), noise, processor, "model", tmp_path / "budgets.png")
+    plot_comparison(replace(many, runs=runs), NOISE, processor, "model", tmp_path / "budgets.png")
     explanations = [Explanation(torch.rand(6, 6), answer, "cat", 36) for answer in answers]
-    plot_explanations(noise, explanations, processor, "what? " * 40, tmp_path / "explain.png")
+    plot_explanations(NOISE, explanations, processor, "what? " * 40, tmp_path / "explain.png")
     for name in ("budgets.png", "explain.png"):
         pixels = np.asarray(Image.open(tmp_path / name).convert("RGB"))
         assert pixels.min() < 128
@@ -108,10 +99,10 @@ def test_figures_hold_every_answer(processor: Any, noise: Any, tmp_path: Path) -
             assert (edge == 255).all(), name
 
 
-def test_explanations_are_side_by_side(processor: Any, noise: Any, tmp_path: Path) -> None:
+def test_explanations_are_side_by_side(processor: Any, tmp_path: Path) -> None:
     path = tmp_path / "figure.svg"
     explanations = [Explanation(torch.rand(6, 6), "a cat", "cat", 36), Explanation(torch.zeros(1, 1), "", "$", 1)]
-    plot_explanations(noise, explanations, processor, EVIL, path, "patches")
+    plot_explanations(NOISE, explanations, processor, EVIL, path, "patches")
     assert {"the image", "36 visual tokens", "a cat", "saliency of “cat”", "1 visual token", "(empty)"} <= set(
         texts(path)
     )

@@ -3,7 +3,6 @@ import builtins
 import pytest
 from PIL import Image
 
-from tests.tiny import tiny_processor
 from transformers_delta_llava.evaluation import (
     Question,
     answer_questions,
@@ -12,11 +11,6 @@ from transformers_delta_llava.evaluation import (
     majority_answers,
     score_answers,
 )
-
-
-@pytest.fixture(scope="module")
-def processor(tiny_model):
-    return tiny_processor(tiny_model.config)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi
 
+from tests.checkpoints import contents, edit_json
 from tests.hub_server import TOKEN, Faults, HubServer
 from tests.tiny import tiny_config, tiny_processor
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
@@ -39,10 +40,6 @@ def unchecked(monkeypatch):
 
 def push(folder, server, token=TOKEN, **options):
     return push_folder(folder, REPO, api=server.api(token), initial_backoff=0, **options)
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_everything_arrives_in_one_commit(folder):
@@ -158,18 +155,15 @@ def drop_tensor(folder):
     path.write_text(json.dumps(index))
 
 
-def fewer_placeholders(folder):
-    path = folder / "processor_config.json"
-    settings = {**json.loads(path.read_text()), "num_visual_tokens": 4}
-    path.write_text(json.dumps(settings))
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (truncate, "does not load"),
         (drop_tensor, "its weights have missing keys"),
-        (fewer_placeholders, "writes 4 placeholders for an image, its model needs 16"),
+        (
+            lambda folder: edit_json(folder / "processor_config.json", num_visual_tokens=4),
+            "writes 4 placeholders for an image, its model needs 16",
+        ),
         (lambda folder: (folder / "tokenizer.json").unlink(), "does not load"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is not valid JSON"),
         (lambda folder: (folder / "projector_delta_llava.py").unlink(), "lacks projector_delta_llava.py"),

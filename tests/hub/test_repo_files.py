@@ -3,10 +3,10 @@
 import hashlib
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
+from tests.checkpoints import contents, edit_json
 from tests.hub_server import TOKEN, HubServer
 from tests.test_layout import HUB_FILES
 from tests.tiny import tiny_config, tiny_processor
@@ -19,18 +19,6 @@ from transformers_delta_llava.utils.errors import DeltaLlavaError
 
 REPO = "org/delta-llava-tiny"
 OLD = b"# older code\n"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def edit_json(path: Path, **changes: object) -> None:
-    """Set keys of a JSON file, in the format in which this package writes it; None deletes one."""
-    value = {**json.loads(path.read_text()), **changes}
-    for key in [key for key, entry in changes.items() if entry is None]:
-        del value[key]
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import time
 import pytest
 from PIL import Image
 
-from tests.tiny import tiny_config, tiny_processor
 from transformers_delta_llava.processing import image_utils_delta_llava
 from transformers_delta_llava.serving.requests import (
     ChatRequest,
@@ -23,11 +22,6 @@ from transformers_delta_llava.serving.requests import (
 
 
 USER = {"role": "user", "content": "hello"}
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor(tiny_config())
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,9 @@ onto the untouched repo again and merged. OUTPUT is then a repo like the first.
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, Image, List
@@ -19,19 +21,37 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
 
-STEPS, BATCH_SIZE = 100, 16
+# Of every trainer here: a short run on CPUs in float32 that saves nothing by itself.
+OPTIONS = {
+    "per_device_train_batch_size": 16,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+}
+LOADING = {"trust_remote_code": True, "dtype": "float32"}
 
 
-def load_rows(path: str) -> Dataset:
-    """Rows as TRL wants them: `messages` and `images`."""
-    rows = []
-    for row in json.loads(Path(path).read_text()):
-        question, answer = (
-            {"role": "user", "content": row["question"]},
-            {"role": "assistant", "content": row["answer"]},
-        )
-        rows.append({"messages": [question, answer], "images": row["images"]})
+def load_rows(path: str, convert: Callable[[dict], dict]) -> Dataset:
+    """Rows of a file as TRL wants them, with `images`."""
+    rows = [convert(row) for row in json.loads(Path(path).read_text())]
     return Dataset.from_list(rows).cast_column("images", List(Image()))
+
+
+def print_report(trainer: Any, logged: dict[str, str], **report: object) -> None:
+    """Print one JSON object: the `report`, and of the trainer's log what is `logged` under each name."""
+    for name, key in logged.items():
+        report[name] = [entry[key] for entry in trainer.state.log_history if key in entry]
+    report["package_importable"] = importlib.util.find_spec("transformers_delta_llava") is not None
+    print(json.dumps(report))
+
+
+def to_messages(row: dict) -> dict:
+    """A question and its answer."""
+    turns = zip(("user", "assistant"), (row["question"], row["answer"]))
+    return {"messages": [{"role": role, "content": text} for role, text in turns], "images": row["images"]}
 
 
 def main() -> None:
@@ -49,20 +69,14 @@ def main() -> None:
         model=repo,
         args=SFTConfig(
             output_dir=f"{output}-run",
-            model_init_kwargs={"trust_remote_code": True, "dtype": "float32"},
+            model_init_kwargs=LOADING,
             assistant_only_loss=True,
             max_length=None,
-            max_steps=STEPS,
-            per_device_train_batch_size=BATCH_SIZE,
+            max_steps=100,
             learning_rate=7e-4 if "--lora" in flags else 3e-4,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
+            **OPTIONS,
         ),
-        train_dataset=load_rows(rows),
+        train_dataset=load_rows(rows, to_messages),
         processing_class=processor,
         peft_config=lora if "--lora" in flags else None,
     )
@@ -83,14 +97,9 @@ def main() -> None:
         difference = (logits[kept] - merged[kept]).abs().max().item()
     model.save_pretrained(output)
     processor.save_pretrained(output)
-    report = {
-        "package_importable": importlib.util.find_spec("transformers_delta_llava") is not None,
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "labels": [processor.decode(row[row != -100]) for row in batch["labels"]],
-        "trainable": trainable,
-        "difference": difference if "--lora" in flags else None,
-    }
-    print(json.dumps(report))
+    labels = [processor.decode(row[row != -100]) for row in batch["labels"]]
+    report = {"labels": labels, "trainable": trainable, "difference": difference if "--lora" in flags else None}
+    print_report(trainer, {"losses": "loss"}, **report)
 
 
 if __name__ == "__main__":
