@@ -16,8 +16,9 @@ import torch
 
 from harness import arguments_of, peak_bytes, prepare, print_table, side_by_side, write_results
 from harness.models import LLAVA, build_pair, make_inputs
+from harness.plots import line_plot
 from transformers_delta_llava import DeltaLlavaConfig
-from transformers_delta_llava.analysis import line_plot, paper_flops, profile_model
+from transformers_delta_llava.analysis import paper_flops, profile_model
 
 
 def main() -> None:

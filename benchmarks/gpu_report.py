@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from gpu_parts import PARTS, write_json
+from harness.plots import line_plot
 from tables import Rows, goals_table, table
 from training_step import TABLE_4
-from transformers_delta_llava.analysis import line_plot
 
 
 Report = dict[str, Any]

@@ -26,9 +26,9 @@ from harness import (
     side_by_side,
     write_results,
 )
+from harness.plots import line_plot
 from projectors import MLPProjector, ReleasedProjector, TokenPackerStyleProjector
 from transformers_delta_llava import DeltaLlavaProjector
-from transformers_delta_llava.analysis import line_plot
 
 
 def main() -> None:

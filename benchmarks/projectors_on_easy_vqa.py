@@ -27,9 +27,9 @@ from rich.table import Table
 from torch import nn
 from transformers import set_seed
 
+from harness.plots import line_plot
 from projectors import AveragePoolingProjector, MLPProjector, TokenPackerStyleProjector
 from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaProjector
-from transformers_delta_llava.analysis import line_plot
 from transformers_delta_llava.evaluation import answer_questions, draw_test_questions, score_answers
 from transformers_delta_llava.training import load_recipe
 from transformers_delta_llava.training.recipe import Recipe

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from harness import arguments_of, model_config, prepare, print_table, products_alone, side_by_side, write_results
+from harness.plots import line_plot
 from projectors import ReleasedProjector
 from transformers_delta_llava import DeltaLlavaProjector
-from transformers_delta_llava.analysis import line_plot
 
 
 SWEEPS: dict[str, list[dict[str, int]]] = {

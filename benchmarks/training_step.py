@@ -14,7 +14,7 @@ import torch
 
 from harness import arguments_of, peak_bytes, prepare, print_table, side_by_side, write_results
 from harness.models import LLAVA, build_pair, make_inputs
-from transformers_delta_llava.analysis import line_plot
+from harness.plots import line_plot
 
 
 # Table 4 in seconds, stage 1 and stage 2.

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from harness.plots import line_plot
 from tests.tiny import noise
 from transformers_delta_llava.analysis import (
     BudgetComparison,
@@ -18,7 +19,6 @@ from transformers_delta_llava.analysis import (
     Explanation,
     bar_plot,
     figures,
-    line_plot,
     overlay_saliency,
     plot_comparison,
     plot_delta_stats,
@@ -36,8 +36,7 @@ def texts(path: Path) -> list[str]:
     return ["".join(node.itertext()) for node in ET.parse(path).iter() if node.tag.endswith("}text")]
 
 
-@pytest.mark.parametrize("suffix", [".svg", ".PNG"])
-@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize(("suffix", "log"), [(".svg", False), (".svg", True), (".PNG", False)])
 def test_lines_and_bars(tmp_path: Path, suffix: str, log: bool) -> None:
     path = tmp_path / f"plot{suffix}"
     lines = {"a < b": [(4, 30.0), (1, 10.0), (2, 20.0)], "flat": [(1, 5.0)]}
@@ -138,7 +137,7 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: Any)
     with pytest.raises(
         ValueError, match=r"^Figures need matplotlib: pip install 'transformers-delta-llava\[plots\]'\.$"
     ):
-        line_plot({"a": [(1, 1)]}, "", "", tmp_path / "a.svg")
+        bar_plot({"1": {"a": 1}}, "", "", tmp_path / "a.svg")
 
 
 def test_an_error_leaves_the_earlier_figure(tmp_path: Path, monkeypatch: Any) -> None:
@@ -152,5 +151,5 @@ def test_an_error_leaves_the_earlier_figure(tmp_path: Path, monkeypatch: Any) ->
     path = tmp_path / "a.svg"
     path.write_text("old")
     with pytest.raises(OSError, match="No space left"):
-        line_plot({"a": [(1, 1)]}, "", "", path)
+        bar_plot({"1": {"a": 1}}, "", "", path)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

@@ -5,7 +5,6 @@ from .explain import Explanation, explain, explain_budgets
 from .figures import (
     bar_plot,
     check_figure_path,
-    line_plot,
     overlay_saliency,
     plot_comparison,
     plot_delta_stats,
@@ -41,7 +40,6 @@ __all__ = [
     "compare_budgets",
     "explain",
     "explain_budgets",
-    "line_plot",
     "load_config",
     "load_image",
     "load_repo",

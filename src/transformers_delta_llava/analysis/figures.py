@@ -97,36 +97,6 @@ def new_figure(path: Path, width: float, height: float) -> Iterator[Any]:
             draft.unlink(missing_ok=True)
 
 
-def line_plot(
-    lines: Mapping[str, Sequence[tuple[float, float]]],
-    title: str,
-    x_label: str,
-    path: Path,
-    log_x: bool = False,
-    log_y: bool = False,
-) -> None:
-    """
-    Write lines with a mark at each point.
-
-    Args:
-        lines: per name, its points (x, y).
-        title: above the plot.
-        x_label: under the plot.
-        path: of the figure.
-        log_x, log_y: whether an axis is logarithmic; then all its numbers are positive.
-    """
-    with new_figure(path, 8.6, 4.2) as figure:
-        axes = figure.subplots()
-        for name, points in lines.items():
-            axes.plot(*zip(*sorted(points)), marker="o", label=name)
-        axes.set(title=title, xlabel=x_label, xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
-        xs = sorted({x for points in lines.values() for x, _ in points})
-        axes.set_xticks(xs, [f"{x:g}" for x in xs])
-        axes.minorticks_off()
-        axes.grid(axis="y", alpha=0.4)
-        figure.legend(loc="outside right upper", frameon=False)
-
-
 def bar_plot(bars: Mapping[str, Mapping[str, float]], title: str, x_label: str, path: Path) -> None:
     """
     Write one stacked bar per label, its sum above it.

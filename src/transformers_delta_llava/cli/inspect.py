@@ -1,6 +1,5 @@
 """`delta-llava inspect`."""
 
-import json
 from dataclasses import asdict
 from typing import Annotated
 
@@ -9,17 +8,17 @@ from rich.console import Console
 from rich.table import Table
 
 from ..conversion import Inspection, inspect_model
-from .options import cell, say
+from .options import Json, cell, print_json, say
 
 
 def inspect(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a repo or a checkpoint.", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Print what a repo or checkpoint holds and what is wrong with it; exits with code 1 where something is."""
     result = inspect_model(model)
     if as_json:
-        typer.echo(json.dumps(asdict(result), indent=2))
+        print_json(asdict(result))
     else:
         _print(result)
     if result.problems:

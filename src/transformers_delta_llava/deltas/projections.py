@@ -89,7 +89,8 @@ def read_projections(model_id: str | Path, need_deltas: bool = True) -> Projecti
         result = _read_delta_repo(folder, name)
     elif read_optional_json(folder / "config.json").get("model_type") == "delta_llava":
         config = read_repo_config(folder)
-        tensors = _strip_prefix(read_checkpoint(folder).tensors, PROJECTOR)
+        stored = read_checkpoint(folder).tensors
+        tensors = {n.removeprefix(PROJECTOR): tensor for n, tensor in stored.items() if n.startswith(PROJECTOR)}
         levels = config.vision_feature_levels
         result = _collect(name, folder, config.projector_layout, config.delta_sharing, levels, tensors)
     else:
@@ -128,10 +129,6 @@ def _read_checkpoint(folder: Path, name: str) -> Projections:
     if not isinstance(levels, list) or len(levels) != count:
         levels = range(count)
     return _collect(name, folder, "released", "levels", levels, tensors)
-
-
-def _strip_prefix(tensors: Mapping[str, LazyTensor], prefix: str) -> dict[str, LazyTensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _count_levels(tensors: Mapping[str, LazyTensor], layout: str) -> int:
