@@ -17,10 +17,11 @@ PAGES = {path.name: path for path in [ROOT / "README.md", *sorted((ROOT / "docs"
 # Sections whose blocks tests/integration runs, each in the environment of its engine.
 ENGINE_SECTIONS = {
     "engines.md": {"accelerate", "torch.compile", "Quantised", "vLLM", "transformers serve", "TRL and PEFT"},
+    "onnx.md": {"Node"},
     "evaluation.md": {"lmms-eval", "The paper's tables"},
 }
 # Programs that a page may call: their commands are read, not run.
-PROGRAMS = "accelerate delta-llava hf make pip python torchrun unzip vllm wget"
+PROGRAMS = "accelerate delta-llava hf make npm pip python torchrun unzip vllm wget"
 
 
 class Block(NamedTuple):

@@ -1,0 +1,118 @@
+/** The page: an image, a question, a number of visual tokens, and what the worker answers. */
+
+const parts = Object.fromEntries([...document.querySelectorAll("[id]")].map((element) => [element.id, element]));
+const settings = Object.fromEntries(new URLSearchParams(location.search)); // ?model=FOLDER&dtype=q4&device=wasm
+let budgets = []; // numbers of visual tokens, smallest first
+let worker;
+
+await keepFiles();
+startWorker();
+
+/**
+ * Let the service worker keep all files. On the first visit it starts too late for those that are here already: load the page
+ * again, once. Where it is not to be had (in a private window, say) the page works with a network, and slower.
+ */
+async function keepFiles() {
+  try {
+    await navigator.serviceWorker.register("service-worker.js");
+    await navigator.serviceWorker.ready;
+  } catch {
+    return;
+  }
+  if (crossOriginIsolated || sessionStorage.reloaded) return;
+  sessionStorage.reloaded = true;
+  location.reload();
+  await new Promise(() => {}); // until the page is gone
+}
+
+function startWorker() {
+  worker = new Worker("worker.js", { type: "module" });
+  worker.onmessage = ({ data: { type, ...values } }) => HANDLERS[type](values);
+  worker.onerror = () => HANDLERS.error({ message: "transformers.js did not load: run `npm ci` in the page's folder." });
+  worker.postMessage({ type: "load", repo: settings.model ?? "model", dtype: settings.dtype, device: settings.device });
+}
+
+const HANDLERS = {
+  progress({ percent }) {
+    parts.progress.value = percent;
+  },
+
+  ready({ device, visualTokenBudgets, numVisualTokens }) {
+    budgets = visualTokenBudgets;
+    parts.tokens.max = budgets.length - 1;
+    parts.tokens.value = budgets.indexOf(numVisualTokens);
+    parts.tokens.disabled = false;
+    showBudget();
+    parts.progress.hidden = true;
+    const offline = navigator.serviceWorker?.controller ? " From now on it works without a network." : "";
+    parts.status.textContent = `Ready, on ${device === "webgpu" ? "WebGPU" : "WebAssembly"}.${offline}`;
+    setBusy(false);
+  },
+
+  image({ width, height }) {
+    parts.hint.textContent = `${width} × ${height} pixels`;
+  },
+
+  text({ text }) {
+    parts.answer.textContent = (parts.answer.textContent + text).trimStart();
+  },
+
+  answer({ text, tokens, times, numVisualTokens }) {
+    parts.answer.textContent = text;
+    const milliseconds = [times.vision, times.firstToken, times.rest].map((time) => `${Math.round(time)} ms`);
+    const row = parts.rows.insertRow(0);
+    for (const cell of [numVisualTokens, text, ...milliseconds, tokens.length]) row.insertCell().textContent = cell;
+    parts.history.hidden = false;
+    setBusy(false);
+  },
+
+  error({ message }) {
+    parts.progress.hidden = true;
+    parts.answer.textContent = message;
+    parts.answer.classList.add("error");
+    setBusy(false);
+  },
+};
+
+/** While the model answers it can be stopped, and screen readers wait for the whole answer. */
+function setBusy(busy) {
+  parts.ask.disabled = busy || !budgets.length;
+  parts.stop.disabled = !busy;
+  parts.answer.setAttribute("aria-busy", busy);
+}
+
+function showBudget() {
+  const number = budgets[parts.tokens.value];
+  parts.number.textContent = number;
+  parts.tokens.setAttribute("aria-valuetext", `${number} visual token${number === 1 ? "" : "s"}`);
+}
+
+function choose(file) {
+  if (!file) return;
+  parts.answer.classList.remove("error");
+  URL.revokeObjectURL(parts.preview.src);
+  parts.preview.src = URL.createObjectURL(file);
+  parts.preview.alt = `The image to ask about: ${file.name}`;
+  parts.preview.hidden = false;
+  parts.answer.textContent = "";
+  worker.postMessage({ type: "image", file });
+}
+
+parts.form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (parts.ask.disabled) return;
+  parts.answer.textContent = "";
+  parts.answer.classList.remove("error");
+  setBusy(true);
+  worker.postMessage({ type: "ask", question: parts.question.value, numVisualTokens: budgets[parts.tokens.value] });
+});
+parts.stop.addEventListener("click", () => worker.postMessage({ type: "stop" }));
+parts.tokens.addEventListener("input", showBudget);
+parts.file.addEventListener("change", () => choose(parts.file.files[0]));
+for (const name of ["dragover", "dragleave", "drop"]) {
+  parts.drop.addEventListener(name, (event) => {
+    event.preventDefault();
+    parts.drop.classList.toggle("over", name === "dragover");
+    if (name === "drop") choose(event.dataTransfer.files[0]);
+  });
+}
