@@ -55,7 +55,7 @@ class Counter(TorchDispatchMode):
         """Run the operation, then count it and the storages that are new."""
         kwargs = kwargs or {}
         result = operation(*args, **kwargs)
-        if formula := flop_registry.get(operation._overloadpacket):
+        if formula := flop_registry.get(operation.overloadpacket):
             self.flops += formula(*args, **kwargs, out_val=result)
         elif operation is torch.ops.aten.addmm_.default:  # not in PyTorch's table
             self.flops += 2 * args[1].numel() * args[2].shape[1]

@@ -21,17 +21,22 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 NEW_TOKENS = 12
 
 
-@torch.inference_mode()
-def answer(model, processor, case: dict) -> dict:
-    """`prompt` and `tokens`, as ids, and `text`: greedy, for one case, without stopping at the end of the text."""
+def encode(processor, case: dict) -> dict:
+    """The case for the model."""
     budget = case["num_visual_tokens"]
-    inputs = processor.apply_chat_template(
+    return processor.apply_chat_template(
         [{"role": "user", "content": copy.deepcopy(case["content"])}],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         processor_kwargs={"return_tensors": "pt", **({} if budget is None else {"num_visual_tokens": budget})},
     )
+
+
+@torch.inference_mode()
+def answer(model, processor, case: dict) -> dict:
+    """`prompt` and `tokens`, as ids, and `text`: greedy, for one case, without stopping at the end of the text."""
+    inputs = encode(processor, case)
     output = model.generate(**inputs, do_sample=False, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS)
     prompt = inputs["input_ids"][0].tolist()
     tokens = output[0, len(prompt) :].tolist()

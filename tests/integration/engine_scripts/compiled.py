@@ -7,7 +7,6 @@ forward pass, and the `output` of compiled generation. Cases are then traced by 
 would take seconds for each. A case is {"content": content of a user message, "num_visual_tokens": null, an integer or one per image}.
 """
 
-import copy
 import importlib.util
 import json
 import sys
@@ -16,24 +15,12 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
-from answer import NEW_TOKENS
+from answer import NEW_TOKENS, encode
 
 
 def graphs() -> int:
     """How many graphs there are so far."""
     return counters["stats"]["unique_graphs"]
-
-
-def encode(processor, case: dict) -> dict:
-    """The case for the model."""
-    budget = case["num_visual_tokens"]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": copy.deepcopy(case["content"])}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        processor_kwargs={"return_tensors": "pt", **({} if budget is None else {"num_visual_tokens": budget})},
-    )
 
 
 @torch.no_grad()
