@@ -97,10 +97,10 @@ def align(recipe_file: Path, overrides: list[str]) -> None:
             images = []
             if index % 320 == 319:
                 print(f"{index + 1} of {len(rows)} images seen, {time.time() - started:.0f} s", flush=True)
-    dataset = TrainingDataset(rows, encode)
-    some = some_images(dataset, recipe.budgets[0])
-    assert some is not None, "captions are of images"
-    model.calibrate_projector(some.to(arguments.device))
+    if recipe.model.language is not None:  # a new projector; that of `model.path` is trained further
+        some = some_images(TrainingDataset(rows, encode), recipe.budgets[0])
+        assert some is not None, "captions are of images"
+        model.calibrate_projector(some.to(arguments.device))
     train(model, files, captions, processor.tokenizer, features, recipe.budgets, arguments)
     save_hub_folder(model, model.state_dict(), processor, output, torch.bfloat16)
     print(f"wrote {output}")
