@@ -28,7 +28,7 @@ from torch import nn
 from transformers import set_seed
 
 from harness.plots import line_plot
-from projectors import AveragePoolingProjector, MLPProjector, TokenPackerStyleProjector
+from projectors import VARIANTS
 from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaProjector
 from transformers_delta_llava.evaluation import answer_questions, draw_test_questions, score_answers
 from transformers_delta_llava.training import load_recipe
@@ -42,18 +42,10 @@ RECIPES = [ROOT / "examples" / "recipes" / name for name in ("easy-vqa-pretrain.
 RESULTS = ROOT / "benchmarks" / "results" / "projectors_on_easy_vqa.jsonl"
 BUDGETS = (16, 4, 1)
 TIMED_STEPS = 10
-# Name: class, arguments of the config, and the budgets to train at.
-VARIANTS: dict[
-    str, tuple[Callable[[DeltaLlavaConfig], nn.Module], dict[str, Any], Sequence[int | tuple[int, ...]]]
-] = {
-    "MLP, no reduction": (MLPProjector, {}, (64,)),
-    "average pooling + MLP": (AveragePoolingProjector, {}, BUDGETS),
-    "TokenPacker style": (TokenPackerStyleProjector, {}, BUDGETS),
-    "Delta, released": (DeltaLlavaProjector, {}, (*BUDGETS, BUDGETS)),
-    "Delta, paper": (DeltaLlavaProjector, {"projector_layout": "paper"}, BUDGETS),
-    "released, no EMHSA": (DeltaLlavaProjector, {"use_emhsa": False}, BUDGETS),
-    "released, no DeltaProj": (DeltaLlavaProjector, {"use_delta_projection": False}, BUDGETS),
-    "released, no TB": (DeltaLlavaProjector, {"use_transformer_block": False}, BUDGETS),
+# What each variant is trained at: most at one budget after the other, one also with the budget drawn at every step.
+TRAINED_AT: dict[str, Sequence[int | tuple[int, ...]]] = dict.fromkeys(VARIANTS, BUDGETS) | {
+    "MLP, no reduction": (64,),
+    "Delta, released": (*BUDGETS, BUDGETS),
 }
 
 
@@ -92,7 +84,7 @@ def run_missing(arguments: argparse.Namespace) -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     for seed in arguments.seeds:
         for variant in arguments.variants:
-            for budget in VARIANTS[variant][2]:
+            for budget in TRAINED_AT[variant]:
                 trained_at = [budget] if isinstance(budget, int) else list(budget)
                 if (variant, str(trained_at), seed, tuple(arguments.steps)) in done:
                     continue
@@ -106,7 +98,7 @@ def run_missing(arguments: argparse.Namespace) -> None:
 
 def measure(variant: str, trained_at: list[int], seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train one model and measure it."""
-    make_projector, config, _ = VARIANTS[variant]
+    make_projector, config = VARIANTS[variant]
     changes = {
         "num_visual_tokens": trained_at,
         "arguments.output_dir": arguments.output / f"{variant.replace(' ', '-')}-{trained_at}-{seed}".replace(",", ""),
@@ -117,7 +109,8 @@ def measure(variant: str, trained_at: list[int], seed: int, arguments: argparse.
     }
     first, second = (load_recipe(path, [f"{key}={value}" for key, value in changes.items()]) for path in RECIPES)
     first.model.config.update(config)
-    second.model = first.model  # built anew, because no folder can hold a projector that is not ours; see `continued`
+    # Built anew, because no folder can hold a projector that is not ours; see `continued`.
+    second = second.model_copy(update={"model": first.model})
     weights: dict[str, torch.Tensor] = {}
     seconds = 0.0
     for recipe, steps in zip((first, second), arguments.steps):

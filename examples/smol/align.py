@@ -15,14 +15,15 @@ import math
 import random
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from transformers_delta_llava import DeltaLlavaForConditionalGeneration
-from transformers_delta_llava.training import load_recipe
+from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
+from transformers_delta_llava.training import Recipe, load_recipe
 from transformers_delta_llava.training.arguments import make_arguments
 from transformers_delta_llava.training.checkpoints import save_hub_folder
 from transformers_delta_llava.training.conversations import ConversationEncoder
@@ -76,66 +77,80 @@ def caption_targets(captions: list[str], tokenizer: PreTrainedTokenizerBase) -> 
     return vocabulary, targets
 
 
-def align(recipe_file: Path, overrides: list[str]) -> None:
-    """Train what the recipe says; its `per_device_train_batch_size`, `num_train_epochs`, `learning_rate` and `seed` count."""
-    recipe = load_recipe(recipe_file, overrides)
-    arguments = make_arguments(recipe.arguments)
-    output = Path(str(arguments.output_dir))
+class Captions(NamedTuple):
+    """Images with captions: files of the tower's features, and what reads them."""
+
+    files: list[Path]
+    texts: list[str]
+    features: FrozenFeatures
+
+    @classmethod
+    def read(
+        cls, model: DeltaLlavaForConditionalGeneration, processor: DeltaLlavaProcessor, recipe: Recipe
+    ) -> "Captions":
+        """The rows of a recipe; runs the tower on the images that are not in `data.frozen_features` yet."""
+        rows, encode = open_rows(recipe.data), ConversationEncoder(processor, recipe.data.max_length)
+        features = FrozenFeatures(model, str(recipe.data.frozen_features))
+        files: list[Path] = []
+        texts, images, started = [], [], time.time()
+        for index in range(len(rows)):
+            messages = rows.messages(index)
+            texts.append(messages[-1]["content"][0]["text"])
+            images.append(encode(messages, min(recipe.budgets))["pixel_values"])
+            if len(images) == 16 or index == len(rows) - 1:
+                files += features.keep(torch.cat(images).to(model.device))
+                images = []
+                if index % 320 == 319:
+                    print(f"{index + 1} of {len(rows)} images seen, {time.time() - started:.0f} s", flush=True)
+        return cls(files, texts, features)
+
+
+def start(
+    recipe: Recipe, arguments: TrainingArguments
+) -> tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:
+    """The recipe's model; a new projector starts with visual tokens like text, that of `model.path` as it was saved."""
     torch.manual_seed(arguments.seed)
     model, processor = build_model(recipe, arguments)
     model.to(arguments.device)
-    rows = open_rows(recipe.data)
-    encode = ConversationEncoder(processor, recipe.data.max_length)
-    features = FrozenFeatures(model, str(recipe.data.frozen_features))
-    files, captions, images, started = [], [], [], time.time()
-    for index in range(len(rows)):
-        messages = rows.messages(index)
-        captions.append(messages[-1]["content"][0]["text"])
-        images.append(encode(messages, min(recipe.budgets))["pixel_values"])
-        if len(images) == 16 or index == len(rows) - 1:
-            files += features.keep(torch.cat(images).to(arguments.device))
-            images = []
-            if index % 320 == 319:
-                print(f"{index + 1} of {len(rows)} images seen, {time.time() - started:.0f} s", flush=True)
-    if recipe.model.language is not None:  # a new projector; that of `model.path` is trained further
-        some = some_images(TrainingDataset(rows, encode), recipe.budgets[0])
+    if recipe.model.language is not None:
+        dataset = TrainingDataset(open_rows(recipe.data), ConversationEncoder(processor, recipe.data.max_length))
+        some = some_images(dataset, recipe.budgets[0])
         assert some is not None, "captions are of images"
         model.calibrate_projector(some.to(arguments.device))
-    train(model, files, captions, processor.tokenizer, features, recipe.budgets, arguments)
-    save_hub_folder(model, model.state_dict(), processor, output, torch.bfloat16)
-    print(f"wrote {output}")
+    return model, processor
 
 
 def train(
     model: DeltaLlavaForConditionalGeneration,
-    files: list[Path],
-    captions: list[str],
+    captions: Captions,
     tokenizer: PreTrainedTokenizerBase,
-    features: FrozenFeatures,
     budgets: tuple[int, ...],
     arguments: TrainingArguments,
-) -> None:
-    """The loop: AdamW with a cosine, budgets drawn by the step."""
+) -> list[dict[str, float]]:
+    """The loop: AdamW with a cosine, budgets drawn by the step; returns its log."""
     rng, config, device = random.Random(arguments.seed), model.config, arguments.device
     projector = model.model.multi_modal_projector.float().train()
     embeddings = model.get_input_embeddings().weight.detach().float()
-    vocabulary, targets = caption_targets(captions, tokenizer)
+    vocabulary, targets = caption_targets(captions.texts, tokenizer)
     words, targets = F.normalize(embeddings[vocabulary], dim=-1), targets.to(device)
     text_rms = embeddings.square().mean().sqrt().item()
     optimizer = torch.optim.AdamW(projector.parameters(), arguments.learning_rate, weight_decay=arguments.weight_decay)
-    size, order = arguments.per_device_train_batch_size, list(range(len(files)))
+    size, order = arguments.per_device_train_batch_size, list(range(len(captions.files)))
     steps = math.ceil(arguments.num_train_epochs * (len(order) // size))
+    if arguments.max_steps > 0:
+        steps = arguments.max_steps
     warm = max(1, steps // 30)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))
     )
-    log, entropies, started = [], [], time.time()
+    log: list[dict[str, float]] = []
+    entropies, started, features = [], time.time(), captions.features
     for step in range(steps):
         start = step % (len(order) // size) * size
         if start == 0:
             rng.shuffle(order)
         batch, budget = order[start : start + size], rng.choice(budgets)
-        stream, *levels = features.split(features.load([files[index] for index in batch]).to(device).float())
+        stream, *levels = features.split(features.load([captions.files[index] for index in batch]).to(device).float())
         with torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):
             tokens = projector(stream, levels, config.scale_factor_for(budget))
         loss, entropy = word_loss(tokens, words, targets[batch], text_rms)
@@ -152,9 +167,18 @@ def train(
             print(json.dumps(log[-1]), flush=True)
             entropies = []
     projector.eval()
+    return log
+
+
+def align(recipe: Recipe) -> Path:
+    """Train what the recipe says (of its `arguments`: rate, decay, batch, epochs or steps, seed), and write its `output_dir`."""
+    arguments = make_arguments(recipe.arguments)
+    model, processor = start(recipe, arguments)
+    log = train(model, Captions.read(model, processor, recipe), processor.tokenizer, recipe.budgets, arguments)
     output = Path(str(arguments.output_dir))
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "align_log.json").write_text(json.dumps(log, indent=1) + "\n")
+    save_hub_folder(model, model.state_dict(), processor, output, torch.bfloat16)
+    (output / "align_log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+    return output
 
 
 if __name__ == "__main__":
@@ -162,4 +186,4 @@ if __name__ == "__main__":
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe")
     args = parser.parse_args()
-    align(args.recipe, args.set)
+    print(f"wrote {align(load_recipe(args.recipe, args.set))}")

@@ -16,14 +16,20 @@ from PIL import Image
 from torch.nn import functional as F
 
 from examples.smol.align import SHARPNESS, caption_targets
+from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from transformers_delta_llava.analysis import load_repo
 from transformers_delta_llava.evaluation import Score, load_test_set
 
 
 @torch.inference_mode()
-def nearest_words(repo: str, data: Path, budget: int, tasks: tuple[str, ...]) -> dict[str, Any]:
+def nearest_words(
+    model: DeltaLlavaForConditionalGeneration,
+    processor: DeltaLlavaProcessor,
+    data: Path,
+    budget: int,
+    tasks: tuple[str, ...] = ("naming", "flag"),
+) -> dict[str, Any]:
     """Scores of each task at 1, 5 and 20 words."""
-    model, processor = load_repo(repo, "cpu", "bfloat16")
     captions = [row["conversations"][1]["value"] for row in json.loads((data / "pretrain.json").read_text())]
     vocabulary, _ = caption_targets(captions, processor.tokenizer)
     words = F.normalize(model.get_input_embeddings().weight[vocabulary].float(), dim=-1)
@@ -32,7 +38,7 @@ def nearest_words(repo: str, data: Path, budget: int, tasks: tuple[str, ...]) ->
         if question.task in tasks and question.image is not None:
             with Image.open(question.image) as image:
                 pixels = processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
-            tokens = model.get_image_features(pixels.to(model.dtype), budget).pooler_output[0].float()
+            tokens = model.get_image_features(pixels.to(model.device, model.dtype), budget).pooler_output[0].float()
             scores = (SHARPNESS * F.normalize(tokens, dim=-1) @ words.T).logsumexp(0)
             wanted = set(caption_targets([question.answer], processor.tokenizer)[0])
             for k, hits in right[question.task].items():
@@ -51,6 +57,6 @@ if __name__ == "__main__":
     parser.add_argument("--num-visual-tokens", type=int, default=16)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    found = nearest_words(args.repo, args.data, args.num_visual_tokens, ("naming", "flag"))
+    found = nearest_words(*load_repo(args.repo, "cpu", "bfloat16"), args.data, args.num_visual_tokens)
     args.output.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found))

@@ -61,3 +61,20 @@ def test_token_packer_follows_a_plain_attention(tokens):
         query, key, value = (x @ w.T + b for x, w, b in zip(inputs, weights, biases))
         attended = attention.out_proj((query @ key.transpose(1, 2) / 8).softmax(-1) @ value)[:, 0]
         torch.testing.assert_close(result[:, 3 * row + column], projector.mlp(attended), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", projectors.VARIANTS)
+def test_every_compared_projector_gives_its_number_of_tokens_and_trains(tokens, name):
+    make_projector, settings = projectors.VARIANTS[name]
+    projector = make_projector(tiny_config(scale_factor=3, **settings))
+    result = projector(tokens[0], tokens[1:], 3)
+    assert result.shape == (2, 144 if name == "MLP, no reduction" else 16, 48)
+    result.square().sum().backward()
+    idle = {weight for weight, parameter in projector.named_parameters() if not parameter.grad.any()}
+    assert not idle and projector.output_map.bias.grad.any()
+
+
+def test_pixel_shuffle_puts_the_patches_of_a_cell_side_by_side(tokens):
+    projector = projectors.PixelShuffleProjector(tiny_config(scale_factor=6))
+    cell = tokens[0].reshape(2, 12, 12, 64)[:, 6:, :6].reshape(2, -1)
+    torch.testing.assert_close(projector(tokens[0], tokens[1:], 6)[:, 2], projector.mlp(cell))
