@@ -112,12 +112,21 @@ def rows_only(report: dict[str, Any]) -> list[str]:
     return [table(report.get("rows") or report["exponents"])]
 
 
+def onnx(report: dict[str, Any]) -> list[str]:
+    """Speed at every number of visual tokens, then what does not depend on it."""
+    clock = "the processor's time" if report["options"]["clock"] == "cpu" else "the clock's time"
+    load = report["load"]
+    busy = f"onnxruntime {report['versions']['onnxruntime']}; {clock}, on {report['cpus']} cores under a load of"
+    return [f"{busy} {load['before']:.1f} to {load['after']:.1f}.", table(report["rows"]), table(report["costs"])]
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "projector": projector,
     "end": rows_only,  # end_to_end_...
     "training": rows_only,
     "processing": rows_only,
     "scaling": rows_only,
+    "onnx": onnx,
 }
 
 

@@ -41,13 +41,13 @@ export class DeltaLlava {
    *
    * @param {RawImage|null} image of transformers.js; null for a question without an image
    * @param {string} question
-   * @param {number} numVisualTokens one of `visualTokenBudgets`
+   * @param {number} numVisualTokens one of `visualTokenBudgets`; ignored without an image
    * @param {object} options `maxNewTokens`, and `onText`, called with each piece of the answer
    * @returns {Promise<object>} `text`, `tokens` (their ids) and the milliseconds of `vision` (the image to visual tokens),
    *   `firstToken` (since the question was asked, vision included) and `rest` (all tokens after the first)
    */
   async ask(image, question, numVisualTokens, { maxNewTokens = 64, onText = () => {} } = {}) {
-    const encodeImage = await this.visionEncoder(numVisualTokens); // its loading is not timed
+    const encodeImage = image && (await this.visionEncoder(numVisualTokens)); // its loading is not timed
     const start = performance.now();
     const tokens = [];
     const times = { vision: 0, firstToken: 0, rest: 0 };
@@ -81,27 +81,26 @@ export class DeltaLlava {
 
   /** The prompt's `input_ids` and `attention_mask`, with a placeholder for each visual token. */
   tokenize(question, numVisualTokens) {
-    const { tokenizer, config } = this.processor;
-    const image = numVisualTokens ? [{ type: "image" }] : [];
-    const messages = [{ role: "user", content: [...image, { type: "text", text: question }] }];
-    const prompt = this.processor.apply_chat_template(messages, { add_generation_prompt: true });
-    const placeholders = config.image_token.repeat(numVisualTokens);
+    const { tokenizer } = this.processor;
+    const { image_token } = this.processor.config;
+    // Somebody's word, not an image.
+    const text = question.replaceAll(image_token, image_token.replace("<", "< "));
+    const content = [...(numVisualTokens ? [{ type: "image" }] : []), { type: "text", text }];
+    const prompt = this.processor.apply_chat_template([{ role: "user", content }], { add_generation_prompt: true });
+    const placeholders = image_token.repeat(numVisualTokens);
     // The template has written the special tokens.
-    return tokenizer(prompt.replace(config.image_token, placeholders), { add_special_tokens: false });
+    return tokenizer(prompt.replace(image_token, placeholders), { add_special_tokens: false });
   }
 
   /** (1, 3, side, side), as the Python processor makes them. */
   async pixelValues(image) {
     const { image_processor } = this.processor;
-    const { image_mean, size, resample } = image_processor;
+    const { image_mean, do_resize, size, resample } = image_processor;
     if (this.settings.do_pad) {
-      const color = image_mean.map((mean) => Math.trunc(mean * 255));
-      const { data, width, height } = resizeSquare(
-        padToSquare(image.rgb(), color),
-        size.shortest_edge ?? size.height,
-        resample,
-      );
-      image = new this.transformers.RawImage(data, width, height, 3);
+      const color = (image_mean ?? [0, 0, 0]).map((mean) => Math.trunc(mean * 255));
+      let square = padToSquare(image.rgb(), color);
+      if (do_resize) square = resizeSquare(square, size.shortest_edge ?? size.height, resample);
+      image = new this.transformers.RawImage(square.data, square.width, square.height, 3);
     }
     return (await image_processor(image)).pixel_values;
   }
@@ -113,9 +112,11 @@ export class DeltaLlava {
    */
   async visionEncoder(numVisualTokens) {
     const name = this.settings.vision_encoders[numVisualTokens];
+    if (!name) throw new Error(`numVisualTokens=${numVisualTokens}: this export has ${this.visualTokenBudgets.join(", ")}.`);
     if (name === "vision_encoder") return (pixel_values) => this.encodeImage({ pixel_values });
     if (this.encoder?.name !== name) {
       await this.encoder?.graph.dispose();
+      this.encoder = null; // also if the next one does not load
       this.encoder = { name, graph: await this.loadVisionEncoder(name) };
     }
     const { graph } = this.encoder;

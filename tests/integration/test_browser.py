@@ -4,15 +4,21 @@ import json
 import os
 import shutil
 import subprocess
+from base64 import b64encode
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from PIL.Image import Resampling
 
-from tests.integration.engines import ROOT, Engine, free_port, needs
+from tests.integration.engines import ROOT, SCRIPTS, Engine, free_port, needs
 from tests.pages import filled, read_blocks
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from transformers_delta_llava.evaluation import draw_test_questions
 from transformers_delta_llava.onnx_export import export_onnx
+from transformers_delta_llava.processing.image_utils_delta_llava import pad_to_square
 
 
 pytestmark = needs("browser")
@@ -96,6 +102,26 @@ def test_code_of_the_page(model, questions):
     script = model.parent / "page.mjs"
     script.write_text(code, encoding="utf-8")
     assert in_node(script).split() == [question["text"]] * 2
+
+
+def test_images_become_the_same_bytes_as_in_the_processor():
+    rng = np.random.default_rng(0)
+    images = [Image.open(PHOTO).convert("RGB")]
+    images += [
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
+        for shape in ((7, 3, 3), (64, 64, 3), (333, 517, 3))
+    ]
+    mean = (0.48145466, 0.4578275, 0.40821073)
+    cases, expected = [], []
+    for image, size, resample in product(
+        images, (64, 336), (Resampling.LANCZOS, Resampling.BILINEAR, Resampling.BICUBIC)
+    ):
+        options = {"image_mean": mean, "do_resize": True, "size": {"shortest_edge": size}, "resample": int(resample)}
+        expected.append(b64encode(pad_to_square(image, options.get).tobytes()).decode())
+        rgb, color = b64encode(image.tobytes()).decode(), [int(channel * 255) for channel in mean]
+        given = {"rgb": rgb, "width": image.width, "height": image.height, "color": color}
+        cases.append({**given, "size": size, "resample": int(resample)})
+    assert json.loads(in_node(SCRIPTS / "square_images.mjs", stdin=json.dumps(cases))) == expected
 
 
 @pytest.fixture(scope="module")
