@@ -14,12 +14,13 @@ startWorker();
  */
 async function keepFiles() {
   try {
+    const { controller } = navigator.serviceWorker;
     await navigator.serviceWorker.register("service-worker.js");
     await navigator.serviceWorker.ready;
+    if (controller || sessionStorage.reloaded) return;
   } catch {
     return;
   }
-  if (crossOriginIsolated || sessionStorage.reloaded) return;
   sessionStorage.reloaded = true;
   location.reload();
   await new Promise(() => {}); // until the page is gone
