@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaProcessor
@@ -31,6 +31,18 @@ TEXT = {
     "vocab_size": 100,
     "pad_token_id": 0,
     "eos_token_id": None,
+}
+SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+SPECIAL += ["<|end|>", "<start_of_turn>", "<end_of_turn>", "<eos>"]
+# What ends an answer in each conversation format.
+ANSWER_ENDS = {
+    "vicuna_v1": "</s>",
+    "plain": "\n",
+    **dict.fromkeys(["llama_2", "llava_llama_2", "mistral_instruct"], " </s>"),
+    **dict.fromkeys(["llama3", "hermes-4"], "<|eot_id|>"),
+    **dict.fromkeys(["hermes-2", "chatml_direct", "mpt", "chatml", "qwen3"], "<|im_end|>"),
+    "phi_3": "<|end|>",
+    "gemma": "<end_of_turn>\n<eos>",
 }
 
 
@@ -71,6 +83,34 @@ def left_pad(rows: list[torch.Tensor], pad_token_id: int = 0) -> dict[str, torch
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
+def make_tokenizer(
+    add_bos: bool = True, padding_side: str = "left", special: list[str] = SPECIAL
+) -> PreTrainedTokenizerFast:
+    """One token per byte, so that every token is known by its characters."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    if add_bos:
+        bos = ("<s>", tokenizer.token_to_id("<s>"))
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        padding_side=padding_side,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def make_image_processor(side: int = 24, **options: object) -> CLIPImageProcessorPil:
+    """CLIP's image processor at a small size, in the form that needs no torchvision."""
+    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    return CLIPImageProcessorPil(**{**sizes, **options})
+
+
 def tiny_processor(config: DeltaLlavaConfig) -> DeltaLlavaProcessor:
     """A processor for `tiny_config`: 90 letters and signs, one token each, and what a chat template needs."""
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {chr(33 + index): 3 + index for index in range(90)}
@@ -81,12 +121,8 @@ def tiny_processor(config: DeltaLlavaConfig) -> DeltaLlavaProcessor:
     )
     fast.add_tokens([f"<unused{index}>" for index in range(IMAGE_TOKEN_ID - len(fast))])
     fast.add_tokens(["<image>"], special_tokens=True)
-    side = config.vision_config.image_size
-    image_processor = CLIPImageProcessorPil(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_center_crop=True
-    )
     return DeltaLlavaProcessor(
-        image_processor,
+        make_image_processor(config.vision_config.image_size, do_center_crop=True),
         fast,
         chat_template=load_chat_template("vicuna_v1"),
         num_visual_tokens=config.num_visual_tokens,

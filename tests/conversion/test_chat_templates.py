@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoConfig
 
 from examples.make_checkpoint import write_tokenizer
+from tests.tiny import ANSWER_ENDS
 from transformers_delta_llava.conversion.chat_templates import (
     answer_end,
     answer_end_ids,
@@ -147,20 +148,10 @@ def test_a_format_without_its_tokens_gets_a_warning(make_tokenizer):
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_the_tokens_that_end_an_answer(make_tokenizer, name):
-    ends = {
-        "vicuna_v1": "</s>",
-        "plain": "\n",
-        "phi_3": "<|end|>",
-        "gemma": "<end_of_turn>\n<eos>",
-        "qwen3": "<|im_end|>",
-    }
-    ends |= dict.fromkeys(["llama_2", "llava_llama_2", "mistral_instruct"], " </s>")
-    ends |= dict.fromkeys(["llama3", "hermes-4"], "<|eot_id|>")
     tokenizer = make_tokenizer(*LLAMA_3, *CHATML, "<|end|>", "<end_of_turn>", "<eos>")
     template = read_chat_template(name, tokenizer)
-    end = ends.get(name, "<|im_end|>")
-    assert answer_end(template, tokenizer) == end
-    wanted = {"plain": [], "gemma": ["<end_of_turn>", "<eos>"]}.get(name, [end.strip()])
+    assert answer_end(template, tokenizer) == ANSWER_ENDS[name]
+    wanted = {"plain": [], "gemma": ["<end_of_turn>", "<eos>"]}.get(name, [ANSWER_ENDS[name].strip()])
     assert answer_end_ids(template, tokenizer) == tokenizer.convert_tokens_to_ids(wanted)
 
 

@@ -87,15 +87,17 @@ def peft_run(tmp_path, tensors, dtype, options, save_embedding_layers=False):
     return dict(again.merge_and_unload().state_dict())
 
 
-@pytest.mark.parametrize(("dtype", "form"), [(torch.float32, "safetensors"), (torch.bfloat16, "bin")])
+LORA = [
+    {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "down_proj"]},
+    {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "use_rslora": True, "rank_pattern": {"o_proj": 2}},
+    {"r": 3, "target_modules": ["v_proj", "up_proj"], "alpha_pattern": {"layers.1.self_attn.v_proj": 5}},
+    {"r": 2, "target_modules": ["embed_tokens", "k_proj"], "modules_to_save": ["lm_head"]},
+]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "down_proj"]},
-        {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "use_rslora": True, "rank_pattern": {"o_proj": 2}},
-        {"r": 3, "target_modules": ["v_proj", "up_proj"], "alpha_pattern": {"layers.1.self_attn.v_proj": 5}},
-        {"r": 2, "target_modules": ["embed_tokens", "k_proj"], "modules_to_save": ["lm_head"]},
-    ],
+    ("dtype", "form", "options"),
+    [(torch.float32, "safetensors", LORA[0]), *((torch.bfloat16, "bin", options) for options in LORA)],
 )
 def test_lora_is_merged_as_peft_merges(pristine, partial, tmp_path, dtype, form, options):
     merged = peft_run(tmp_path, partial, dtype, {"lora_dropout": 0.1, **options})

@@ -5,53 +5,23 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
+from tests import tiny
 from transformers_delta_llava.processing import DeltaLlavaProcessor
 
 
 BUDGETS = (576, 144, 64, 36, 16, 9, 4, 1)
-SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-SPECIAL += ["<|end|>", "<start_of_turn>", "<end_of_turn>", "<eos>"]
 
 
 @pytest.fixture
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
-    """Byte-level tokenizers: one token per byte, so that every token is known by its characters."""
-
-    def make(
-        add_bos: bool = True, padding_side: str = "left", special: list[str] = SPECIAL
-    ) -> PreTrainedTokenizerFast:
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-        if add_bos:
-            bos = ("<s>", tokenizer.token_to_id("<s>"))
-            tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
-        return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            bos_token="<s>",
-            eos_token="</s>",
-            pad_token="<pad>",
-            padding_side=padding_side,
-            model_input_names=["input_ids", "attention_mask"],
-        )
-
-    return make
+    return tiny.make_tokenizer
 
 
 @pytest.fixture
 def make_image_processor() -> Callable[..., CLIPImageProcessorPil]:
-    """CLIP's image processor at a small size, in the form that needs no torchvision."""
-
-    def make(side: int = 28, **kwargs: object) -> CLIPImageProcessorPil:
-        options = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}, **kwargs}
-        return CLIPImageProcessorPil(**options)
-
-    return make
+    return lambda side=28, **options: tiny.make_image_processor(side, **options)
 
 
 @pytest.fixture

@@ -5,20 +5,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.tiny import ANSWER_ENDS
 from transformers_delta_llava.processing import load_chat_template, processing_delta_llava
 
 
 # One format of each kind.
-END = {
-    "vicuna_v1": "</s>",
-    "plain": "\n",
-    "llava_llama_2": " </s>",
-    "llama3": "<|eot_id|>",
-    "chatml_direct": "<|im_end|>",
-    "qwen3": "<|im_end|>",
-    "phi_3": "<|end|>",
-    "gemma": "<end_of_turn>\n<eos>",
-}
+FORMATS = ["vicuna_v1", "plain", "llava_llama_2", "llama3", "chatml_direct", "qwen3", "phi_3", "gemma"]
 # The format writes a space between what opens an answer and the answer; the model writes it, so it is trained on.
 GAP = {"vicuna_v1": " ", "llava_llama_2": " "}
 OPTIONS = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True, "padding": True}
@@ -53,7 +45,7 @@ def masked(processor: Any, batch: Any) -> list[str]:
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("budgets", [None, 9, [1, 16, 4, 9], "auto"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", END)
+@pytest.mark.parametrize("name", FORMATS)
 def test_the_masked_tokens_are_the_answers_with_their_ends(
     make_processor: Any, make_tokenizer: Any, make_image: Any, name: str, side: str, budgets: Any
 ) -> None:
@@ -63,7 +55,7 @@ def test_the_masked_tokens_are_the_answers_with_their_ends(
         budgets = budgets[:3]
     kwargs = {"num_visual_tokens": budgets, "return_tensors": "pt"}
     batch = processor.apply_chat_template(chats(make_image, name), **OPTIONS, **kwargs)
-    gap, end = GAP.get(name, ""), END[name]
+    gap, end = GAP.get(name, ""), ANSWER_ENDS[name]
     first = f"{gap}The first, naïvely.{end}" + ("" if name == "plain" else f"{gap}Neither.{end}")
     assert masked(processor, batch) == [first, f"{gap}A cat.{end}"]
     assert batch["assistant_masks"].shape == batch["input_ids"].shape

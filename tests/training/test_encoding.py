@@ -6,30 +6,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.tiny import ANSWER_ENDS
 from tests.training.tiny_run import BUDGETS, make_image, make_model, make_processor, write_data
 from transformers_delta_llava.processing import CHAT_TEMPLATES
 from transformers_delta_llava.training import DataError
 from transformers_delta_llava.training.conversations import IGNORED, ConversationEncoder, RowError, to_messages
 from transformers_delta_llava.training.dataset import Collator, JsonRows, TrainingDataset
 from transformers_delta_llava.training.sampler import Request
-
-
-END = {
-    "vicuna_v1": "</s>",
-    "plain": "\n",
-    "llama_2": " </s>",
-    "llava_llama_2": " </s>",
-    "mistral_instruct": " </s>",
-    "llama3": "<|eot_id|>",
-    "hermes-4": "<|eot_id|>",
-    "hermes-2": "<|im_end|>",
-    "chatml_direct": "<|im_end|>",
-    "mpt": "<|im_end|>",
-    "chatml": "<|im_end|>",
-    "qwen3": "<|im_end|>",
-    "phi_3": "<|end|>",
-    "gemma": "<end_of_turn>\n<eos>",
-}
 
 
 def conversation(template: str) -> list[dict[str, Any]]:
@@ -50,7 +33,7 @@ def test_the_loss_is_on_answers_and_their_ends_alone(template: str, budget: int)
     answers = ["The first, naïvely."] if template == "plain" else ["The first, naïvely.", "Yes: 100 %."]
     # The space before an answer, where a format has one, is the model's to write.
     gap = " " if template in ("vicuna_v1", "llama_2", "llava_llama_2", "mistral_instruct") else ""
-    assert trained == "".join(gap + answer + END[template] for answer in answers)
+    assert trained == "".join(gap + answer + ANSWER_ENDS[template] for answer in answers)
     assert torch.equal(labels[labels != IGNORED], ids[labels != IGNORED])
     assert (ids == processor.image_token_id).sum() == 2 * budget
     assert ids[0] == processor.tokenizer.bos_token_id and ids[1] != ids[0]

@@ -148,7 +148,7 @@ def test_two_pretrained_parts_become_a_model(folder: Path, tmp_path: Path) -> No
     settings = {"temperature": 0.9, "top_p": 0.6, "do_sample": False, "eos_token_id": 258}
     (language / "generation_config.json").write_text(json.dumps(settings))
     special = make_processor().tokenizer.all_special_tokens
-    make_tokenizer([t for t in special if t not in ("<image>", "<pad>")]).save_pretrained(language)
+    make_tokenizer(special=[t for t in special if t not in ("<image>", "<pad>")]).save_pretrained(language)
 
     data = {"chat_template": "plain", "on_error": "skip", "pad_images": False}
     content = recipe_content(folder, train=["projector"], num_visual_tokens=36, data=data)

@@ -8,38 +8,16 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoModel, AutoModelForCausalLM, CLIPImageProcessorPil, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoModelForCausalLM
 
-from tests.tiny import TEXT, VISION
+from tests.tiny import TEXT, VISION, make_image_processor, make_tokenizer
 from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.processing import DeltaLlavaProcessor, load_chat_template
 from transformers_delta_llava.training import Recipe, make_recipe, train
 from transformers_delta_llava.training.metrics import COUNTS
 
 
-SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-SPECIAL += ["<|end|>", "<start_of_turn>", "<end_of_turn>", "<eos>"]
 BUDGETS = (144, 36, 16, 9, 4, 1)  # of a 12 x 12 grid
-
-
-def make_tokenizer(special: list[str] = SPECIAL) -> PreTrainedTokenizerFast:
-    """One token per byte, so that every token is known by its characters; BOS in front."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    bos = ("<s>", tokenizer.token_to_id("<s>"))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
-    )
-
-
-def make_image_processor(side: int = 24) -> CLIPImageProcessorPil:
-    """CLIP's, at the tiny tower's size."""
-    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
 
 def make_processor(template: str = "vicuna_v1", **kwargs: Any) -> DeltaLlavaProcessor:
