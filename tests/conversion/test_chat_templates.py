@@ -1,6 +1,7 @@
 """Which chat template a conversion chooses, and the reason that it gives."""
 
 import copy
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -36,8 +37,11 @@ def plain_tokenizer(tmp_path_factory):
     return tokenizer
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def make_tokenizer(plain_tokenizer):
+    """A tokenizer with special tokens, the same one each time. Only to be read."""
+
+    @cache
     def make(*special):
         tokenizer = copy.deepcopy(plain_tokenizer)
         tokenizer.add_tokens(list(special), special_tokens=True)
