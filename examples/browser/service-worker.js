@@ -24,8 +24,7 @@ async function respond(event) {
   } catch (error) {
     if (!kept) throw error;
   }
-  if (!response || (response.status === 304 && kept)) return kept;
-  if (!response.ok) return response;
+  if (!response?.ok) return kept ?? response; // unchanged, or the server is out of order
   response = new Response(response.body, { headers: [...response.headers, ...Object.entries(ISOLATION)] });
   // Not awaited here: the page reads while the file is being stored. A full disk costs no more than working offline.
   event.waitUntil(cache.put(event.request, response.clone()).catch(console.warn));

@@ -15,6 +15,7 @@ let image = null;
 
 const ACTIONS = {
   async load({ repo, dtype, device }) {
+    if (!(await fetch(here(`${repo}/config.json`))).ok) throw new Error(`There is no export in ${repo}: see README.md.`);
     device ??= (await navigator.gpu?.requestAdapter()) ? "webgpu" : "wasm";
     const runtime = `node_modules/onnxruntime-web/dist/ort-wasm-simd-threaded${device === "webgpu" ? ".asyncify" : ""}`;
     env.backends.onnx.wasm.wasmPaths = { mjs: here(`${runtime}.mjs`).href, wasm: here(`${runtime}.wasm`).href };

@@ -153,6 +153,7 @@ def test_the_page_answers(visit, questions):
         assert all(time.endswith(" ms") for time in (vision, first_token, rest))
     assert visit["fits"], "the page is wider than a phone"
     assert visit["bad_image"] == "ask_page.py cannot be read as an image."
+    assert visit["no_export"] == "There is no export in nothing: see README.md."
 
 
 def test_the_page_works_without_a_network(visit, questions):

@@ -54,9 +54,9 @@ def ask(page: Page, image: str, question: str, num_visual_tokens: int) -> dict:
     }
 
 
-def bad_image(page: Page, path: str) -> str:
-    """What the page says about a file that is not an image."""
-    page.set_input_files("#file", path)
+def error(page: Page, action) -> str:
+    """What the page says about something that does not work."""
+    action()
     page.wait_for_selector("#answer.error")
     return page.inner_text("#answer")
 
@@ -81,15 +81,16 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=chromium, args=[*FLAGS, f"--log-net-log={log}"])
         context = browser.new_context(viewport=PHONE, device_scale_factor=1)
         page = context.new_page()
-        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("pageerror", lambda exception: errors.append(str(exception)))
         found: dict = {"online": load(page, lambda: page.goto(url)), "isolated": page.evaluate("crossOriginIsolated")}
         found["answers"] = [ask(page, **question) for question in questions]
         found["fits"] = page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         page.set_viewport_size({**PHONE, "height": 1180})
         page.screenshot(path=screenshot)
-        found["bad_image"] = bad_image(page, __file__)
+        found["bad_image"] = error(page, lambda: page.set_input_files("#file", __file__))
+        found["no_export"] = error(page, lambda: page.goto(f"{url}/?model=nothing"))
         context.set_offline(True)
-        found["offline"] = load(page, page.reload)
+        found["offline"] = load(page, lambda: page.goto(url))
         found["offline_answers"] = [ask(page, **question) for question in questions[-4:]]
         browser.close()
     print(json.dumps({**found, "hosts": hosts(log), "errors": errors}))
