@@ -40,11 +40,14 @@ HUB_FILES = {
 }
 # What else a model repo has. Logs, data, keys and whatever else lies in the folder stay there.
 WEIGHTS = "model*.safetensors*"
+# Beside graphs, to run them. Nothing loads it.
+_ONNX_SCRIPT = "onnx/run_onnx.py"
 PUBLISHED = (
     *("README.md", "LICENSE*", "NOTICE*", ".gitattributes", REPORT_FILE, "recipe.yaml"),
     *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
     *("model*.safetensors", "model*.safetensors.index.json", "delta_config.json", "deltas.safetensors"),
     *(*TOKENIZER_FILES, "additional_chat_templates/*.jinja"),
+    *("onnx/*.onnx", "onnx/*.onnx_data*", "onnx/*.json", "onnx/*.jinja", _ONNX_SCRIPT),
 )
 # Files that run code when they are loaded; safetensors hold the weights.
 PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
@@ -305,7 +308,8 @@ def repo_files(folder: Path, include: Sequence[str] = ()) -> tuple[dict[str, Pat
     _refuse("links, which the Hub would get as files", (name for name, path in files.items() if path.is_symlink()))
     _refuse("pickles, which run code when loaded", (name for name in files if Path(name).suffix.lower() in PICKLES))
     _refuse(
-        "code of others, which would run on loading", (n for n in files if n.endswith(".py") and n not in HUB_FILES)
+        "code of others, which would run on loading",
+        (n for n in files if n.endswith(".py") and n not in {*HUB_FILES, _ONNX_SCRIPT}),
     )
     code = read_code(folder)
     if code.missing:

@@ -1,9 +1,8 @@
-"""Export a repo of ours to ONNX: graphs, weights, and what Python without torch, Node and browsers need beside them."""
+"""Export a repo to ONNX: graphs, weights, and what Python without torch, Node and browsers need beside them."""
 
 import importlib.util
-import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -13,26 +12,29 @@ from transformers import GenerationConfig
 
 from ..analysis.inference import load_config, load_repo
 from ..modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
-from ..processing import DeltaLlavaProcessor
 from ..utils.errors import DeltaLlavaError
-from ..utils.files import EXPORTED_FROM, REPORT_FILE, atomic_folder, check_output, local_folder, write_json
+from ..utils.files import (
+    EXPORTED_FROM,
+    REPORT_FILE,
+    atomic_folder,
+    check_output,
+    local_folder,
+    public_name,
+    write_json,
+)
 
 
-# File names' ends, as transformers.js has them.
+# The ends of file names, as transformers.js has them.
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4"}
+# Of quantised weights; and of all weights of a precision, on the average.
+BITS = {"q8": 8, "q4": 4}
+_BYTES = {"fp32": 4.0, "fp16": 2.0, "q8": 1.5, "q4": 1.0}
+# The folder of the graphs in a repo of their own, and of all files in the repo that was exported.
 GRAPHS = "onnx"
 SCRIPT = Path(__file__).with_name("run_onnx.py")
-# By `model_type`, what transformers.js calls a language model with this cache.
-LANGUAGE_MODELS = {
-    **{name: name for name in ("llama", "mistral", "gemma", "phi3", "qwen2", "qwen3")},
-    "seed_oss": "llama",
-}
-_FILES = ("*.json", "*.jinja", "*.safetensors*", "tokenizer.model", "merges.txt", "*.py")
-# What decides about pixel values.
-IMAGE_SETTINGS = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor") + (
-    *("do_normalize", "image_mean", "image_std"),
-)
-_QUESTION = "What is it?"
+_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+_FILES = ("*.json", "*.jinja", "*.safetensors*", "README.md", "tokenizer.model", "merges.txt")
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,15 @@ class OnnxReport:
 
     Attributes:
         output: the folder.
-        dtypes: precisions.
-        num_visual_tokens: numbers of visual tokens, the default first.
+        num_visual_tokens: for which there is a graph, the default first.
         bytes_by_dtype: size of the graphs and weights of each precision.
+        compared: with PyTorch, if asked for.
     """
 
     output: Path
-    dtypes: list[str]
     num_visual_tokens: list[int]
     bytes_by_dtype: dict[str, int]
+    compared: list[Any]
 
 
 def export_onnx(
@@ -59,18 +61,20 @@ def export_onnx(
     num_visual_tokens: Sequence[int] | None = None,
     dtypes: Sequence[str] = ("fp32",),
     merge_deltas: bool = False,
+    verify: bool = False,
     overwrite: bool = False,
-    on_message: Callable[[str], None] | None = None,
+    on_message: Say | None = None,
 ) -> OnnxReport:
     """Write a repo as ONNX graphs in the layout of transformers.js, with all that is needed to run them.
 
     Args:
         repo: folder or Hub id of a Delta-LLaVA repo.
         output: folder to write; the folder of `repo` itself adds a folder `onnx` to it.
-        num_visual_tokens: of an image, a graph of the vision encoder for each; by default all that the repo has. The repo's
-            own default is that of the export where it is among them, else the first.
+        num_visual_tokens: of an image, with a graph of the vision encoder for each; by default all that the repo has. The
+            repo's own default is that of the export where it is among them, else the first.
         dtypes: fp32, fp16, q8, q4; the first is the default of the export.
         merge_deltas: fold the projector's deltas into its weights.
+        verify: compare the export with the model in PyTorch before it is published.
         overwrite: replace an earlier export.
         on_message: called with a sentence before each step.
 
@@ -80,52 +84,64 @@ def export_onnx(
         OSError: reading or writing failed.
     """
     say = on_message or (lambda sentence: None)
-    _check_installed()
+    if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
+        raise ImportError(
+            f"An export needs {missing[0]}, which is not installed: pip install 'transformers-delta-llava[onnx]'."
+        )
+    from .settings import LANGUAGE_MODELS, write_card, write_settings
+    from .verify import verify_export
+
     dtypes = list(dict.fromkeys(dtypes))
-    for dtype in dtypes:
-        if dtype not in SUFFIXES:
-            raise DeltaLlavaError(f"dtype={dtype!r}: use {', '.join(SUFFIXES)}.")
-    folder = local_folder(str(repo), "repo", _FILES)
-    target, graphs = _target(folder, Path(output), overwrite)
+    if unknown := [dtype for dtype in dtypes if dtype not in SUFFIXES]:
+        raise DeltaLlavaError(f"dtype={unknown[0]!r}: use {', '.join(SUFFIXES)}.")
+    folder, output = local_folder(str(repo), "repo", _FILES), Path(output)
+    inside = output.exists() and output.resolve() == folder.resolve()
+    if inside:
+        output = folder / GRAPHS
+    else:
+        check_output(output, [folder], overwrite)
     config = load_config(str(folder))
     if config.text_config.model_type not in LANGUAGE_MODELS:
         raise DeltaLlavaError(
             f"The language model of {folder.name} is of type {config.text_config.model_type}, which cannot be exported to "
             f"ONNX; those of type {', '.join(LANGUAGE_MODELS)} can."
         )
-    numbers = _budgets(config, num_visual_tokens)
-    with atomic_folder(target, overwrite) as tmp_dir:
-        (tmp_dir / graphs).mkdir(exist_ok=True)
-        chunks: dict[str, int] = {}
-        for precision, group in _by_precision(dtypes).items():
-            model, processor = load_repo(str(folder), dtype=precision)
-            if merge_deltas and config.use_delta_projection:
-                model.merge_deltas()
-            chunks |= _write_graphs(model, numbers, group, tmp_dir / graphs, say)
-        _write_settings(model, processor, numbers, dtypes, chunks, tmp_dir)
-        write_json(_report(folder, dtypes, numbers, merge_deltas), tmp_dir / REPORT_FILE)
+    numbers = _numbers(config, num_visual_tokens)
+    report = {
+        EXPORTED_FROM: public_name(str(repo)),
+        "deltas_merged": merge_deltas,
+        "dtypes": dtypes,
+        "num_visual_tokens": numbers,
+        "versions": {name: metadata.version(name) for name in (*_PACKAGES, "torch", "transformers")},
+    }
+    with atomic_folder(output, overwrite) as tmp_dir:
+        graphs = tmp_dir if inside else tmp_dir / GRAPHS
+        graphs.mkdir(exist_ok=True)
+        weight_files: dict[str, int] = {}
+        by_precision = {"float16": [d for d in dtypes if d == "fp16"], "float32": [d for d in dtypes if d != "fp16"]}
+        for precision, group in by_precision.items():
+            if group:
+                model, processor = load_repo(str(folder), dtype=precision)
+                _check_space(tmp_dir, model, dtypes)
+                if merge_deltas and config.use_delta_projection:
+                    model.merge_deltas()
+                weight_files |= _write_graphs(model, numbers, group, graphs, say)
+        generation = model.generation_config or GenerationConfig()
+        write_settings(tmp_dir, config, processor, generation, numbers, dtypes, weight_files)
         shutil.copyfile(SCRIPT, tmp_dir / SCRIPT.name)
-        sizes = {dtype: _size(tmp_dir / graphs, SUFFIXES[dtype]) for dtype in dtypes}
-    return OnnxReport(target, dtypes, numbers, sizes)
+        write_json(report, tmp_dir / REPORT_FILE)
+        compared = []
+        if verify:
+            say("comparing with PyTorch")
+            whole = model if by_precision["float32"] else load_repo(str(folder))[0]
+            compared = verify_export(whole, processor, tmp_dir, dtypes, numbers)
+        sizes = {dtype: _size(graphs, dtype) for dtype in dtypes}
+        if not inside:
+            write_card(tmp_dir, output.name, folder, report, sizes, compared)
+    return OnnxReport(output, numbers, sizes, compared)
 
 
-def _check_installed() -> None:
-    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(
-            f"There is no {missing[0]}; install the extra: pip install 'transformers-delta-llava[onnx]'."
-        )
-
-
-def _target(folder: Path, output: Path, overwrite: bool) -> tuple[Path, str]:
-    """The folder that is written, and where in it the graphs go."""
-    if output.exists() and output.resolve() == folder.resolve():
-        return folder / GRAPHS, "."
-    check_output(output, [folder], overwrite)
-    return output, GRAPHS
-
-
-def _budgets(config: DeltaLlavaConfig, numbers: Sequence[int] | None) -> list[int]:
+def _numbers(config: DeltaLlavaConfig, numbers: Sequence[int] | None) -> list[int]:
     """The numbers of visual tokens, the default first."""
     numbers = list(dict.fromkeys(numbers or config.visual_token_budgets))
     for number in numbers:
@@ -133,168 +149,62 @@ def _budgets(config: DeltaLlavaConfig, numbers: Sequence[int] | None) -> list[in
     return sorted(numbers, key=lambda number: number != config.num_visual_tokens)
 
 
-def _by_precision(dtypes: Iterable[str]) -> dict[str, list[str]]:
-    """The dtypes by the precision of the model that is traced for them."""
-    groups: dict[str, list[str]] = {}
-    for dtype in dtypes:
-        groups.setdefault("float16" if dtype == "fp16" else "float32", []).append(dtype)
-    return groups
-
-
-def encoder_name(number: int, default: int) -> str:
-    """The graph that gives `number` visual tokens."""
-    return "vision_encoder" if number == default else f"vision_encoder_{number}"
+def _check_space(folder: Path, model: DeltaLlavaForConditionalGeneration, dtypes: list[str]) -> None:
+    """Refuse an export that the disk has no room for, before minutes of tracing."""
+    tied = model.get_input_embeddings().weight is model.lm_head.weight
+    weights = sum(weight.numel() for weight in model.parameters()) + (model.lm_head.weight.numel() if tied else 0)
+    needed, free = weights * sum(_BYTES[dtype] for dtype in dtypes), shutil.disk_usage(folder).free
+    if needed > free:
+        raise DeltaLlavaError(
+            f"The export takes about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on the output's disk; make room, "
+            "or export fewer dtypes."
+        )
 
 
 def _write_graphs(
-    model: DeltaLlavaForConditionalGeneration,
-    numbers: list[int],
-    dtypes: list[str],
-    folder: Path,
-    say: Callable[[str], None],
+    model: DeltaLlavaForConditionalGeneration, numbers: list[int], dtypes: list[str], folder: Path, say: Say
 ) -> dict[str, int]:
-    """The graphs of `dtypes`; returns how many files of weights each has, as transformers.js wants to know."""
+    """The graphs of `dtypes`; returns how many files of weights each has that transformers.js has to know."""
     from .graphs import trace_decoder, trace_embed_tokens, trace_vision_encoder
     from .quantize import quantize_blocks, store_half
+    from .settings import encoder_name
     from .weights import WeightFiles
 
-    # The last to be written are the traced graphs themselves: writing empties them.
-    quantized = {"q8": 8, "q4": 4}
-    order = sorted(dtypes, key=lambda dtype: dtype not in quantized)
-    chunks: dict[str, int] = {}
+    weight_files: dict[str, int] = {}
 
-    def write(name: str, traced: Any, files: dict[str, WeightFiles], shrink: Callable[[Any, str], Any]) -> None:
-        for dtype in order:
-            graph = shrink(traced, dtype) if dtype in quantized else traced
-            files[dtype].save(graph, f"{name}{SUFFIXES[dtype]}.onnx")
-            chunks[f"{name}{SUFFIXES[dtype]}.onnx"] = len(files[dtype].files)
+    def write(graph: str, traced: Any, weights: dict[str, WeightFiles]) -> None:
+        # Writing moves a graph's weights to the file, so the quantised copies come first.
+        for dtype in sorted(dtypes, key=lambda dtype: dtype not in BITS):
+            model = traced
+            if dtype == "q4" and graph == "embed_tokens" or dtype in BITS and graph == "decoder_model_merged":
+                model = quantize_blocks(traced, BITS[dtype])
+            elif dtype in BITS:
+                model = store_half(traced)
+            file_name = f"{graph}{SUFFIXES[dtype]}.onnx"
+            weights[dtype].save(model, file_name)
+            if file_name == weights[dtype].name:  # other encoders use this one's files
+                weight_files[file_name] = len(weights[dtype].files)
 
-    def weights(name: str) -> dict[str, WeightFiles]:
-        return {dtype: WeightFiles(folder, f"{name}{SUFFIXES[dtype]}.onnx") for dtype in order}
+    def new_files(graph: str) -> dict[str, WeightFiles]:
+        return {dtype: WeightFiles(folder, f"{graph}{SUFFIXES[dtype]}.onnx") for dtype in dtypes}
 
-    shared = weights("vision_encoder")
+    shared = new_files("vision_encoder")
     for number in numbers:
         say(f"tracing the vision encoder with {number} visual tokens")
-        traced = trace_vision_encoder(model, number)
-        write(encoder_name(number, numbers[0]), traced, shared, lambda graph, dtype: store_half(graph))
-    for name, trace in (("embed_tokens", trace_embed_tokens), ("decoder_model_merged", trace_decoder)):
-        say(f"tracing {name}")
-        write(name, trace(model), weights(name), lambda graph, dtype: quantize_blocks(graph, quantized[dtype]))
-    return {name: number for name, number in chunks.items() if number and not _is_other_encoder(name)}
+        write(encoder_name(number, numbers[0]), trace_vision_encoder(model, number), shared)
+    for graph, trace in (("embed_tokens", trace_embed_tokens), ("decoder_model_merged", trace_decoder)):
+        say(f"tracing {graph}")
+        write(graph, trace(model), new_files(graph))
+    return weight_files
 
 
-def _is_other_encoder(name: str) -> bool:
-    """Whether a graph uses the weights in another one's files, which transformers.js does not find by itself."""
-    return name.startswith("vision_encoder_") and name.split("_")[2].split(".")[0].isdecimal()
-
-
-def _write_settings(
-    model: DeltaLlavaForConditionalGeneration,
-    processor: DeltaLlavaProcessor,
-    numbers: list[int],
-    dtypes: list[str],
-    chunks: dict[str, int],
-    folder: Path,
-) -> None:
-    """`config.json` and the files of processor and tokenizer, in the words of LLaVA."""
-    config, side = model.config, model.config.vision_config.image_size
-    patch_sizes = {str(number): patch_size(side, number) for number in numbers}
-    processor.tokenizer.save_pretrained(folder)
-    _write_tokenizer(processor, folder)
-    generation = model.generation_config or GenerationConfig()
-    generation.save_pretrained(folder)
-    text = {**config.text_config.to_dict(), "model_type": LANGUAGE_MODELS[config.text_config.model_type]}
-    text["head_dim"] = (
-        getattr(config.text_config, "head_dim", None) or text["hidden_size"] // text["num_attention_heads"]
-    )
-    settings = {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "image_token_index": config.image_token_id,
-        "image_seq_length": numbers[0],
-        "model_type": "llava",
-        "text_config": text,
-        "vision_config": config.vision_config.to_dict(),
-        "transformers.js_config": {"dtype": dtypes[0], "use_external_data_format": chunks},
-        "onnx_export": {
-            "do_pad": processor.do_pad,
-            "dtypes": dtypes,
-            "image_token": processor.image_token,
-            "num_visual_tokens": numbers[0],
-            "patch_sizes": patch_sizes,
-            "prompts": {"image": _split_prompt(processor, True), "text": _split_prompt(processor, False)},
-            "vision_encoders": {str(number): encoder_name(number, numbers[0]) for number in numbers},
-        },
-    }
-    write_json(json.loads(json.dumps(settings, default=str)), folder / "config.json")
-    images = json.loads(processor.image_processor.to_json_string())
-    images = {name: images[name] for name in IMAGE_SETTINGS if images.get(name) is not None}
-    kind = type(processor.image_processor).__name__.removesuffix("Pil").removesuffix("Fast")
-    names = {"image_processor_type": kind, "processor_class": "LlavaProcessor"}
-    write_json({"do_center_crop": False, **images, **names}, folder / "preprocessor_config.json")
-    words = {
-        "image_token": processor.image_token,
-        "num_additional_image_tokens": 0,
-        "processor_class": "LlavaProcessor",
-    }
-    write_json({**words, "patch_size": patch_sizes[str(numbers[0])]}, folder / "processor_config.json")
-
-
-def patch_size(image_size: int, num_visual_tokens: int) -> int | float:
-    """The size of a patch with which LLaVA's processor counts `num_visual_tokens` placeholders."""
-    side = round(num_visual_tokens**0.5)
-    whole = image_size // side
-    return whole if image_size // whole == side else image_size / (side + 0.5)
-
-
-def _split_prompt(processor: DeltaLlavaProcessor, with_image: bool) -> list[str]:
-    """What stands before and after the question in a first turn."""
-    content = [{"type": "image"}] * with_image + [{"type": "text", "text": _QUESTION}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    before, question, after = prompt.rpartition(_QUESTION)
-    if not question:
-        raise DeltaLlavaError("The repo's chat template does not write the question, so there is no prompt to export.")
-    return [before, after]
-
-
-def _write_tokenizer(processor: DeltaLlavaProcessor, folder: Path) -> None:
-    """The tokenizer for prompts that the template has written, special tokens and all; the template also where transformers.js
-    looks for it."""
-    path = folder / "tokenizer.json"
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    if (
-        isinstance(tokenizer.get("post_processor"), dict)
-        and tokenizer["post_processor"].get("type") == "TemplateProcessing"
-    ):
-        tokenizer["post_processor"] = None
-    path.write_text(json.dumps(tokenizer, ensure_ascii=False, indent=2), encoding="utf-8")
-    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    template = processor.chat_template
-    if isinstance(template, dict):
-        template = template["default"]
-    write_json({**settings, "chat_template": template}, folder / "tokenizer_config.json")
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-
-
-def _report(folder: Path, dtypes: list[str], numbers: list[int], merged: bool) -> dict[str, Any]:
-    """Marks the folder as one that may be overwritten, and says what it was written with."""
-    versions = {
-        name: metadata.version(name) for name in ("onnx", "onnxruntime", "onnxscript", "torch", "transformers")
-    }
-    return {
-        EXPORTED_FROM: folder.name,
-        "deltas_merged": merged,
-        "dtypes": dtypes,
-        "num_visual_tokens": numbers,
-        "versions": versions,
-    }
-
-
-def _size(folder: Path, suffix: str) -> int:
+def _size(folder: Path, dtype: str) -> int:
     """Bytes of the graphs and weights of one precision."""
-    others = tuple(f"{end}.onnx" for end in SUFFIXES.values() if end and end != suffix)
-    return sum(
-        path.stat().st_size
-        for path in folder.glob("*.onnx*")
-        if (stem := path.name.partition(".onnx")[0] + ".onnx").endswith(f"{suffix}.onnx")
-        and not (suffix == "" and stem.endswith(others))
-    )
+    others = tuple(f"{suffix}.onnx" for name, suffix in SUFFIXES.items() if suffix and name != dtype)
+    files = {path: f"{path.name.partition('.onnx')[0]}.onnx" for path in folder.glob("*.onnx*")}
+    own = [
+        path
+        for path, graph in files.items()
+        if graph.endswith(f"{SUFFIXES[dtype]}.onnx") and not graph.endswith(others)
+    ]
+    return sum(path.stat().st_size for path in own)

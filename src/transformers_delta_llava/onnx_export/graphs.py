@@ -19,7 +19,7 @@ from ..modeling import DeltaLlavaForConditionalGeneration
 from ..modeling.outputs_delta_llava import pick_cache
 
 
-OPSET = 18
+OPSET = 21
 # The name under which transformers finds `grouped_attention`.
 _ATTENTION = "delta_llava_onnx"
 
@@ -160,7 +160,7 @@ AttentionInterface.register(_ATTENTION, grouped_attention)
 
 
 @contextmanager
-def _attention(model: DeltaLlavaForConditionalGeneration) -> Iterator[None]:
+def use_grouped_attention(model: DeltaLlavaForConditionalGeneration) -> Iterator[None]:
     """The language model with `grouped_attention`; afterwards as it was."""
     config = model.model.language_model.config
     before = config._attn_implementation
@@ -206,7 +206,7 @@ def trace_decoder(model: DeltaLlavaForConditionalGeneration) -> ir.Model:
     }
     cache = [f"{layer}.{part}" for layer in range(text.num_hidden_layers) for part in ("key", "value")]
     names = [*list(inputs)[:3], *(f"past_key_values.{name}" for name in cache)]
-    with _attention(model):
+    with use_grouped_attention(model):
         return _trace(Decoder(model), inputs, axes, names, ["logits", *(f"present.{name}" for name in cache)])
 
 

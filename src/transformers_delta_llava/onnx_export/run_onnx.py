@@ -9,7 +9,6 @@ Lies in the folder of the model. To use it from Python: `OnnxModel(folder).answe
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from tokenizers import Tokenizer
 
 
 HERE = Path(__file__).resolve().parent
+Cache = dict[str, onnxruntime.OrtValue]
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4"}
 
 
@@ -35,9 +35,8 @@ class OnnxModel:
 
     def __init__(self, folder: str | Path = HERE, dtype: str | None = None, threads: int = 0):
         self.folder = Path(folder)
-        self.config = self._read("config.json")
-        self.image = self._read("preprocessor_config.json")
-        self.generation = self._read("generation_config.json")
+        names = ("config.json", "preprocessor_config.json", "generation_config.json")
+        self.config, self.image, self.generation = map(self._read, names)
         self.export = self.config["onnx_export"]
         self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         dtype = dtype or self.export["dtypes"][0]
@@ -62,30 +61,28 @@ class OnnxModel:
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """Pixel values (1, 3, height, width), float32: padded to a square of the mean colour, resized, normalised."""
-        image = ImageOps.exif_transpose(image)
-        image = (image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image).convert("RGB")
-        options, mean = self.image, np.array(self.image["image_mean"], np.float32)
+        image, options = ImageOps.exif_transpose(image), self.image
+        image = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+        mean, std = options["image_mean"], np.array(options["image_std"], np.float32)
         if self.export["do_pad"]:
             side = max(image.size)
-            square = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in options["image_mean"]))
+            square = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in mean))
             square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
             image = square
-        size = options["size"]
         if options["do_resize"]:
-            short, long = sorted(image.size)
-            edge = size.get("shortest_edge")
-            target = (size["width"], size["height"]) if edge is None else (edge, int(edge * long / short))
-            image = image.resize(
-                target if edge is None or image.width <= image.height else target[::-1], options["resample"]
-            )
+            size, (width, height) = options["size"], image.size
+            if edge := size.get("shortest_edge"):
+                short, long = edge, int(edge * max(width, height) / min(width, height))
+                size = dict(zip(("width", "height"), (short, long) if width <= height else (long, short)))
+            image = image.resize((size["width"], size["height"]), options["resample"])
         if options["do_center_crop"]:
             width, height = options["crop_size"]["width"], options["crop_size"]["height"]
             left, top = (image.width - width) // 2, (image.height - height) // 2
             image = image.crop((left, top, left + width, top + height))
-        pixels = np.asarray(image, np.uint8).astype(np.float64)
-        pixels = (pixels * options["rescale_factor"] if options["do_rescale"] else pixels).astype(np.float32)
+        pixels = np.asarray(image).astype(np.float64) * (options["rescale_factor"] if options["do_rescale"] else 1)
+        pixels = pixels.astype(np.float32)
         if options["do_normalize"]:
-            pixels = (pixels - mean) / np.array(options["image_std"], np.float32)
+            pixels = (pixels - np.array(mean, np.float32)) / std
         return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
 
     def encode(self, question: str, num_visual_tokens: int = 0) -> np.ndarray:
@@ -94,7 +91,34 @@ class OnnxModel:
         image_token = self.export["image_token"]
         question = question.replace(image_token, image_token.replace("<", "< ", 1)).strip()
         text = before.replace(image_token, image_token * num_visual_tokens) + question + after
-        return np.array([self.tokenizer.encode(text, add_special_tokens=False).ids])
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if len(ids) > (limit := self.export["max_prompt_tokens"] or len(ids)):
+            raise ValueError(f"the prompt has {len(ids)} tokens, and the model {limit} positions: shorten it.")
+        return np.array([ids])
+
+    def encode_image(self, image: Image.Image, num_visual_tokens: int) -> np.ndarray:
+        """The visual tokens (number, hidden size) of an image."""
+        encoders = self.export["vision_encoders"]
+        if (number := str(num_visual_tokens)) not in encoders:
+            raise ValueError(f"num_visual_tokens={number}: this export has {', '.join(encoders)}.")
+        return self.session(encoders[number]).run(None, {"pixel_values": self.preprocess(image)})[0][0]
+
+    def forward(
+        self, ids: np.ndarray, visual: np.ndarray | None = None, cache: Cache | None = None
+    ) -> tuple[np.ndarray, Cache]:
+        """Logits (vocabulary,) after `ids` (1, sequence), whose image tokens show `visual`, and the cache to go on with."""
+        decoder, cache = self.session("decoder_model_merged"), cache or self._empty_cache()
+        past = next(iter(cache.values())).shape()[2]
+        length = past + ids.shape[1]
+        embeds = self.session("embed_tokens").run(None, {"input_ids": ids})[0]
+        if visual is not None:
+            embeds[ids == self.config["image_token_index"]] = visual
+        feeds = {"inputs_embeds": embeds, "attention_mask": np.ones((1, length), np.int64)}
+        feeds["position_ids"] = np.arange(past, length)[None]
+        values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in feeds.items()}
+        names = [output.name for output in decoder.get_outputs()]
+        logits, *present = decoder.run_with_ort_values(names, {**values, **cache})
+        return logits.numpy()[0, -1], dict(zip(cache, present))
 
     def generate(
         self,
@@ -108,61 +132,38 @@ class OnnxModel:
         seed: int | None = None,
     ) -> Iterator[int]:
         """Ids of the answer, one by one: the most likely ones, or with a `temperature` drawn at random."""
-        visual: np.ndarray | None = None
-        budgets = self.export["vision_encoders"]
-        number = 0 if image is None else num_visual_tokens or self.export["num_visual_tokens"]
-        if number and str(number) not in budgets:
-            raise ValueError(f"num_visual_tokens={number}: this export has {', '.join(budgets)}.")
-        ids = self.encode(question, number)
+        visual, number, cache = None, 0, None
         if image is not None:
-            visual = self.session(budgets[str(number)]).run(None, {"pixel_values": self.preprocess(image)})[0]
-        ends = np.atleast_1d(self.generation["eos_token_id"]).tolist() if "eos_token_id" in self.generation else []
-        suppressed = self.generation.get("suppress_tokens") or []
+            number = num_visual_tokens or self.export["num_visual_tokens"]
+            visual = self.encode_image(image, number)
+        ids = self.encode(question, number)
+        ends = np.atleast_1d(self.generation.get("eos_token_id")).tolist()
         rng = np.random.default_rng(seed)
-        decoder = self.session("decoder_model_merged")
-        outputs = [output.name for output in decoder.get_outputs()]
-        cache, length = self._empty_cache(), 0
         for _ in range(max_new_tokens):
-            embeds = self.session("embed_tokens").run(None, {"input_ids": ids})[0]
-            if visual is not None and length == 0:
-                embeds[ids == self.config["image_token_index"]] = visual[0]
-            positions = np.arange(length, length + ids.shape[1])[None]
-            length += ids.shape[1]
-            inputs = {
-                "inputs_embeds": embeds,
-                "attention_mask": np.ones((1, length), np.int64),
-                "position_ids": positions,
-            }
-            feeds = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in inputs.items()}
-            first, *present = decoder.run_with_ort_values(outputs, feeds | cache)
-            cache = dict(zip(cache, present))
-            logits = first.numpy()[0, -1]
-            logits[suppressed] = -np.inf
+            logits, cache = self.forward(ids, visual, cache)
+            logits[self.generation.get("suppress_tokens") or []] = -np.inf
             token = int(logits.argmax()) if temperature <= 0 else draw(logits / temperature, top_p, top_k, rng)
             if token in ends:
                 return
             yield token
-            ids = np.array([[token]])
+            ids, visual = np.array([[token]]), None
 
     def answer(self, question: str, image: Image.Image | None = None, **options: Any) -> Iterator[str]:
         """The answer, piece by piece; the options are those of `generate`."""
-        ids: list[int] = []
-        said = ""
+        ids, text, done = [], "", 0
         for token in self.generate(question, image, **options):
             ids.append(token)
             text = self.tokenizer.decode(ids)
             if not text.endswith("\ufffd"):  # half a character: the next token completes it
-                yield text[len(said) :]
-                said = text
+                yield text[done:]
+                done = len(text)
+        yield text[done:]
 
-    def _empty_cache(self) -> dict[str, onnxruntime.OrtValue]:
-        values = {}
-        for entry in self.session("decoder_model_merged").get_inputs():
-            if entry.name.startswith("past_key_values"):
-                shape, half = (1, entry.shape[1], 0, entry.shape[3]), entry.type == "tensor(float16)"
-                empty = np.zeros(shape, np.float16 if half else np.float32)
-                values[entry.name] = onnxruntime.OrtValue.ortvalue_from_numpy(empty)
-        return values
+    def _empty_cache(self) -> Cache:
+        inputs = [entry for entry in self.session("decoder_model_merged").get_inputs() if "past_key" in entry.name]
+        dtype = np.float16 if inputs[0].type == "tensor(float16)" else np.float32
+        empty = np.zeros((1, inputs[0].shape[1], 0, inputs[0].shape[3]), dtype)
+        return {entry.name: onnxruntime.OrtValue.ortvalue_from_numpy(empty) for entry in inputs}
 
 
 def draw(logits: np.ndarray, top_p: float, top_k: int, rng: np.random.Generator) -> int:
@@ -170,7 +171,7 @@ def draw(logits: np.ndarray, top_p: float, top_k: int, rng: np.random.Generator)
     order = np.argsort(-logits)[: top_k or None]
     chances = np.exp(logits[order] - logits[order[0]])
     chances /= chances.sum()
-    kept = max(1, int(np.searchsorted(np.cumsum(chances), top_p)) + 1)
+    kept = int(np.searchsorted(np.cumsum(chances), top_p)) + 1
     return int(rng.choice(order[:kept], p=chances[:kept] / chances[:kept].sum()))
 
 
@@ -186,14 +187,13 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int)
     options = vars(parser.parse_args())
-    question, path, dtype = options.pop("question"), options.pop("image"), options.pop("dtype")
+    question, path, dtype = (options.pop(name) for name in ("question", "image", "dtype"))
     try:
-        image = Image.open(path) if path else None
-        for piece in OnnxModel(dtype=dtype).answer(question, image, **options):
+        for piece in OnnxModel(dtype=dtype).answer(question, Image.open(path) if path else None, **options):
             print(piece, end="", flush=True)
         print()
     except (OSError, ValueError) as error:
-        sys.exit(f"run_onnx.py: {error}")
+        parser.exit(2, f"run_onnx.py: {error}\n")
 
 
 if __name__ == "__main__":

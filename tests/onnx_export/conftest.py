@@ -1,0 +1,47 @@
+"""Two exports of the shipped checkpoint. Tracing takes seconds, so all tests share them."""
+
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from transformers_delta_llava.onnx_export import export_onnx
+
+
+if find_spec("onnxscript"):
+    import onnx_ir as ir
+
+    from transformers_delta_llava.onnx_export import graphs
+else:  # the environment of the oldest transformers
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(scope="session")
+def exported(easy_vqa_repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repo of its own: fp32, 16 and 1 visual tokens. Only to be read."""
+    folder = tmp_path_factory.mktemp("onnx") / "easy-vqa-onnx"
+    export_onnx(easy_vqa_repo, folder, num_visual_tokens=[1, 16])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def quantised(exported: Path, easy_vqa_repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder `onnx` that an export added to the repo: q8 and q4, 1 visual token, of the graphs of the other export, which are
+    not traced again. Only to be read."""
+    repo = shutil.copytree(easy_vqa_repo, tmp_path_factory.mktemp("onnx") / "easy-vqa")
+    traced = {"vision_encoder": "vision_encoder_1", "embed_tokens": "embed_tokens", "decoder": "decoder_model_merged"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, graph in traced.items():
+            path = exported / "onnx" / f"{graph}.onnx"
+            patch.setattr(graphs, f"trace_{name}", lambda *arguments, path=path: ir.load(path))
+        report = export_onnx(repo, repo, num_visual_tokens=[1], dtypes=["q8", "q4"], verify=True)
+    assert report.output == repo / "onnx"
+    assert [(row.dtype, row.num_visual_tokens) for row in report.compared] == [
+        ("q8", 1),
+        ("q8", 0),
+        ("q4", 1),
+        ("q4", 0),
+    ]
+    assert max(row.max_difference for row in report.compared[:2]) < 0.05
+    return report.output
