@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from onnx_speed import OpenVinoModel
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from transformers_delta_llava.analysis.inference import load_repo
 from transformers_delta_llava.evaluation import draw_test_questions, load_test_set
@@ -34,6 +35,9 @@ from transformers_delta_llava.utils.files import sha256_of
 
 
 BATCH = 64
+
+
+Features = dict[tuple[str, int], torch.Tensor]
 
 
 class CachedModel(OnnxModel):
@@ -51,6 +55,10 @@ class CachedModel(OnnxModel):
         return self.encoded[key]
 
 
+class CachedOpenVinoModel(CachedModel, OpenVinoModel):
+    """The same by OpenVINO."""
+
+
 def main() -> None:
     """Answer, compare, print, write."""
     parser = argparse.ArgumentParser(description="Answers of an ONNX export beside PyTorch's.")
@@ -61,7 +69,9 @@ def main() -> None:
     parser.add_argument(
         "--num-visual-tokens", type=int, nargs="+", help="0: without the image; by default all of the export"
     )
-    parser.add_argument("--dtypes", nargs="+", default=["fp32", "q8", "q4"])
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["fp32", "q8", "q4"], help="also fp32-openvino-f32 and fp32-openvino-default"
+    )
     parser.add_argument("--output", type=Path, help="JSON file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -74,27 +84,36 @@ def main() -> None:
     numbers = arguments.num_visual_tokens or [
         int(number) for number in CachedModel(arguments.export).export["vision_encoders"]
     ]
-    rows = []
+    report: dict[str, Any] = {
+        "command": " ".join(["python", "benchmarks/onnx_accuracy.py", *map(public, sys.argv[1:])]),
+        "weights_sha256": sha256_of(Path(arguments.repo) / "model.safetensors"),
+        "versions": {module.__name__: module.__version__ for module in (onnxruntime, torch, transformers)},
+        "rows": [],
+    }
+    rows, features = report["rows"], {}
     for dtype in arguments.dtypes:
-        graphs = CachedModel(arguments.export, dtype, threads=1)
+        graphs = load_graphs(arguments.export, dtype)
         for number in numbers:
-            rows.append(
-                {"dtype": dtype, "num_visual_tokens": number, **measure(model, processor, graphs, questions, number)}
-            )
+            row = measure(model, processor, graphs, questions, number, features)
+            rows.append({"dtype": dtype, "num_visual_tokens": number, **row})
             print(json.dumps(rows[-1]), flush=True)
+            if arguments.output:  # row by row: all of them take a while
+                arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     table = Table("precision", "visual tokens", "right", "answers as in PyTorch", title=f"{len(questions)} questions")
     for row in rows:
         same = f"{row['same_answers']} of {row['questions']}"
         table.add_row(row["dtype"], str(row["num_visual_tokens"]), f"{row['right_percent']:.2f} %", same)
     Console().print(table)
-    if arguments.output:
-        report = {
-            "command": " ".join(["python", "benchmarks/onnx_accuracy.py", *map(public, sys.argv[1:])]),
-            "weights_sha256": sha256_of(Path(arguments.repo) / "model.safetensors"),
-            "versions": {module.__name__: module.__version__ for module in (onnxruntime, torch, transformers)},
-            "rows": rows,
-        }
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def load_graphs(export: Path, dtype: str) -> CachedModel:
+    """The graphs of `dtype`, which OpenVINO runs in one of its precisions where that is named: `fp32-openvino-f32`."""
+    dtype, _, precision = dtype.partition("-openvino-")
+    if not precision:
+        return CachedModel(export, dtype, threads=1)
+    model = CachedOpenVinoModel(export, dtype, threads=1)
+    model.precision = None if precision == "default" else precision
+    return model
 
 
 def public(argument: str) -> str:
@@ -108,6 +127,7 @@ def measure(
     graphs: CachedModel,
     questions: Sequence[Any],
     number: int,
+    features: Features,
 ) -> dict[str, Any]:
     """Right answers in percent, in all and by task, and how many answers PyTorch would give too."""
     prompts, answers, images = [], [], []
@@ -126,7 +146,7 @@ def measure(
         "questions": len(questions),
         "right_percent": 100 * float(np.mean(right)),
         "right_percent_by_task": {task: 100 * float(np.mean(correct)) for task, correct in tasks.items()},
-        "same_answers": sum(same_answers(model, processor, prompts, answers, questions, number)),
+        "same_answers": sum(same_answers(model, processor, prompts, answers, questions, number, features)),
     }
 
 
@@ -143,11 +163,11 @@ def same_answers(
     answers: list[list[int]],
     questions: Sequence[Any],
     number: int,
+    features: Features,
 ) -> Iterator[bool]:
     """For each question, in no order, whether PyTorch takes each token of the answer, and its end."""
     generation: Any = model.generation_config
     ends = set(np.atleast_1d(generation.eos_token_id).tolist())
-    features: dict[str, torch.Tensor] = {}
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), len(answers[index])))
     for _, same_length in groupby(order, key=lambda index: (len(prompts[index]), len(answers[index]))):
         group = list(same_length)
@@ -159,7 +179,7 @@ def same_answers(
             if number:
                 paths = [str(questions[index].image) for index in batch]
                 encode(model, processor, paths, number, features)
-                outputs = BaseModelOutputWithPooling(pooler_output=[features[path] for path in paths])
+                outputs = BaseModelOutputWithPooling(pooler_output=[features[path, number] for path in paths])
                 images = {"mm_encoder_outputs": {"image": outputs}}
             logits = model(input_ids=ids, **images, logits_to_keep=length + 1).logits
             logits[..., generation.suppress_tokens or []] = -torch.inf
@@ -173,14 +193,14 @@ def encode(
     processor: DeltaLlavaProcessor,
     paths: list[str],
     number: int,
-    features: dict[str, torch.Tensor],
+    features: Features,
 ) -> None:
     """Visual tokens of images that have none in `features` yet, one image at a time."""
     for path in dict.fromkeys(paths):
-        if path not in features:
+        if (path, number) not in features:
             with Image.open(path) as image:
                 inputs = processor(images=[image], text=processor.image_token, return_tensors="pt")
-            features[path] = model.get_image_features(inputs["pixel_values"], number).pooler_output[0]
+            features[path, number] = model.get_image_features(inputs["pixel_values"], number).pooler_output[0]
 
 
 if __name__ == "__main__":

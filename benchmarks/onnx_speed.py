@@ -120,21 +120,26 @@ def answer_with_graphs(model: OnnxModel, image: Image.Image, number: int, new_to
 
 
 class OpenVinoModel(OnnxModel):
-    """The same graphs, run by OpenVINO in float32, which is not its default on every CPU."""
+    """The same graphs, run by OpenVINO in float32, which is not its default on every CPU; that is `precision` None."""
+
+    precision: str | None = "f32"
 
     def session(self, name: str) -> Any:
         if name not in self.sessions:
-            self.sessions[name] = OpenVinoGraph(self.folder / "onnx" / f"{name}{self.suffix}.onnx", self.threads)
+            path = self.folder / "onnx" / f"{name}{self.suffix}.onnx"
+            self.sessions[name] = OpenVinoGraph(path, self.threads, self.precision)
         return self.sessions[name]
 
 
 class OpenVinoGraph:
     """A graph with those methods of an `onnxruntime.InferenceSession` that `OnnxModel` calls."""
 
-    def __init__(self, path: Path, threads: int):
+    def __init__(self, path: Path, threads: int, precision: str | None):
         import openvino
 
-        properties = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+        properties: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads}
+        if precision:
+            properties["INFERENCE_PRECISION_HINT"] = precision
         self.request = openvino.compile_model(str(path), "CPU", properties).create_infer_request()
         shapes = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         self.get_inputs, self.get_outputs = shapes.get_inputs, shapes.get_outputs

@@ -10,6 +10,7 @@ from transformers_delta_llava.onnx_export import export_onnx
 
 
 if find_spec("onnxscript"):
+    import onnx
     import onnx_ir as ir
 
     from transformers_delta_llava.onnx_export import graphs
@@ -34,7 +35,7 @@ def quantised(exported: Path, easy_vqa_repo: Path, tmp_path_factory: pytest.Temp
     with pytest.MonkeyPatch.context() as patch:
         for name, graph in traced.items():
             path = exported / "onnx" / f"{graph}.onnx"
-            patch.setattr(graphs, f"trace_{name}", lambda *arguments, path=path: ir.load(path))
+            patch.setattr(graphs, f"trace_{name}", lambda *arguments, path=path: ir.from_proto(onnx.load(path)))
         report = export_onnx(repo, repo, num_visual_tokens=[1], dtypes=["q8", "q4"], verify=True)
     assert report.output == repo / "onnx"
     assert [(row.dtype, row.num_visual_tokens) for row in report.compared] == [
