@@ -137,7 +137,7 @@ class OnnxModel:
             number = num_visual_tokens or self.export["num_visual_tokens"]
             visual = self.encode_image(image, number)
         ids = self.encode(question, number)
-        ends = np.atleast_1d(self.generation.get("eos_token_id")).tolist()
+        ends = np.atleast_1d(self.generation.get("eos_token_id", [])).tolist()
         rng = np.random.default_rng(seed)
         for _ in range(max_new_tokens):
             logits, cache = self.forward(ids, visual, cache)
