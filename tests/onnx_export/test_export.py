@@ -109,6 +109,10 @@ def test_repos_that_are_refused(easy_vqa_repo, tmp_path):
     edit_json(repo / "config.json", text_config={"model_type": "gpt2"})
     with pytest.raises(ValueError, match="of type gpt2, which cannot be exported to ONNX; those of type llama, "):
         export_onnx(repo, tmp_path / "out")
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    edit_json(repo / "config.json", text_config={"model_type": "llama", "rope_parameters": rope})
+    with pytest.raises(ValueError, match="has rope_type='dynamic': its position embeddings change with the length"):
+        export_onnx(repo, tmp_path / "out")
     edit_json(repo / "config.json", model_type="llava")
     with pytest.raises(ValueError, match="is a llava, not a delta_llava"):
         export_onnx(repo, tmp_path / "out")
@@ -120,6 +124,12 @@ def test_outputs_that_are_refused(easy_vqa_repo, exported, tmp_path, monkeypatch
         export_onnx(easy_vqa_repo, exported)
     with pytest.raises(ValueError, match="are one folder or lie inside each other"):
         export_onnx(easy_vqa_repo, easy_vqa_repo / "onnx")
+    repo = shutil.copytree(easy_vqa_repo, tmp_path / "repo")
+    (repo / "onnx").mkdir()
+    (repo / "onnx" / "notes.txt").touch()
+    with pytest.raises(ValueError, match="onnx was not written by this package"):
+        export_onnx(repo, repo, overwrite=True)
+    shutil.rmtree(repo)
     free = SimpleNamespace(free=10**6)
     monkeypatch.setattr("transformers_delta_llava.onnx_export.export.shutil.disk_usage", lambda path: free)
     with pytest.raises(ValueError, match="takes about 0.0 GB, and 0.0 GB are free on the output's disk"):

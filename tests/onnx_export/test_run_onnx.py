@@ -3,12 +3,11 @@
 import ast
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil
+from transformers import BitImageProcessorPil, CLIPImageProcessorPil, GenerationConfig, SiglipImageProcessorPil
 
 from tests.conftest import ROOT
 from tests.tiny import tiny_config, tiny_processor
@@ -82,8 +81,7 @@ def test_pixels_are_the_processors_to_the_bit(kind, do_pad, tmp_path):
     processor = DeltaLlavaProcessor(
         PROCESSORS[kind], tokenizer, template, config.num_visual_tokens, config.visual_token_budgets, do_pad
     )
-    generation = SimpleNamespace(save_pretrained=lambda folder: (folder / "generation_config.json").write_text("{}"))
-    write_settings(tmp_path, config, processor, generation, [36, 4], ["fp32"], {})
+    write_settings(tmp_path, config, processor, GenerationConfig(), [36, 4], ["fp32"], {})
     graphs = OnnxModel(tmp_path)
     photo = Image.open(PHOTO)
     turned = photo.copy()

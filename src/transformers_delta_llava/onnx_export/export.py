@@ -96,15 +96,20 @@ def export_onnx(
         raise DeltaLlavaError(f"dtype={unknown[0]!r}: use {', '.join(SUFFIXES)}.")
     folder, output = local_folder(str(repo), "repo", _FILES), Path(output)
     inside = output.exists() and output.resolve() == folder.resolve()
-    if inside:
-        output = folder / GRAPHS
-    else:
-        check_output(output, [folder], overwrite)
+    output = folder / GRAPHS if inside else output
+    check_output(output, [] if inside else [folder], overwrite)
     config = load_config(str(folder))
-    if config.text_config.model_type not in LANGUAGE_MODELS:
+    text = config.text_config
+    if text.model_type not in LANGUAGE_MODELS:
         raise DeltaLlavaError(
-            f"The language model of {folder.name} is of type {config.text_config.model_type}, which cannot be exported to "
-            f"ONNX; those of type {', '.join(LANGUAGE_MODELS)} can."
+            f"The language model of {folder.name} is of type {text.model_type}, which cannot be exported to ONNX; those of type "
+            f"{', '.join(LANGUAGE_MODELS)} can."
+        )
+    rope_type = (getattr(text, "rope_parameters", None) or {}).get("rope_type")
+    if rope_type in ("dynamic", "longrope"):
+        raise DeltaLlavaError(
+            f"The language model of {folder.name} has rope_type={rope_type!r}: its position embeddings change with the length of "
+            "the prompt, which a graph cannot do, so it cannot be exported to ONNX."
         )
     numbers = _numbers(config, num_visual_tokens)
     report = {

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, DynamicCache
 
 from ..modeling import DeltaLlavaForConditionalGeneration
 from ..modeling.outputs_delta_llava import pick_cache
+from ..utils.errors import explain_errors
 
 
 OPSET = 21
@@ -214,7 +215,7 @@ def _trace(
     module: nn.Module, inputs: dict[str, Any], axes: dict[str, Any], names: list[str], outputs: list[str]
 ) -> ir.Model:
     """`axes` names the dimensions that may have any length."""
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), explain_errors("The model cannot be traced for ONNX"):
         program = torch.onnx.export(
             module.eval(),
             (),

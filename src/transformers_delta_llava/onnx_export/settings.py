@@ -78,7 +78,7 @@ def write_settings(
         },
     }
     write_json(json.loads(json.dumps(settings, default=str)), folder / "config.json")
-    generation.save_pretrained(folder)
+    write_json(json.loads(generation.to_json_string()), folder / "generation_config.json")
     images = json.loads(processor.image_processor.to_json_string())
     images = {name: images[name] for name in _IMAGE_SETTINGS if images.get(name) is not None}
     kind = type(processor.image_processor).__name__.removesuffix("Pil").removesuffix("Fast")
