@@ -66,10 +66,14 @@ def test_a_siglip_tower_without_its_head(tmp_path):
     assert not any(info.values())
 
 
-@pytest.mark.parametrize("inside", [True, False], ids=["in the checkpoint", "in its own folder"])
-@pytest.mark.parametrize("tower_type", ["dinov2", "dinov2_with_registers"])
-def test_a_dinov2_tower_there_and_back(tmp_path, tower_type, inside):
-    tensors = write_checkpoint(tmp_path / "source", tower_type=tower_type, tower=inside, **SHALLOW)
+@pytest.mark.parametrize(
+    ("tower_type", "swiglu", "inside"),
+    [("dinov2", False, True), ("dinov2_with_registers", False, False), ("dinov2", True, True)],
+)
+def test_a_dinov2_tower_there_and_back(tmp_path, tower_type, swiglu, inside):
+    """In the checkpoint or in its own folder; with the SwiGLU that DINOv2-giant has."""
+    fields = SHALLOW | {"tower_sizes": {**SHALLOW.get("tower_sizes", {}), "use_swiglu_ffn": swiglu}}
+    tensors = write_checkpoint(tmp_path / "source", tower_type=tower_type, tower=inside, **fields)
     convert_checkpoint(tmp_path / "source", tmp_path / "out")
     processor = json.loads((tmp_path / "out" / "processor_config.json").read_text())["image_processor"]
     assert processor["image_mean"] == [0.485, 0.456, 0.406]
