@@ -96,8 +96,8 @@ tower, budgets 256, 64, 16, 4 and 1.
 
 ## What it can do
 
-Percent right of the first 30 questions of each task (`--limit 30`), 95 % Wilson intervals, {dtype}, greedy answers; "without image" is the same model asked in words alone, and "majority" the answer
-that a question most often has in the training data.
+Percent right of held-out questions, 95 % Wilson intervals, {dtype}, greedy answers. "Without image" is the same model asked in words
+alone, and "majority" the answer that a question most often has in the training data.
 
 {table}
 

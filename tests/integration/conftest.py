@@ -1,5 +1,6 @@
 """One trained repo for all engines, what it is asked, and what transformers answers in this environment."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,10 @@ CHECKPOINT = ROOT / "examples" / "easy-vqa"
 
 @pytest.fixture(scope="session")
 def repo(tmp_path_factory) -> Path:
-    """The shipped easy-VQA checkpoint, converted: 16 visual tokens by default; 64, 4 and 1 besides."""
+    """The shipped easy-VQA checkpoint, converted: 16 visual tokens by default; 64, 4 and 1 besides. The environment variable
+    DELTA_LLAVA_REPO names another one in float32 with these budgets."""
+    if "DELTA_LLAVA_REPO" in os.environ:
+        return Path(os.environ["DELTA_LLAVA_REPO"]).resolve()
     folder = tmp_path_factory.mktemp("repo") / "easy-vqa"
     convert_checkpoint(CHECKPOINT, folder)
     return folder
