@@ -1,8 +1,8 @@
 """
-Runs recipes one after the other in two processes over gloo: the last as `delta-llava train` does, with DDP, the others with FSDP2.
+Runs recipes one after the other with FSDP2, in two processes over gloo.
 
-The processes are forks, so that only one imports everything, with the environment that `torchrun` and `accelerate launch` give.
-accelerate enables FSDP on accelerators only; here it is enabled on CPUs too. Everything else (sharding, mixed precision,
+The processes are forks, so that only one imports everything, with the environment that `accelerate launch` gives. accelerate
+enables FSDP on accelerators only; here it is enabled on CPUs too. Everything else (sharding, mixed precision,
 gathering, saving) is accelerate's own code, as on GPUs.
 """
 
@@ -15,7 +15,6 @@ from typing import Any
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 
-from transformers_delta_llava.cli.main import main
 from transformers_delta_llava.training import load_recipe, train
 
 
@@ -58,16 +57,11 @@ def enable_fsdp() -> None:
 
 
 if __name__ == "__main__":
-    *sharded, replicated = sys.argv[1:]
     gc.freeze()  # every run collects garbage, which takes a second where all of transformers is imported
     fork(2)
     enable_fsdp()
-    for recipe in sharded:
+    for recipe in sys.argv[1:]:
         train(load_recipe(recipe))
         AcceleratorState._reset_state()
         GradientState._reset_state()
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
-    for name in FSDP:
-        del os.environ[name]
-    sys.argv[1:] = ["train", replicated]
-    main()

@@ -1,4 +1,4 @@
-"""Training in two processes, as `torchrun` and `accelerate launch` start them, ends where one process does."""
+"""Training in two processes, under `torchrun` or sharded as under `accelerate launch`, ends where one process does."""
 
 import os
 import subprocess
@@ -32,33 +32,48 @@ def one_process(folder: Path, tmp_path_factory: Any) -> Path:
     return train(recipe(folder, tmp_path_factory.mktemp("one"), 4))
 
 
+def launch(*command: object) -> None:
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT), *(p for p in sys.path if p)])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(
+        [sys.executable, *map(str, command)], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+
+
+def write(folder: Path, out: Path, **changes: Any) -> Path:
+    """The file of a recipe for each of two processes."""
+    file = out.with_suffix(".yaml")
+    write_yaml(recipe(folder, out, 2, **changes).to_dict(), file)
+    return file
+
+
+def test_torchrun_with_ddp_ends_where_one_process_does(folder: Path, one_process: Path, tmp_path: Path) -> None:
+    torchrun = (
+        "torch.distributed.run",
+        "--nproc_per_node",
+        2,
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "localhost:0",
+    )
+    launch("-m", *torchrun, "-m", "transformers_delta_llava", "train", write(folder, tmp_path / "ddp"))
+    assert losses(tmp_path / "ddp") == pytest.approx(losses(one_process), abs=1e-4)
+    assert_same_weights(one_process, tmp_path / "ddp", atol=2e-5)
+
+
 @pytest.fixture(scope="module")
 def launched(folder: Path, tmp_path_factory: Any) -> Path:
-    """The results of two processes with two rows per step each: under FSDP2 three runs, then under DDP one."""
+    """The results of two processes under FSDP2, with two rows per step each."""
     out = tmp_path_factory.mktemp("launched")
     runs: dict[str, dict[str, Any]] = {
         "lora": LORA_RUN,
         "fsdp": {"arguments": {"save_steps": 2}},
         "resumed": {"arguments": {"resume_from_checkpoint": str(out / "fsdp" / "checkpoint-2")}},
-        "ddp": {},
     }
-    for name, changes in runs.items():
-        write_yaml(recipe(folder, out / name, 2, **changes).to_dict(), out / f"{name}.yaml")
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT), *(p for p in sys.path if p)])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        str(Path(__file__).with_name("run_on_cpus.py")),
-        *(str(out / f"{n}.yaml") for n in runs),
-    ]
-    process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0, process.stderr[-3000:]
+    launch(Path(__file__).with_name("run_on_cpus.py"), *(write(folder, out / n, **r) for n, r in runs.items()))
     return out
-
-
-def test_ddp_ends_where_one_process_does(one_process: Path, launched: Path) -> None:
-    assert losses(launched / "ddp") == pytest.approx(losses(one_process), abs=1e-4)
-    assert_same_weights(one_process, launched / "ddp", atol=2e-5)
 
 
 def test_fsdp2_ends_where_one_process_does_also_when_resumed(one_process: Path, launched: Path) -> None:
