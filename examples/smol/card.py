@@ -34,7 +34,7 @@ def plot(results: dict, file: Path) -> None:
 
     tasks = list(results["results"][0]["scores"])
     asked = {result["asked"]: result["scores"] for result in results["results"]}
-    budgets = sorted(int(name.split()[0]) for name in asked if name.endswith("visual tokens"))
+    budgets = sorted(int(name.split()[0]) for name in asked if name.split()[0].isdigit())
     figure = Figure(figsize=(2.2 * len(tasks), 2.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(tasks), sharey=True)
