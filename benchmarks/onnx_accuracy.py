@@ -30,6 +30,7 @@ from onnx_speed import OpenVinoModel
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from transformers_delta_llava.analysis.inference import load_repo
 from transformers_delta_llava.evaluation import draw_test_questions, load_test_set
+from transformers_delta_llava.evaluation.test_sets import MAX_NEW_TOKENS
 from transformers_delta_llava.onnx_export.run_onnx import OnnxModel
 from transformers_delta_llava.utils.files import sha256_of
 
@@ -133,7 +134,7 @@ def measure(
     prompts, answers, images = [], [], []
     for question in questions:
         image: Any = question.image if number else None
-        answer = list(graphs.generate(question.text, image, number or None, max_new_tokens=24))
+        answer = list(graphs.generate(question.text, image, number or None, max_new_tokens=MAX_NEW_TOKENS))
         prompts.append(graphs.encode(question.text, number)[0].tolist())
         answers.append(answer)
         images.append(graphs.encode_image(image, number) if number else None)
@@ -184,7 +185,7 @@ def same_answers(
             logits = model(input_ids=ids, **images, logits_to_keep=length + 1).logits
             logits[..., generation.suppress_tokens or []] = -torch.inf
             for index, chosen in zip(batch, logits.argmax(-1).tolist()):
-                finished = length == 24 or chosen[-1] in ends
+                finished = length == MAX_NEW_TOKENS or chosen[-1] in ends
                 yield finished and chosen[:length] == answers[index]
 
 

@@ -24,8 +24,9 @@ import onnxruntime
 from PIL import Image
 
 from harness import arguments_of, prepare, print_table, side_by_side, write_results
-from transformers_delta_llava.analysis.inference import load_repo
-from transformers_delta_llava.onnx_export.run_onnx import SUFFIXES, OnnxModel
+from transformers_delta_llava.analysis.inference import encode_question, load_repo
+from transformers_delta_llava.onnx_export.export import bytes_on_disk
+from transformers_delta_llava.onnx_export.run_onnx import OnnxModel
 
 
 PHOTO = Path(__file__).parents[1] / "examples" / "images" / "chelsea.jpg"
@@ -101,15 +102,7 @@ def load_sides(arguments: Any) -> dict[str, Callable[[Image.Image, int, int], An
 
 
 def answer_with_pytorch(model: Any, processor: Any, image: Image.Image, number: int, new_tokens: int) -> None:
-    content = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"num_visual_tokens": number},
-    )
+    inputs = encode_question(processor, image, QUESTION, number)
     model.generate(**inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
 
 
@@ -177,11 +170,9 @@ def disk(side: str, arguments: Any) -> int:
     """Bytes of the files that a side reads: weights, and graphs for all numbers of visual tokens."""
     if side == PYTORCH:
         return sum(path.stat().st_size for path in arguments.repo.glob("*.safetensors"))
-    suffix = SUFFIXES["fp32" if side == OPENVINO else side.split()[1]]
     config = json.loads((arguments.export / "config.json").read_text(encoding="utf-8"))
-    names = [*config["onnx_export"]["vision_encoders"].values(), "embed_tokens", "decoder_model_merged"]
-    files = {path for name in names for path in (arguments.export / "onnx").glob(f"{name}{suffix}.onnx*")}
-    return sum(path.stat().st_size for path in files)
+    encoders = config["onnx_export"]["vision_encoders"].values()
+    return bytes_on_disk(arguments.export / "onnx", encoders, "fp32" if side == OPENVINO else side.split()[1])
 
 
 def memory(side: str, number: int, arguments: Any) -> float | None:

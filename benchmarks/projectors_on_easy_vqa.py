@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from transformers import set_seed
 
 from harness.plots import line_plot
 from projectors import VARIANTS
+from projectors.sweep import read_runs, show_table, spread
 from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaProjector
 from transformers_delta_llava.evaluation import answer_questions, draw_test_questions, score_answers
 from transformers_delta_llava.training import load_recipe
@@ -62,7 +61,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.run:
         run_missing(arguments)
-    runs = read_runs()
+    runs = read_runs(RESULTS)
     if not runs:
         print("There is no result yet: python benchmarks/projectors_on_easy_vqa.py --run")
         return
@@ -70,17 +69,10 @@ def main() -> None:
         show([run for run in runs if tuple(run["steps"]) == steps], steps)
 
 
-def read_runs() -> list[dict[str, Any]]:
-    """The finished runs."""
-    if not RESULTS.is_file():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-
-
 def run_missing(arguments: argparse.Namespace) -> None:
     """Train and measure, seed by seed, what has no line yet."""
     start = time.perf_counter()
-    done = {(run["variant"], str(run["trained_at"]), run["seed"], tuple(run["steps"])) for run in read_runs()}
+    done = {(run["variant"], str(run["trained_at"]), run["seed"], tuple(run["steps"])) for run in read_runs(RESULTS)}
     RESULTS.parent.mkdir(exist_ok=True)
     for seed in arguments.seeds:
         for variant in arguments.variants:
@@ -188,7 +180,7 @@ def show(runs: list[dict[str, Any]], steps: tuple[int, ...]) -> None:
         same = [run for run in runs if run["variant"] == variant and tuple(run["trained_at"]) == trained_at]
         for budget in trained_at:
             sampled = len(trained_at) > 1
-            cells = [_spread([run["scores"][str(budget)][kind]["accuracy"] for run in same]) for kind in header[4:7]]
+            cells = [spread([run["scores"][str(budget)][kind]["accuracy"] for run in same], 2) for kind in header[4:7]]
             time_cell = f"{statistics.median(run['seconds_per_step'] for run in same):.3f}"
             name = "sampled" if sampled else "this budget"
             rows.append([variant, name, str(budget), str(len(same)), *cells, time_cell, f"{same[0]['parameters']:,}"])
@@ -196,20 +188,10 @@ def show(runs: list[dict[str, Any]], steps: tuple[int, ...]) -> None:
             points.setdefault(variant + (", sampled" if sampled else ""), []).append((budget, mean))
     trained = " + ".join(map(str, steps))
     title = f"easy-VQA, all test questions, percent right after {trained} steps: mean (least to most) of n seeds"
-    table = Table(*header, title=title)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
-    lines = [title, "", " | ".join(header), " | ".join("---" for _ in header), *(" | ".join(row) for row in rows)]
     stem = RESULTS.with_name(f"{RESULTS.stem}-{'-'.join(map(str, steps))}")
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    show_table(title, header, rows, stem.with_suffix(".md"))
     title = f"easy-VQA after {trained} steps, percent right"
     line_plot(points, title, "visual tokens per image", stem.with_suffix(".svg"), log_x=True)
-
-
-def _spread(values: list[float]) -> str:
-    mean = f"{statistics.fmean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.2f} to {max(values):.2f})"
 
 
 if __name__ == "__main__":

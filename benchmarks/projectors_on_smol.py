@@ -21,10 +21,9 @@ from unittest.mock import patch
 
 import torch
 from peft.utils import ModulesToSaveWrapper
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.projectors import VARIANTS
+from benchmarks.projectors.sweep import read_runs, show_table, spread
 from examples.smol.align import Captions, start, train
 from examples.smol.nearest_words import nearest_words
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
@@ -55,21 +54,16 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.run:
         run_missing(arguments)
-    runs = read_runs()
+    runs = read_runs(RESULTS)
     if not runs:
         print("There is no result yet: python -m benchmarks.projectors_on_smol --run")
     for steps in sorted({tuple(run["steps"]) for run in runs}):
         show([run for run in runs if tuple(run["steps"]) == steps], steps)
 
 
-def read_runs() -> list[dict[str, Any]]:
-    """The finished runs."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
-
-
 def run_missing(arguments: argparse.Namespace) -> None:
     """Train and score, seed by seed, what has no line yet."""
-    done = {(run["variant"], run["num_visual_tokens"], run["seed"], tuple(run["steps"])) for run in read_runs()}
+    done = {(run["variant"], run["num_visual_tokens"], run["seed"], tuple(run["steps"])) for run in read_runs(RESULTS)}
     captions: Captions | None = None
     for seed in arguments.seeds:
         for variant in arguments.variants:
@@ -164,21 +158,9 @@ def show(runs: list[dict[str, Any]], steps: tuple[int, ...]) -> None:
         nearest = [[run["nearest_words"]["naming"][f"right at {k}"]["accuracy"] for run in same] for k in (1, 5, 20)]
         answered = [[run["scores"][task]["accuracy"] for run in same] for task in tasks]
         step = statistics.median(run["seconds_per_step"] for run in same)
-        cells = [spread(values) for values in nearest + answered]
+        cells = [spread(values, 1) for values in nearest + answered]
         rows.append([variant, str(budget), str(len(same)), *cells, f"{step:.2f}", f"{same[0]['parameters']:,}"])
-    table = Table(*header, title=title)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=160).print(table)
-    lines = [title, "", " | ".join(header), " | ".join("---" for _ in header), *(" | ".join(row) for row in rows)]
-    file = RESULTS.with_name(f"{RESULTS.stem}-{'-'.join(map(str, steps))}.md")
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def spread(values: list[float]) -> str:
-    """Mean, and least to most where there are several."""
-    mean = f"{statistics.fmean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
+    show_table(title, header, rows, RESULTS.with_name(f"{RESULTS.stem}-{'-'.join(map(str, steps))}.md"))
 
 
 if __name__ == "__main__":

@@ -27,9 +27,10 @@ from transformers_delta_llava.training import Recipe, load_recipe
 from transformers_delta_llava.training.arguments import make_arguments
 from transformers_delta_llava.training.checkpoints import save_hub_folder
 from transformers_delta_llava.training.conversations import ConversationEncoder
-from transformers_delta_llava.training.dataset import TrainingDataset, open_rows, some_images
+from transformers_delta_llava.training.dataset import TrainingDataset, open_rows
 from transformers_delta_llava.training.frozen_features import FrozenFeatures
 from transformers_delta_llava.training.models import build_model
+from transformers_delta_llava.training.run import calibrate_new_projector
 
 
 SHARPNESS = 20.0  # of cosines, as they become logits
@@ -112,11 +113,8 @@ def start(
     torch.manual_seed(arguments.seed)
     model, processor = build_model(recipe, arguments)
     model.to(arguments.device)
-    if recipe.model.language is not None:
-        dataset = TrainingDataset(open_rows(recipe.data), ConversationEncoder(processor, recipe.data.max_length))
-        some = some_images(dataset, recipe.budgets[0])
-        assert some is not None, "captions are of images"
-        model.calibrate_projector(some.to(arguments.device))
+    dataset = TrainingDataset(open_rows(recipe.data), ConversationEncoder(processor, recipe.data.max_length))
+    calibrate_new_projector(model, recipe, dataset)
     return model, processor
 
 

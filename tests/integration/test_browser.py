@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from PIL.Image import Resampling
 
+from tests.integration.engine_scripts.answer import encode
 from tests.integration.engines import ROOT, SCRIPTS, Engine, free_port, needs
 from tests.pages import filled, read_blocks
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
@@ -63,14 +64,7 @@ def questions(repo) -> list[dict]:
 
 def expected(model, processor, image: str, text: str, num_visual_tokens: int) -> dict:
     content = [{"type": "image", "url": image}, {"type": "text", "text": text}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"num_visual_tokens": num_visual_tokens},
-    )
+    inputs = encode(processor, {"content": content, "num_visual_tokens": num_visual_tokens})
     ids = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     return {"tokens": ids.tolist(), "text": processor.decode(ids, skip_special_tokens=True).strip()}
 

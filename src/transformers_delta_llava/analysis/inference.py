@@ -141,7 +141,7 @@ def _check_repo(model: str) -> None:
 
 def encode_question(
     processor: DeltaLlavaProcessor,
-    image: Image.Image,
+    image: Image.Image | None,
     prompt: str,
     num_visual_tokens: int | str | None = None,
     auto_max_loss: float | None = None,
@@ -152,7 +152,7 @@ def encode_question(
 
     Args:
         processor: of any repo.
-        image: any image.
+        image: any image; `None` for a question in words alone.
         prompt: what to ask.
         num_visual_tokens: a budget or `"auto"`; the processor's default when `None`.
         auto_max_loss: what `"auto"` may lose; the processor's default when `None`.
@@ -162,7 +162,8 @@ def encode_question(
         ValueError: a budget that the processor does not have, an image that cannot be used, or a prompt that is longer.
     """
     check_texts([prompt], processor.tokenizer, max_tokens)
-    content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
+    content: list[dict[str, Any]] = [] if image is None else [{"type": "image", "image": image}]
+    content.append({"type": "text", "text": prompt})
     options = {"num_visual_tokens": num_visual_tokens, "auto_max_loss": auto_max_loss, "return_tensors": "pt"}
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],

@@ -1,14 +1,12 @@
 """The README of a repo: facts in dataclasses, words in `model_card.md.jinja`."""
 
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 
 import torch
 from huggingface_hub import EvalResult, ModelCardData
-from jinja2 import Environment, StrictUndefined, Template
 
 from ..modeling import DeltaLlavaConfig, DeltaLlavaProjector
+from ..utils.templates import card_template
 
 
 # Licences of the language models of checkpoints, as the Hub names them. The first known one is inherited:
@@ -127,7 +125,7 @@ class ModelCard:
     def render(self) -> str:
         """The card as Markdown with its YAML header."""
         fewer = [tokens for tokens, _ in self.budgets if tokens < self.num_visual_tokens]
-        return _template().render(
+        return card_template(__package__, "model_card.md.jinja").render(
             card=self,
             header=self._header(),
             patches=self.budgets[0][0],
@@ -157,12 +155,6 @@ class ModelCard:
             model_name=self.title if results else None,
             eval_results=results or None,
         ).to_yaml()
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True)
-    return environment.from_string(files(__package__).joinpath("model_card.md.jinja").read_text("utf-8"))
 
 
 def count_deltas(config: DeltaLlavaConfig) -> Deltas | None:

@@ -2,7 +2,7 @@
 
 import importlib.util
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -88,7 +88,7 @@ def export_onnx(
         raise ImportError(
             f"An export needs {missing[0]}, which is not installed: pip install 'transformers-delta-llava[onnx]'."
         )
-    from .settings import LANGUAGE_MODELS, write_card, write_settings
+    from .settings import LANGUAGE_MODELS, encoder_name, write_card, write_settings
     from .verify import verify_export
 
     dtypes = list(dict.fromkeys(dtypes))
@@ -123,14 +123,16 @@ def export_onnx(
         graphs = tmp_dir if inside else tmp_dir / GRAPHS
         graphs.mkdir(exist_ok=True)
         weight_files: dict[str, int] = {}
+        unwritten = dtypes
         by_precision = {"float16": [d for d in dtypes if d == "fp16"], "float32": [d for d in dtypes if d != "fp16"]}
         for precision, group in by_precision.items():
             if group:
                 model, processor = load_repo(str(folder), dtype=precision)
-                _check_space(tmp_dir, model, dtypes)
+                _check_space(tmp_dir, model, unwritten)
                 if merge_deltas and config.use_delta_projection:
                     model.merge_deltas()
                 weight_files |= _write_graphs(model, numbers, group, graphs, say)
+                unwritten = [dtype for dtype in unwritten if dtype not in group]
         generation = model.generation_config or GenerationConfig()
         write_settings(tmp_dir, config, processor, generation, numbers, dtypes, weight_files)
         shutil.copyfile(SCRIPT, tmp_dir / SCRIPT.name)
@@ -140,7 +142,8 @@ def export_onnx(
             say("comparing with PyTorch")
             whole = model if by_precision["float32"] else load_repo(str(folder))[0]
             compared = verify_export(whole, processor, tmp_dir, dtypes, numbers)
-        sizes = {dtype: _size(graphs, dtype) for dtype in dtypes}
+        encoders = [encoder_name(number, numbers[0]) for number in numbers]
+        sizes = {dtype: bytes_on_disk(graphs, encoders, dtype) for dtype in dtypes}
         if not inside:
             write_card(tmp_dir, output.name, folder, report, sizes, compared)
     return OnnxReport(output, numbers, sizes, compared)
@@ -203,13 +206,7 @@ def _write_graphs(
     return weight_files
 
 
-def _size(folder: Path, dtype: str) -> int:
-    """Bytes of the graphs and weights of one precision."""
-    others = tuple(f"{suffix}.onnx" for name, suffix in SUFFIXES.items() if suffix and name != dtype)
-    files = {path: f"{path.name.partition('.onnx')[0]}.onnx" for path in folder.glob("*.onnx*")}
-    own = [
-        path
-        for path, graph in files.items()
-        if graph.endswith(f"{SUFFIXES[dtype]}.onnx") and not graph.endswith(others)
-    ]
-    return sum(path.stat().st_size for path in own)
+def bytes_on_disk(folder: Path, encoders: Iterable[str], dtype: str) -> int:
+    """Bytes of the graphs of one precision and of their weights; `encoders` are the vision encoders that there are."""
+    graphs = (*encoders, "embed_tokens", "decoder_model_merged")
+    return sum(path.stat().st_size for name in graphs for path in folder.glob(f"{name}{SUFFIXES[dtype]}.onnx*"))

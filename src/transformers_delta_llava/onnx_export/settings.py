@@ -2,12 +2,10 @@
 
 import json
 from collections.abc import Iterable
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from jinja2 import Environment, StrictUndefined
 from transformers import GenerationConfig
 
 from ..modeling import DeltaLlavaConfig
@@ -15,6 +13,7 @@ from ..processing import DeltaLlavaProcessor
 from ..utils.errors import DeltaLlavaError
 from ..utils.files import read_json, write_json
 from ..utils.prompts import max_prompt_tokens
+from ..utils.templates import card_template
 from .verify import Comparison
 
 
@@ -148,7 +147,6 @@ def write_card(
         pipeline_tag="image-text-to-text",
         tags=["delta-llava", "onnx", "visual-token-reduction"],
     ).to_yaml()
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True)
-    template = environment.from_string(files(__package__).joinpath("card.md.jinja").read_text("utf-8"))
+    template = card_template(__package__, "card.md.jinja")
     card = template.render(header=header, name=name, report=report, sizes=sizes, compared=list(compared))
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -91,17 +91,7 @@ def _reference(
     model: DeltaLlavaForConditionalGeneration, processor: DeltaLlavaProcessor, image: Image.Image, number: int
 ) -> tuple[np.ndarray, list[int], np.ndarray]:
     """Ids of the prompt (1, sequence), the answer, and the logits (answer + 1, vocabulary) that lead to it and its end."""
-    if number:
-        inputs = encode_question(processor, image, QUESTION, number)
-    else:
-        messages = [{"role": "user", "content": [{"type": "text", "text": QUESTION}]}]
-        inputs = processor.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            processor_kwargs={"return_tensors": "pt"},
-        )
+    inputs = encode_question(processor, image if number else None, QUESTION, number or None)
     answer = answer_ids(model, inputs, MAX_NEW_TOKENS)
     ids = inputs["input_ids"]
     images: dict[str, Any] = {key: inputs[key] for key in ("pixel_values", "num_visual_tokens") if key in inputs}

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments, set_seed
 
+from ..modeling import DeltaLlavaForConditionalGeneration
 from ..utils.errors import DataError, DeltaLlavaError, RecipeError, one_line
 from .arguments import make_arguments
 from .checkpoints import check_resumable, last_checkpoint
@@ -122,8 +123,7 @@ def make_trainer(recipe: Recipe, resume: bool = False) -> DeltaLlavaTrainer:
     dataset = TrainingDataset(rows, encoder, recipe.data.on_error, output_dir / SKIPPED_ROWS)
     if recipe.data.frozen_features is not None:
         FrozenFeatures(model, recipe.data.frozen_features)
-    if recipe.model.language is not None and (images := some_images(dataset, recipe.budgets[0])) is not None:
-        model.calibrate_projector(images)
+    calibrate_new_projector(model, recipe, dataset)
     trained = select_trainable(model, recipe.train, recipe.lora)
     collator = Collator(
         processor.tokenizer.pad_token_id,
@@ -143,6 +143,14 @@ def make_trainer(recipe: Recipe, resume: bool = False) -> DeltaLlavaTrainer:
     if recipe.model.quantization_config is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise RecipeError("model.quantization_config: run QLoRA under torchrun, without FSDP and DeepSpeed.")
     return trainer
+
+
+def calibrate_new_projector(
+    model: DeltaLlavaForConditionalGeneration, recipe: Recipe, dataset: TrainingDataset
+) -> None:
+    """Make visual tokens resemble text where the recipe joins two parts by a new projector, on images of its data."""
+    if recipe.model.language is not None and (images := some_images(dataset, recipe.budgets[0])) is not None:
+        model.calibrate_projector(images.to(model.device))
 
 
 def _check_run(arguments: TrainingArguments, resume: bool) -> None:

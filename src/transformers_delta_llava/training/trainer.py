@@ -199,6 +199,11 @@ class DeltaLlavaTrainer(Trainer):
             load_weights(target, resume_from_checkpoint)
 
 
+def shift(labels: torch.Tensor) -> torch.Tensor:
+    """(rows, tokens): at each position the label of the next token, which its logits predict."""
+    return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+
+
 def keep_labelled_logits(labels: torch.Tensor) -> dict[str, torch.Tensor]:
     """
     Arguments of `forward` that leave out the logits of positions where no row of the batch has a label.
@@ -211,7 +216,7 @@ def keep_labelled_logits(labels: torch.Tensor) -> dict[str, torch.Tensor]:
     Returns:
         `logits_to_keep` (kept,), at least one position, and `shift_labels` (rows, kept).
     """
-    shifted = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+    shifted = shift(labels)
     kept = (shifted != IGNORED).any(0).nonzero().flatten()
     if not len(kept):
         kept = kept.new_zeros(1)
@@ -230,7 +235,7 @@ def smoothed_loss(
         num_items_in_batch: divides the sum; by default the number of labels.
         factor: part of the target that is spread over the vocabulary; with 0 this is the model's own loss.
     """
-    targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].to(outputs.logits.device)
+    targets = shift(labels).to(outputs.logits.device)
     total = F.cross_entropy(
         outputs.logits.float().flatten(0, 1), targets.flatten(), reduction="sum", label_smoothing=factor
     )

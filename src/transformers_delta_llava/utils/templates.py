@@ -1,4 +1,4 @@
-"""Chat templates from outside: checked and stopped before they take too much time or memory."""
+"""Chat templates from outside, checked and stopped before they take too much time or memory; and the templates of cards."""
 
 import json
 import math
@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from datetime import datetime
-from functools import lru_cache, reduce, wraps
+from functools import cache, lru_cache, reduce, wraps
+from importlib.resources import files
 from types import FrameType, GeneratorType, MappingProxyType
 from typing import Any
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Environment, StrictUndefined, Template, TemplateError, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
@@ -210,3 +211,10 @@ def time_limit(what: str) -> Iterator[None]:
         yield
     finally:
         sys.settrace(previous)
+
+
+@cache
+def card_template(package: str, file: str) -> Template:
+    """A card's template, a file beside the modules of a package; a name that it does not get is an error."""
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True)
+    return environment.from_string(files(package).joinpath(file).read_text("utf-8"))
