@@ -32,6 +32,7 @@ from transformers_delta_llava.evaluation.test_sets import MAX_NEW_TOKENS, score_
 from transformers_delta_llava.modeling import modeling_delta_llava
 from transformers_delta_llava.training import Recipe, load_recipe
 from transformers_delta_llava.training.arguments import make_arguments
+from transformers_delta_llava.training.frozen_features import FrozenFeatures
 from transformers_delta_llava.training.run import make_trainer
 
 
@@ -90,8 +91,9 @@ def measure(
     with patch.object(modeling_delta_llava, "DeltaLlavaProjector", VARIANTS[variant][0]):
         model, processor = start(first, settings)
     captions = captions or Captions.read(model, processor, first)
+    FrozenFeatures(model, str(first.data.frozen_features))  # for the test's images
     begin = time.process_time() if arguments.device == "cpu" else time.perf_counter()
-    train(model, captions, processor.tokenizer, (budget,), settings)
+    log = train(model, captions, processor.tokenizer, (budget,), settings)
     seconds = (time.process_time() if arguments.device == "cpu" else time.perf_counter()) - begin
     run = {
         "variant": variant,
@@ -102,6 +104,7 @@ def measure(
         "seconds_per_step": round(seconds / arguments.steps[0], 4),
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu, seconds of processor time",
         "torch": torch.__version__,
+        "entropy": round(log[-1]["entropy"], 4),
         "nearest_words": nearest_words(model, processor, arguments.data, budget),
         "scores": None,
     }

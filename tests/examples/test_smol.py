@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 
 from examples.smol import build_data, scenes
 from examples.smol.align import caption_targets, word_loss
+from examples.smol.on_gpu import pack, unpack
 from examples.smol.ship import ship
 from tests.training.tiny_run import (
     make_image_processor,
@@ -121,6 +122,18 @@ def test_what_is_shipped_converts_to_what_was_trained(run, tmp_path):
     assert trained.keys() == converted.keys()
     for name, tensor in trained.items():
         torch.testing.assert_close(converted[name][: len(tensor)], tensor, atol=2e-2, rtol=2e-2)  # bfloat16
+
+
+def test_folders_travel_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("parts/tower").mkdir(parents=True)
+    Path("parts/tower/weights").write_bytes(bytes(range(256)) * 100)
+    pack([Path("parts")], Path("pieces"), size=10_000)
+    sizes = [piece.stat().st_size for piece in Path("pieces").iterdir()]
+    assert len(sizes) > 2 and max(sizes) == 10_000
+    Path("there").mkdir()
+    unpack(Path("pieces"), Path("there"))
+    assert Path("there/parts/tower/weights").read_bytes() == bytes(range(256)) * 100
 
 
 def test_evaluation_of_a_test_set_of_several_tasks(run, tmp_path):
