@@ -147,9 +147,18 @@ def finetune(recipe: Recipe, weights: dict[str, torch.Tensor]) -> DeltaLlavaForC
 def show(runs: list[dict[str, Any]], steps: tuple[int, ...]) -> None:
     """Print the table of one number of steps, and write it beside the results."""
     tasks = list(runs[0]["scores"] or ())
-    header = ["projector", "tokens", "n", *(f"naming at {k}" for k in (1, 5, 20)), *tasks, "s per step", "parameters"]
+    header = [
+        "projector",
+        "tokens",
+        "n",
+        "entropy",
+        *(f"naming at {k}" for k in (1, 5, 20)),
+        *tasks,
+        "s per step",
+        "parameters",
+    ]
     title = (
-        f"After {steps[0]} + {steps[1]} steps: test images whose name is among the 1, 5 and 20 words nearest to their visual "
+        f"After {steps[0]} + {steps[1]} steps: cross-entropy of the captions' words over the last steps; test images whose name is among the 1, 5 and 20 words nearest to their visual "
         f"tokens{', and answers, ' if tasks else ' '}in percent; mean (least to most) of n seeds"
     )
     rows = []
@@ -161,7 +170,7 @@ def show(runs: list[dict[str, Any]], steps: tuple[int, ...]) -> None:
         nearest = [[run["nearest_words"]["naming"][f"right at {k}"]["accuracy"] for run in same] for k in (1, 5, 20)]
         answered = [[run["scores"][task]["accuracy"] for run in same] for task in tasks]
         step = statistics.median(run["seconds_per_step"] for run in same)
-        cells = [spread(values, 1) for values in nearest + answered]
+        cells = [spread([run["entropy"] for run in same], 2), *(spread(values, 1) for values in nearest + answered)]
         rows.append([variant, str(budget), str(len(same)), *cells, f"{step:.2f}", f"{same[0]['parameters']:,}"])
     show_table(title, header, rows, RESULTS.with_name(f"{RESULTS.stem}-{'-'.join(map(str, steps))}.md"))
 
