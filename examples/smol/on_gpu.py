@@ -52,7 +52,9 @@ def run(output: Path, steps: Sequence[int], batch: int, device: str) -> None:
     """Both stages, in `runs/`; the checkpoint in `output/checkpoint`, and its scores beside it."""
     start = time.perf_counter()
     options = [f"arguments.use_cpu={device == 'cpu'}", f"arguments.per_device_train_batch_size={batch}"]
-    align(load_recipe(FOLDER / "align.yaml", [*options, f"arguments.max_steps={steps[0]}"]))
+    template = FOLDER / "chat_template.jinja"
+    first = [*options, f"data.chat_template={template}", f"arguments.max_steps={steps[0]}"]
+    align(load_recipe(FOLDER / "align.yaml", first))
     print(f"stage 1: {time.perf_counter() - start:.0f} s", flush=True)
     # The tower takes less time than reading from the disk what it computed.
     options += ["data.frozen_features=null", "arguments.dataloader_num_workers=8", "arguments.save_strategy='no'"]
@@ -61,17 +63,8 @@ def run(output: Path, steps: Sequence[int], batch: int, device: str) -> None:
     ship(trained, checkpoint)
     print(f"stage 2: {time.perf_counter() - start:.0f} s", flush=True)
     command = [sys.executable, "-m", "transformers_delta_llava"]
-    convert = ["convert", str(checkpoint), str(repo), "--chat-template", str(FOLDER / "chat_template.jinja")]
-    run_command(
-        [
-            *command,
-            *convert,
-            "--vision-tower",
-            str(PARTS / "vision-tower"),
-            "--base-model",
-            str(PARTS / "language-model"),
-        ]
-    )
+    parts = ["--vision-tower", str(PARTS / "vision-tower"), "--base-model", str(PARTS / "language-model")]
+    run_command([*command, "convert", str(checkpoint), str(repo), "--chat-template", str(template), *parts])
     evaluate = ["evaluate", "smol", str(repo), "--data", str(DATA), "--device", device]
     run_command([*command, *evaluate, "--output", str(output / "results.json")])
     print(f"scores: {time.perf_counter() - start:.0f} s", flush=True)
