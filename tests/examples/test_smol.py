@@ -169,3 +169,6 @@ def test_the_chat_template_has_images_first_and_no_system_text():
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "A"}]
     text = processor.apply_chat_template(messages, chat_template=TEMPLATE.read_text(), tokenize=False)
     assert text == "<|im_start|>user\n<image>What?<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+    for wrong in (messages[1:], [*messages, {"role": "system", "content": "S"}], [{"role": "tool", "content": "T"}]):
+        with pytest.raises(Exception, match="(?i)role|system message"):
+            processor.apply_chat_template(wrong, chat_template=TEMPLATE.read_text(), tokenize=False)
