@@ -58,17 +58,18 @@ def measure(processor: DeltaLlavaProcessor, data: Path, results: Sequence[dict[s
         task: [index for index, q in enumerate(questions) if q.task == task]
         for task in dict.fromkeys(q.task for q in questions)
     }
+    fixed = {
+        task: {number: 100 * statistics.fmean(hits[index] for index in members) for number, hits in right.items()}
+        for task, members in tasks.items()
+    }
     rows = []
     for limit in LOSSES:
         picks = [pick_budget(loss, limit) for loss in losses]
         row: dict[str, Any] = {"auto_max_loss": limit, "tasks": {}}
         for task, members in tasks.items():
             mean = statistics.fmean(picks[index] for index in members)
-            fixed = {
-                number: 100 * statistics.fmean(hits[index] for index in members) for number, hits in right.items()
-            }
             score = Score(sum(right[picks[index]][index] for index in members), len(members)).to_dict()
-            equal = round(at_equal_cost(mean, fixed), 2)
+            equal = round(at_equal_cost(mean, fixed[task]), 2)
             row["tasks"][task] = {"mean_visual_tokens": round(mean, 2), "auto": score, "equal cost": equal}
         rows.append(row)
     return rows

@@ -90,8 +90,10 @@ def measure(
     settings = make_arguments(first.arguments)
     with patch.object(modeling_delta_llava, "DeltaLlavaProjector", VARIANTS[variant][0]):
         model, processor = start(first, settings)
-    captions = captions or Captions.read(model, processor, first)
-    FrozenFeatures(model, str(first.data.frozen_features))  # for the test's images
+    if captions is None:
+        captions = Captions.read(model, processor, first)
+    else:  # reading the captions did it for the first model: features of the test's images come from the disk
+        FrozenFeatures(model, str(first.data.frozen_features))
     begin = time.process_time() if arguments.device == "cpu" else time.perf_counter()
     log = train(model, captions, processor.tokenizer, (budget,), settings)
     seconds = (time.process_time() if arguments.device == "cpu" else time.perf_counter()) - begin
@@ -158,8 +160,8 @@ def show(runs: list[dict[str, Any]], steps: tuple[int, ...]) -> None:
         "parameters",
     ]
     title = (
-        f"After {steps[0]} + {steps[1]} steps: cross-entropy of the captions' words over the last steps; test images whose name is among the 1, 5 and 20 words nearest to their visual "
-        f"tokens{', and answers, ' if tasks else ' '}in percent; mean (least to most) of n seeds"
+        f"After {steps[0]} + {steps[1]} steps: cross-entropy of the captions' words over the last steps; test images whose "
+        f"name is among the 1, 5 and 20 words nearest to their visual tokens{', and answers, ' if tasks else ' '}in percent; mean (least to most) of n seeds"
     )
     rows = []
     for variant, budget in sorted(

@@ -12,7 +12,7 @@ from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLl
 
 COUNTS = "The number of <image> tokens in the prompts should be the same as the number of images: the text holds"
 MESSAGES = {
-    "unknown budget": "num_visual_tokens=7: this model cannot give it; use one of ",
+    "unknown budget": "num_visual_tokens=7: this model cannot give it; use one of 64, 16, 4, 1.",
     "no image": "Image 0 cannot be used: cannot identify image file",
     "unreachable": "Image 0 cannot be used: ",
     "roles out of order": "The chat template refuses the conversation: Roles must alternate user, assistant",

@@ -18,6 +18,7 @@ from pathlib import Path
 from examples.demo import run_command
 from examples.smol.align import align
 from examples.smol.ship import ship
+from transformers_delta_llava.conversion import convert_checkpoint
 from transformers_delta_llava.training import load_recipe, train
 
 
@@ -62,11 +63,10 @@ def run(output: Path, steps: Sequence[int], batch: int, device: str) -> None:
     checkpoint, repo = output / "checkpoint", Path("runs/delta-llava-160m")
     ship(trained, checkpoint)
     print(f"stage 2: {time.perf_counter() - start:.0f} s", flush=True)
-    command = [sys.executable, "-m", "transformers_delta_llava"]
-    parts = ["--vision-tower", str(PARTS / "vision-tower"), "--base-model", str(PARTS / "language-model")]
-    run_command([*command, "convert", str(checkpoint), str(repo), "--chat-template", str(template), *parts])
-    evaluate = ["evaluate", "smol", str(repo), "--data", str(DATA), "--device", device]
-    run_command([*command, *evaluate, "--output", str(output / "results.json")])
+    tower, language = PARTS / "vision-tower", PARTS / "language-model"
+    convert_checkpoint(checkpoint, repo, base_model=language, vision_tower=tower, chat_template=str(template))
+    evaluate = [sys.executable, "-m", "transformers_delta_llava", "evaluate", "smol", str(repo), "--data", str(DATA)]
+    run_command([*evaluate, "--device", device, "--output", str(output / "results.json")])
     print(f"scores: {time.perf_counter() - start:.0f} s", flush=True)
 
 

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from tests.integration.engines import Engine, needs
-from tests.test_bad_input import MESSAGES
 
 
 # The ends of the span, and the releases between them at which file formats or attention changed.
@@ -33,10 +32,10 @@ def test_every_version_answers_alike(version, repo, cases, expected, questions, 
 @pytest.mark.parametrize(
     "version", [pytest.param(version, marks=needs(f"transformers-{version}")) for version in VERSIONS]
 )
-def test_every_version_refuses_bad_input_alike(version, repo, questions, tmp_path):
+def test_every_version_refuses_bad_input_alike(version, repo, questions, refusals, tmp_path):
     engine = Engine(f"transformers-{version}", tmp_path)
     refused = engine.run("bad_input.py", repo, questions[0].image)
     assert refused.pop("after") == "answered"
-    assert set(refused) == set(MESSAGES)
+    assert set(refused) == set(refusals)
     for fault, said in refused.items():
-        assert all(text.startswith(f"ValueError: {MESSAGES[fault]}") for text in said.values()), (fault, said)
+        assert all(text.startswith(f"ValueError: {refusals[fault]}") for text in said.values()), (fault, said)

@@ -10,7 +10,6 @@ from tests.integration.api_requests import data_url, malformed_requests, message
 from tests.integration.engine_scripts.answer import NEW_TOKENS, answer, ask_pipeline
 from tests.integration.engines import Engine, free_port, needs
 from tests.pages import commands_of, filled, read_blocks
-from tests.test_bad_input import MESSAGES
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 
 
@@ -32,7 +31,7 @@ def vllm(tmp_path_factory) -> Engine:
     return Engine("vllm", tmp_path_factory.mktemp("vllm"))
 
 
-def test_offline_answers_are_those_of_transformers(vllm, repo, cases, expected):
+def test_offline_answers_are_those_of_transformers(vllm, repo, cases, expected, refusals):
     requests = [{"messages": messages(case), "num_visual_tokens": case["num_visual_tokens"]} for case in cases]
     bad = {**requests[0], "num_visual_tokens": 7}
 
@@ -47,7 +46,7 @@ def test_offline_answers_are_those_of_transformers(vllm, repo, cases, expected):
         "AssertionError: Failed to apply prompt replacement",
     )  # two of vLLM's own
     assert all(said.startswith(known) for said in report["refused"].values()), report["refused"]
-    assert MESSAGES["unknown budget"] in report["refused"]["unknown budget"]
+    assert refusals["unknown budget"] in report["refused"]["unknown budget"]
     assert report["after"] == expected[0]
 
 
