@@ -75,7 +75,7 @@ def build(shape: str, device: str, dtype: torch.dtype) -> dict[str, nn.Module]:
 def inputs(projectors: dict[str, nn.Module], batch: int) -> list[torch.Tensor]:
     """As many levels as the config has; the last one makes the queries."""
     ours = getattr(projectors["ours"], "_orig_mod", projectors["ours"])
-    weight, config = ours.v_proj.weight, ours.config
+    weight, config = ours.value.weight, ours.config
     shape = (batch, config.grid_size**2, config.vision_config.hidden_size)
     return [torch.randn(shape, device=weight.device, dtype=weight.dtype) for _ in config.vision_feature_levels]
 

@@ -62,7 +62,7 @@ def measure(
         scale_factor=scale_factor,
     )
     ours = DeltaLlavaProjector(config).to(arguments.device, getattr(torch, arguments.dtype)).eval()
-    features = torch.randn(batch, grid**2, config.vision_config.hidden_size).to(ours.v_proj.weight)
+    features = torch.randn(batch, grid**2, config.vision_config.hidden_size).to(ours.value.weight)
     functions = {
         name: partial(module, features, [features] * levels, scale_factor)
         for name, module in (("released", ReleasedProjector(ours).eval()), ("ours", ours))

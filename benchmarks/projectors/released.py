@@ -45,7 +45,7 @@ class ReleasedProjector(nn.Module):
         projector, grid = self.projector, math.isqrt(features.shape[1])
         side = grid // scale_factor
         memory = torch.cat(list(levels), dim=-1)
-        key, value = project(projector.k_proj, memory), project(projector.v_proj, memory)  # step 1
+        key, value = project(projector.key, memory), project(projector.value, memory)  # step 1
         query = features.transpose(1, 2).reshape(len(features), -1, grid, grid)
         query = F.interpolate(query, (side, side), mode="bilinear", align_corners=False)  # 2
         if projector.block is not None:
@@ -55,7 +55,7 @@ class ReleasedProjector(nn.Module):
             image = table.float().reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
             image = F.interpolate(image, (side, side), mode="bicubic", align_corners=False)
             table = image.permute(0, 2, 3, 1).flatten(0, 2).to(query.dtype)  # 4
-        query = project(projector.q_proj, query.flatten(2).transpose(1, 2) + table)  # 5
+        query = project(projector.query, query.flatten(2).transpose(1, 2) + table)  # 5
         key, value = (to_windows(tokens, scale_factor) for tokens in (key, value))
         attended, _ = self.attention(to_windows(query, 1), key, value)  # 6
         attended = attended.reshape(side * side, len(features), -1).transpose(0, 1)
@@ -79,7 +79,7 @@ def refine(block: ReleasedTransformerBlock, image: torch.Tensor) -> torch.Tensor
         tokens = attention.norm(block.attention_norm(attended.flatten(2).transpose(1, 2)))
         query, key, value = (
             linear(tokens).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
-            for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+            for linear in (attention.query, attention.key, attention.value)
         )
         scores = query @ key.transpose(2, 3) * attention.scaling
         if not torch.isfinite(scores).all():

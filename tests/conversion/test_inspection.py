@@ -13,7 +13,7 @@ from transformers_delta_llava.processing import load_chat_template
 from transformers_delta_llava.utils.errors import DeltaLlavaError
 
 
-QUERY = "model.multi_modal_projector.q_proj."
+QUERY = "model.multi_modal_projector.query."
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_a_repo_and_its_checkpoint_hold_the_same(repo, pristine):
     assert ours.chat_template_reason == theirs.chat_template_reason == "nothing in the checkpoint says which"
     assert ours.first_prompt == theirs.first_prompt
     assert ours.first_prompt.endswith("questions. USER: <image>\nWhat is in this image? ASSISTANT:")
-    assert [(delta.name, delta.rank) for delta in ours.deltas] == [(f"{x}_proj", 16) for x in "kqv"]
+    assert [(delta.name, delta.rank) for delta in ours.deltas] == [(name, 16) for name in ("key", "query", "value")]
     update = weights[QUERY + "delta_u"] @ weights[QUERY + "delta_v"]
     assert ours.deltas[1].norm == pytest.approx(update.norm().item())
     assert ours.deltas[1].base_norm == pytest.approx(weights[QUERY + "weight"].norm().item())
@@ -53,8 +53,8 @@ def test_wrong_tensors(changed):
     weights["model.extra"] = torch.ones(1)
     save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
     text = "\n".join(inspect_model(changed).problems)
-    assert "The delta of q_proj is zero." in text
-    assert "q_proj.norm.bias holds NaN or Inf." in text
+    assert "The delta of query is zero." in text
+    assert "query.norm.bias holds NaN or Inf." in text
     assert "Missing tensors: model.language_model.norm.weight." in text
     assert "does not have: model.extra." in text
     assert "lm_head.weight is (319, 32) instead of (320, 32)" in text
@@ -139,7 +139,7 @@ def write_delta(repo, tmp_path):
 )
 def test_deltas_of_any_shape_are_described(write_delta, u, v):
     problems = " ".join(write_delta(torch.ones(u), torch.ones(v)).problems)
-    assert f"q_proj.delta_u {u} and delta_v {v} do not fit each other" in problems
+    assert f"query.delta_u {u} and delta_v {v} do not fit each other" in problems
 
 
 def test_the_norm_of_a_delta_needs_no_product(write_delta):

@@ -148,7 +148,7 @@ BASE = "model.mm_projector.q_proj_1.shared_weight.weight"
     ("removed", "added", "message"),
     [
         (["model.layers.1.mlp.up_proj.weight"], {}, r"^Missing tensors: .*layers\.1\.mlp\.up_proj\.weight"),
-        (["model.mm_projector.q_proj_1.U"], {}, r"^Missing tensors: .*q_proj\.delta_u"),
+        (["model.mm_projector.q_proj_1.U"], {}, r"^Missing tensors: .*query\.delta_u"),
         (["lm_head.weight"], {}, r"^Missing tensors: lm_head\.weight"),
         ([], {"model.layers.2.mlp.up_proj.weight": (2, 2)}, r"does not have: .*layers\.2\.mlp\.up_proj\.weight"),
         (

@@ -181,7 +181,7 @@ def test_merge_adds_once(released_repo, tmp_path, rank):
     merged = load(tmp_path / "merged")
     assert report.rank == rank
     torch.testing.assert_close(logits(merged), logits(original))
-    own, base = (m.model.multi_modal_projector.k_proj for m in (merged, original))
+    own, base = (m.model.multi_modal_projector.key for m in (merged, original))
     exact = base.weight.double() + (base.delta_u.double() @ base.delta_v.double()).T
     assert torch.equal(own.weight, exact.float())
     assert merged.config.use_delta_projection is bool(rank)
@@ -226,21 +226,21 @@ def test_bad_input_is_one_error_and_no_output(released_repo, checkpoint, tmp_pat
     make(**LAYOUTS["paper"]).save_pretrained(paper)
     extract_deltas(paper, tmp_path / "paper-deltas")
     make(use_delta_projection=False).save_pretrained(tmp_path / "none")
-    nan = broken(deltas, tmp_path / "nan", **{"q_proj.delta_v": torch.full((4, 64), float("nan"))})
-    extra = broken(deltas, tmp_path / "extra", **{"q_proj.weight": torch.ones(3)})
-    missing = broken(deltas, tmp_path / "missing", **{"q_proj.delta_v": torch.ones(0)})
-    mixed = broken(deltas, tmp_path / "mixed", **{"q_proj.delta_v": torch.ones(3, 64)})
-    narrow = broken(deltas, tmp_path / "narrow", **{"v_proj.delta_v": torch.ones(4, 32)})
+    nan = broken(deltas, tmp_path / "nan", **{"query.delta_v": torch.full((4, 64), float("nan"))})
+    extra = broken(deltas, tmp_path / "extra", **{"query.weight": torch.ones(3)})
+    missing = broken(deltas, tmp_path / "missing", **{"query.delta_v": torch.ones(0)})
+    mixed = broken(deltas, tmp_path / "mixed", **{"query.delta_v": torch.ones(3, 64)})
+    narrow = broken(deltas, tmp_path / "narrow", **{"value.delta_v": torch.ones(4, 32)})
     out = tmp_path / "out"
     cases = [
         (lambda: apply_deltas(released_repo, out, other), "other-deltas belongs to another base"),
         (lambda: merge_into_base(released_repo, out, deltas=other), "other-deltas belongs to another base"),
         (lambda: apply_deltas(released_repo, out, tmp_path / "paper-deltas"), "projector_layout='paper'"),
-        (lambda: apply_deltas(released_repo, out, nan), "q_proj.delta_v holds NaN or Inf"),
-        (lambda: apply_deltas(released_repo, out, extra), "q_proj.weight: this projector has no such deltas"),
-        (lambda: apply_deltas(released_repo, out, missing), "there is no q_proj.delta_v"),
-        (lambda: apply_deltas(released_repo, out, mixed), "q_proj.delta_v is"),
-        (lambda: apply_deltas(released_repo, out, narrow), r"v_proj.delta_v is \(4, 32\)"),
+        (lambda: apply_deltas(released_repo, out, nan), "query.delta_v holds NaN or Inf"),
+        (lambda: apply_deltas(released_repo, out, extra), "query.weight: this projector has no such deltas"),
+        (lambda: apply_deltas(released_repo, out, missing), "there is no query.delta_v"),
+        (lambda: apply_deltas(released_repo, out, mixed), "query.delta_v is"),
+        (lambda: apply_deltas(released_repo, out, narrow), r"value.delta_v is \(4, 32\)"),
         (lambda: apply_deltas(deltas, out, deltas), "Expected a model and a delta repo"),
         (lambda: apply_deltas(released_repo, out, released_repo), "Expected a model and a delta repo"),
         (lambda: merge_into_base(deltas, out), "deltas holds deltas only"),
@@ -253,7 +253,7 @@ def test_bad_input_is_one_error_and_no_output(released_repo, checkpoint, tmp_pat
         (lambda: extract_deltas(released_repo, out, base=deltas), "deltas holds deltas only"),
         (
             lambda: extract_deltas(released_repo, out, base=checkpoint),
-            r"q_proj.weight is \(64, 64\) in repo and \(128, 128\) in llava-tiny",
+            r"query.weight is \(64, 64\) in repo and \(128, 128\) in llava-tiny",
         ),
         (lambda: extract_deltas(released_repo, out, base=released_repo, rank=99), "rank=99"),
         (lambda: extract_deltas(tmp_path, out), "holds neither deltas nor a model"),
@@ -279,7 +279,7 @@ def test_bad_input_is_one_error_and_no_output(released_repo, checkpoint, tmp_pat
             call()
 
 
-@pytest.mark.parametrize("factor", ["v_proj.delta_v", "v_proj.delta_u", "k_proj.delta_u", "q_proj.delta_u"])
+@pytest.mark.parametrize("factor", ["value.delta_v", "value.delta_u", "key.delta_u", "query.delta_u"])
 @pytest.mark.parametrize("shape", [(1, -1), (-1,), (1, 1)])
 def test_factors_of_other_dimensions_are_refused(released_repo, tmp_path, factor, shape):
     deltas = shutil.copytree(released_repo.parent / "deltas", tmp_path / "deltas")

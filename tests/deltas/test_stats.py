@@ -8,8 +8,8 @@ from transformers_delta_llava.deltas import delta_stats, extract_deltas
 
 
 EXPECTED = {
-    "released": [("q_proj", None), *((p, level) for p in ("k_proj", "v_proj") for level in (None, 1, 2, 3))],
-    "paper": [("q_proj", None), *((p, level) for p in ("k_proj", "v_proj") for level in (1, 2, 3))],
+    "released": [("query", None), *((p, level) for p in ("key", "value") for level in (None, 1, 2, 3))],
+    "paper": [("query", None), *((p, level) for p in ("key", "value") for level in (1, 2, 3))],
     "paper, one base": [("q", None), *((p, level) for p in "kv" for level in (1, 2, 3))],
 }
 
@@ -22,12 +22,12 @@ def test_rows(layout, tmp_path):
     assert [(row.projection, row.level) for row in rows] == EXPECTED[layout]
     projector = model.model.multi_modal_projector.requires_grad_(False)
     if layout == "released":
-        dense = projector.k_proj.get_delta_weight()[:, 64:128], projector.k_proj.weight[:, 64:128]
+        dense = projector.key.get_delta_weight()[:, 64:128], projector.key.weight[:, 64:128]
         row = rows[3]
     elif layout == "paper":
-        dense, row = (projector.k_proj.get_delta_weight((1,)), projector.k_proj.weight), rows[2]
+        dense, row = (projector.key.get_delta_weight((1,)), projector.key.weight), rows[2]
     else:
-        dense, row = (projector.qkv_proj.get_delta_weight((1, 1)), projector.qkv_proj.weight), rows[2]
+        dense, row = (projector.qkv.get_delta_weight((1, 1)), projector.qkv.weight), rows[2]
     assert (row.projection[0], row.level, row.rank) == ("k", 2, 4)
     assert row.norm == pytest.approx(float(dense[0].norm()), rel=1e-5)
     assert row.base_norm == pytest.approx(float(dense[1].norm()), rel=1e-5)
@@ -37,7 +37,7 @@ def test_rows(layout, tmp_path):
     )
     assert rows[0].norm == pytest.approx(
         float(
-            getattr(projector, "q_proj" if "one" not in layout else "qkv_proj")
+            getattr(projector, "query" if "one" not in layout else "qkv")
             .get_delta_weight((0,) if "one" in layout else ())
             .norm()
         ),

@@ -49,8 +49,8 @@ def cell_means(x: Tensor, size: int) -> Tensor:
 def emhsa(p: Parameters, x: Tensor, head_dim: int, reduction: int) -> Tensor:
     """Section 4.1: pre-norm, equation (2) with K and V downsampled (here: averaged) to K' and V', output map."""
     y = norm(p, "norm", x)
-    k, v = (cell_means(linear(p, role, y), reduction) for role in ("k_proj", "v_proj"))
-    return linear(p, "out_proj", attention(linear(p, "q_proj", y), k, v, x.shape[-1] // head_dim))
+    k, v = (cell_means(linear(p, role, y), reduction) for role in ("key", "value"))
+    return linear(p, "out_proj", attention(linear(p, "query", y), k, v, x.shape[-1] // head_dim))
 
 
 def mhca(p: Parameters, x: Tensor, head_dim: int) -> Tensor:

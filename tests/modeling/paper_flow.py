@@ -38,7 +38,7 @@ class Flow:
 
         hooks = [
             keep(self.module.refine, "interpolated", "refined"),
-            keep(self.module.qkv_proj if self.shares_all else self.module.q_proj, "q_hat", "q0"),
+            keep(self.module.qkv if self.shares_all else self.module.query, "q_hat", "q0"),
             keep(self.module.block, "block input", "q"),
             keep(self.module.window_attention, "memory", "y"),
             keep(self.module.out_proj, "t", None),
@@ -61,8 +61,8 @@ class Flow:
 
     def projected(self, role: str, x: Tensor, *level: int) -> Tensor:
         if self.shares_all:
-            return paper.project(paper.below(self.p, "qkv_proj"), x, "qkv".index(role), *level)
-        return paper.project(paper.below(self.p, f"{role}_proj"), x, *level)
+            return paper.project(paper.below(self.p, "qkv"), x, "qkv".index(role), *level)
+        return paper.project(paper.below(self.p, {"q": "query", "k": "key", "v": "value"}[role]), x, *level)
 
 
 def on_the_grid(windows: Tensor) -> Tensor:

@@ -43,19 +43,19 @@ def test_saved_dtype(released, tmp_path):
 
 def bad_tensors(model) -> dict[str, tuple[dict[str, torch.Tensor], str]]:
     good = {name: tensor.clone() for name, tensor in model.delta_state_dict().items()}
-    name = "q_proj.delta_u"
+    name = "query.delta_u"
     nan, inf, mixed = good[name].clone(), good[name].clone(), {**good, name: good[name][:, :2].contiguous()}
     nan[0, 0], inf[-1, -1] = float("nan"), float("inf")
     return {
-        "NaN": ({**good, name: nan}, "q_proj.delta_u holds NaN or Inf"),
-        "Inf": ({**good, name: inf}, "q_proj.delta_u holds NaN or Inf"),
-        "extra tensor": ({**good, "q_proj.weight": torch.ones(2)}, "q_proj.weight: this projector has no such deltas"),
-        "missing tensor": ({n: t for n, t in good.items() if n != name}, "there is no q_proj.delta_u"),
-        "two ranks": (mixed, r"q_proj.delta_u is \(64, 2\).*should be \(64, 4\)"),
+        "NaN": ({**good, name: nan}, "query.delta_u holds NaN or Inf"),
+        "Inf": ({**good, name: inf}, "query.delta_u holds NaN or Inf"),
+        "extra tensor": ({**good, "query.weight": torch.ones(2)}, "query.weight: this projector has no such deltas"),
+        "missing tensor": ({n: t for n, t in good.items() if n != name}, "there is no query.delta_u"),
+        "two ranks": (mixed, r"query.delta_u is \(64, 2\).*should be \(64, 4\)"),
         "higher rank": (other_deltas(model, rank=5), r"rank 5, more than this model's delta_rank=4"),
         "wrong width": ({**good, name: good[name][:-1].contiguous()}, r"is \(63, 4\).*should be \(64, 4\)"),
         "integers": ({**good, name: good[name].int()}, "of a float dtype"),
-        "two names": ({**good, f"model.multi_modal_projector.{name}": good[name]}, "q_proj.delta_u is given twice"),
+        "two names": ({**good, f"model.multi_modal_projector.{name}": good[name]}, "query.delta_u is given twice"),
     }
 
 

@@ -226,11 +226,11 @@ def logits_in(model, dtype):
 
 
 def test_merged_values(released):
-    q_proj = released.model.multi_modal_projector.q_proj
-    expected = q_proj.weight + (q_proj.delta_u @ q_proj.delta_v).T
-    torch.testing.assert_close(q_proj.weight + q_proj.get_delta_weight(), expected)
+    query = released.model.multi_modal_projector.query
+    expected = query.weight + (query.delta_u @ query.delta_v).T
+    torch.testing.assert_close(query.weight + query.get_delta_weight(), expected)
     released.merge_deltas()
-    torch.testing.assert_close(q_proj.merged_weights[0], expected)
+    torch.testing.assert_close(query.merged_weights[0], expected)
 
 
 def test_merged_model_saves_unmerged(model, tmp_path):
@@ -259,7 +259,7 @@ def test_what_unmerges(released, tmp_path):
         released.merge_deltas()
     with pytest.raises(ValueError, match="call unmerge_deltas"):
         released.load_delta_state_dict(released.delta_state_dict())
-    projection = released.model.multi_modal_projector.q_proj
+    projection = released.model.multi_modal_projector.query
     with pytest.warns(UserWarning, match="unmerged for this"):
         released.set_deltas("b")
     assert not projection.is_merged
@@ -280,15 +280,15 @@ def test_merge_refuses_what_is_not_finite(released):
     released.to(torch.float16)
     deltas = {name: tensor.clone() for name, tensor in released.delta_state_dict().items()}
     for factor in ("delta_u", "delta_v"):
-        deltas[f"v_proj.{factor}"].fill_(300)  # the factors fit into float16, their product does not
+        deltas[f"value.{factor}"].fill_(300)  # the factors fit into float16, their product does not
     released.load_delta_state_dict(deltas)
     before = snapshot(released)
-    with pytest.raises(ValueError, match="v_proj: base and deltas add up to NaN or Inf"):
+    with pytest.raises(ValueError, match="value: base and deltas add up to NaN or Inf"):
         released.merge_deltas()
     assert not any(p.is_merged for p in released._delta_projections().values())
     assert_same(snapshot(released), before)
     released.merge_deltas(safe_merge=False)
-    assert released.model.multi_modal_projector.v_proj.is_merged
+    assert released.model.multi_modal_projector.value.is_merged
 
 
 def test_a_model_without_deltas_says_so(tmp_path):
@@ -331,8 +331,8 @@ class Shapes(TorchDispatchMode):
 
 def test_training_deltas_is_low_rank_in_both_directions(released):
     projector = released.model.multi_modal_projector
-    k_proj = projector.k_proj
-    bases = {tuple(k_proj.weight.shape), tuple(k_proj.weight.shape)[::-1]}
+    key = projector.key
+    bases = {tuple(key.weight.shape), tuple(key.weight.shape)[::-1]}
     features = [torch.randn(2, 144, 64) for _ in range(3)]
 
     def shapes_of_a_step() -> set:

@@ -55,7 +55,7 @@ def test_targets_of_lora_are_those_in_llava_and_linear_maps_of_the_projector(mod
 )
 def test_other_methods_of_peft(model, config):
     adapters = adapted(get_peft_model(model, config))
-    assert adapters and not any(re.search(r"projector\.[qkv]_proj", name) for name in adapters)
+    assert adapters and not any(re.search(r"projector\.(query|key|value)", name) for name in adapters)
 
 
 def test_the_base_model_without_a_head():
@@ -82,9 +82,3 @@ def test_an_adapter_is_trained_saved_loaded_and_merged(model, whole, tmp_path):
         merged = loaded.merge_and_unload()
         torch.testing.assert_close(merged(**inputs).logits, expected, atol=1e-4, rtol=0)
     assert set(merged.state_dict()) == set(DeltaLlavaForConditionalGeneration(tiny_config()).state_dict())
-
-
-def test_everybody_else_sees_every_module(model):
-    names = {name for name, _ in model.named_modules()}
-    assert {f"model.multi_modal_projector.{role}_proj" for role in "qkv"} < names
-    assert {name.rpartition(".")[0] for name, _ in model.named_parameters()} < names

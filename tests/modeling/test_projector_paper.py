@@ -156,7 +156,7 @@ def test_without_the_transformer_block_projected_queries_attend_at_once() -> Non
 
 def test_without_delta_projection_every_level_has_the_base_alone() -> None:
     flow = Flow({})
-    output = ablated(flow, tuple(f"{r}_proj.delta" for r in "qkv"), use_delta_projection=False)
-    for role in "qkv":
-        flow.p[f"{role}_proj.delta_u"] = torch.zeros_like(flow.p[f"{role}_proj.delta_u"])
+    output = ablated(flow, tuple(f"{r}.delta" for r in ("query", "key", "value")), use_delta_projection=False)
+    for role in ("query", "key", "value"):
+        flow.p[f"{role}.delta_u"] = torch.zeros_like(flow.p[f"{role}.delta_u"])
     assert_same(output, whole(flow))

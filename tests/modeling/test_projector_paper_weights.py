@@ -14,7 +14,7 @@ from transformers_delta_llava.modeling.projector_delta_llava import DeltaLlavaPr
 
 
 def attention_names(prefix: str) -> set[str]:
-    roles = ("norm", "q_proj", "k_proj", "v_proj", "out_proj")
+    roles = ("norm", "query", "key", "value", "out_proj")
     return {f"{prefix}.{role}.{kind}" for role in roles for kind in ("weight", "bias")}
 
 
@@ -26,7 +26,7 @@ def feed_forward_names(prefix: str) -> set[str]:
     return {f"{prefix}.{name}.{kind}" for name in ("fc1", "fc2") for kind in ("weight", "bias")}
 
 
-@pytest.mark.parametrize("sharing, projections", [("levels", ("q_proj", "k_proj", "v_proj")), ("all", ("qkv_proj",))])
+@pytest.mark.parametrize("sharing, projections", [("levels", ("query", "key", "value")), ("all", ("qkv",))])
 def test_state_dict(sharing: str, projections: tuple[str, ...]) -> None:
     module = DeltaLlavaProjector(projector_config(projector_layout="paper", delta_sharing=sharing))
     expected = {f"{projection}.{name}" for projection in projections for name in ("weight", "delta_u", "delta_v")}
@@ -47,7 +47,7 @@ def test_state_dict(sharing: str, projections: tuple[str, ...]) -> None:
 def key_value_parameters(config: DeltaLlavaConfig) -> int:
     with torch.device("meta"):
         module = DeltaLlavaProjector(config)
-    return sum(p.numel() for projection in (module.k_proj, module.v_proj) for p in projection.parameters())
+    return sum(p.numel() for projection in (module.key, module.value) for p in projection.parameters())
 
 
 def test_keys_and_values_have_a_third_of_the_released_parameters_at_most() -> None:
@@ -77,7 +77,7 @@ def test_every_gradient_is_finite(scale_factor: int, sharing: str) -> None:
     flow = Flow({"delta_sharing": sharing, "projector_drop_path": 0.0}, scale_factor)
     output = flow.module.train()(flow.z, flow.levels, scale_factor)
     (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
-    idle = ("k_proj.bias",) if scale_factor < 12 else ("q_proj.bias", "q_proj.weight", "k_proj.bias", "k_proj.weight")
+    idle = ("key.bias",) if scale_factor < 12 else ("query.bias", "query.weight", "key.bias", "key.weight")
     largest = max(parameter.grad.abs().max() for parameter in flow.module.parameters())
     for name, parameter in flow.module.named_parameters():
         assert parameter.grad.isfinite().all(), name
@@ -96,7 +96,7 @@ def test_gradients_are_those_of_the_equations() -> None:
     (whole(flow) * direction).sum().backward()
     (flow.module(flow.z, flow.levels, 2) * direction).sum().backward()
     for name, parameter in flow.module.named_parameters():
-        if not name.endswith("attention.k_proj.bias"):  # zero but for rounding
+        if not name.endswith("attention.key.bias"):  # zero but for rounding
             assert difference(parameter.grad, flow.p[name].grad) <= 1e-9, name
 
 

@@ -20,7 +20,7 @@ from transformers_delta_llava.modeling.projector_layers_delta_llava import eager
 
 
 # Gradients that are zero but for rounding: a softmax ignores what is added to all scores.
-KEY_BIASES = ("block.attention.k_proj.bias", "k_proj.norm.bias")
+KEY_BIASES = ("block.attention.key.bias", "key.norm.bias")
 
 
 @pytest.mark.parametrize("scale_factor", [1, 2, 3, 4, 6, 8, 12, 24])
@@ -126,11 +126,11 @@ def test_every_gradient_is_finite(scale_factor: int) -> None:
     """
     zero = set(KEY_BIASES)
     if scale_factor == 12:
-        zero |= {f"block.attention.{role}_proj.{kind}" for role in "qk" for kind in ("weight", "bias")}
+        zero |= {f"block.attention.{role}.{kind}" for role in ("query", "key") for kind in ("weight", "bias")}
     found = gradients(scale_factor)
     largest = max(gradient.abs().max() for gradient in found.values())
     if scale_factor == 1:
-        zero |= {name for name in found if name.startswith(("q_proj.", "k_proj.", "block."))}
+        zero |= {name for name in found if name.startswith(("query.", "key.", "block."))}
         for name in ("window_attention.in_proj_weight", "window_attention.in_proj_bias"):
             query, key, value = found[name].chunk(3)
             assert max(query.abs().max(), key.abs().max()) <= 1e-12 * largest
@@ -185,7 +185,7 @@ def test_without_delta_projection_there_is_no_update(monkeypatch: pytest.MonkeyP
     config = projector_config(grid=6)
     _, weights = released_pair(config)
     ablated = DeltaLlavaProjector(projector_config(grid=6, use_delta_projection=False)).double().eval()
-    load_subset(ablated, weights, absent=tuple(f"{r}_proj.delta_{f}" for r in "qkv" for f in "uv"))
+    load_subset(ablated, weights, absent=tuple(f"{r}.delta_{f}" for r in ("query", "key", "value") for f in "uv"))
     monkeypatch.setattr(oracle, "effective_weight", lambda base, u, v: base)
     assert_ablation_meets_oracle(ablated, weights)
 

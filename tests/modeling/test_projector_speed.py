@@ -24,14 +24,14 @@ def test_at_scale_factor_1_values_alone_are_computed() -> None:
     module, weights = released_pair(projector_config(grid=6))
     inputs = drawn_inputs(module.config)
     called = []
-    for name in ("block", "q_proj", "k_proj", "v_proj"):
+    for name in ("block", "query", "key", "value"):
         getattr(module, name).register_forward_hook(lambda *_, name=name: called.append(name))
     with torch.no_grad():
         output = module(inputs[0], inputs[1:], 1)
-    assert called == ["v_proj"]
+    assert called == ["value"]
     assert difference(output, oracle_output(module.config, weights, inputs, 1)) <= 1e-6
     module(inputs[0], inputs[1:], 1)
-    assert set(called) == {"block", "q_proj", "k_proj", "v_proj"}, "DDP waits for the gradient of every parameter"
+    assert set(called) == {"block", "query", "key", "value"}, "DDP waits for the gradient of every parameter"
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def test_half_precision_by_cast_and_by_autocast(dtype: torch.dtype, scale_factor
 
 
 def _in_place(module: DeltaLlavaProjector, other: DeltaLlavaProjector) -> None:
-    module.k_proj.delta_u.data.mul_(2)
+    module.key.delta_u.data.mul_(2)
 
 
 def _loaded(module: DeltaLlavaProjector, other: DeltaLlavaProjector) -> None:
@@ -79,7 +79,7 @@ def _cast(module: DeltaLlavaProjector, other: DeltaLlavaProjector) -> None:
 
 
 def _replaced(module: DeltaLlavaProjector, other: DeltaLlavaProjector) -> None:
-    module.v_proj.weight = other.v_proj.weight
+    module.value.weight = other.value.weight
 
 
 @pytest.mark.parametrize("change", [_in_place, _loaded, _stepped, _cast, _replaced])

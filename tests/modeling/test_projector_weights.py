@@ -45,7 +45,7 @@ def test_state_dict_has_exactly_the_published_tensors() -> None:
 
 def test_low_rank_factors_are_parameters_of_their_own() -> None:
     released = golden_sized()
-    for projection in (released.q_proj, released.k_proj, released.v_proj):
+    for projection in (released.query, released.key, released.value):
         assert isinstance(projection, DeltaProjection)
         for name in ("weight", "delta_u", "delta_v"):
             assert type(getattr(projection, name)) is nn.Parameter
@@ -114,7 +114,7 @@ def test_fresh_weights_are_distributed_as_released() -> None:
             assert torch.equal(parameter, torch.ones_like(parameter)), name
         elif not name.endswith(("delta_u", "delta_v", "in_proj_weight", "group_conv.weight")):
             assert parameter.std().item() == pytest.approx(0.02, rel=0.05), name
-    for name in ("q_proj.delta_u", "k_proj.delta_u", "v_proj.delta_v", "window_attention.in_proj_weight"):
+    for name in ("query.delta_u", "key.delta_u", "value.delta_v", "window_attention.in_proj_weight"):
         bound = (6 / sum(parameters[name].shape)) ** 0.5
         assert 0.9 * bound < parameters[name].abs().max().item() <= bound, name
     conv = parameters["block.conv_attention.group_conv.weight"]

@@ -10,16 +10,16 @@ from torch import Tensor
 BLOCK = "combined_block.ntb."
 
 RULES = {
-    "q_proj_1.": "q_proj.",
-    "k_proj_1.": "k_proj.",
-    "v_proj_1.": "v_proj.",
+    "q_proj_1.": "query.",
+    "k_proj_1.": "key.",
+    "v_proj_1.": "value.",
     "clip_attn.": "window_attention.",
     "combined_block.ntb.patch_embed.conv.": "block.stem.",
     "combined_block.ntb.norm_mhsa.": "block.attention_norm.",
     "combined_block.ntb.e_mhsa.norm.": "block.attention.norm.",
-    "combined_block.ntb.e_mhsa.q.": "block.attention.q_proj.",
-    "combined_block.ntb.e_mhsa.k.": "block.attention.k_proj.",
-    "combined_block.ntb.e_mhsa.v.": "block.attention.v_proj.",
+    "combined_block.ntb.e_mhsa.q.": "block.attention.query.",
+    "combined_block.ntb.e_mhsa.k.": "block.attention.key.",
+    "combined_block.ntb.e_mhsa.v.": "block.attention.value.",
     "combined_block.ntb.e_mhsa.proj.": "block.attention.out_proj.",
     "combined_block.ntb.projection.conv.": "block.local_proj.",
     "combined_block.ntb.mhca.group_conv3x3.": "block.conv_attention.group_conv.",
@@ -34,7 +34,7 @@ DELTA_PARAMETERS = {"U": "delta_u", "V": "delta_v", "shared_weight.weight": "wei
 
 
 def package_name(name: str) -> str:
-    """`q_proj_1.U` -> `q_proj.delta_u`, and so on; KeyError for a name the authors do not use."""
+    """`q_proj_1.U` -> `query.delta_u`, and so on; KeyError for a name the authors do not use."""
     for prefix, replacement in RULES.items():
         if name.startswith(prefix):
             rest = name.removeprefix(prefix)

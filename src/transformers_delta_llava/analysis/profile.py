@@ -292,7 +292,7 @@ def _projector_read(projector: DeltaLlavaProjector, scale_factor: int) -> int:
     if projector.config.projector_layout == "released" and scale_factor == 1:
         attention = projector.window_attention
         packed = attention.in_proj_weight.numel() + attention.in_proj_bias.numel()
-        return sum(map(_count, (projector.v_proj, attention.out_proj, projector.feed_forward))) + packed // 3
+        return sum(map(_count, (projector.value, attention.out_proj, projector.feed_forward))) + packed // 3
     return _count(projector)
 
 

@@ -79,12 +79,19 @@ _DINOV2 = re.compile(
 SOURCE_EMBEDDINGS, EMBEDDINGS = "model.embed_tokens.weight", "model.language_model.embed_tokens.weight"
 HEAD = "lm_head.weight"  # in both
 
+ROLES = ("query", "key", "value")
 RULES = (
     # DeltaProjections: a shared base, a low-rank update kept apart, a norm.
-    Rule(SOURCE_PROJECTOR + "{q,k,v}_proj_1.shared_weight.weight", PROJECTOR + "{q,k,v}_proj.weight"),
-    Rule(SOURCE_PROJECTOR + "{q,k,v}_proj_1.U", PROJECTOR + "{q,k,v}_proj.delta_u"),
-    Rule(SOURCE_PROJECTOR + "{q,k,v}_proj_1.V", PROJECTOR + "{q,k,v}_proj.delta_v"),
-    Rule(SOURCE_PROJECTOR + "{q,k,v}_proj_1.norm.{weight,bias}", PROJECTOR + "{q,k,v}_proj.norm.{weight,bias}"),
+    *(
+        Rule(f"{SOURCE_PROJECTOR}{role[0]}_proj_1.{theirs}", f"{PROJECTOR}{role}.{ours}")
+        for role in ROLES
+        for theirs, ours in (
+            ("shared_weight.weight", "weight"),
+            ("U", "delta_u"),
+            ("V", "delta_v"),
+            ("norm.{weight,bias}", "norm.{weight,bias}"),
+        )
+    ),
     # Window attention.
     Rule(SOURCE_PROJECTOR + "clip_attn.in_proj_{weight,bias}", PROJECTOR + "window_attention.in_proj_{weight,bias}"),
     Rule(SOURCE_PROJECTOR + "clip_attn.out_proj.{weight,bias}", PROJECTOR + "window_attention.out_proj.{weight,bias}"),
@@ -92,7 +99,10 @@ RULES = (
     Rule(_BLOCK + "patch_embed.conv.weight", _OUR_BLOCK + "stem.weight", conv_1x1=True),
     Rule(_BLOCK + "norm_mhsa.{weight,bias}", _OUR_BLOCK + "attention_norm.{weight,bias}"),
     Rule(_BLOCK + "e_mhsa.norm.{weight,bias}", _OUR_BLOCK + "attention.norm.{weight,bias}"),
-    Rule(_BLOCK + "e_mhsa.{q,k,v}.{weight,bias}", _OUR_BLOCK + "attention.{q,k,v}_proj.{weight,bias}"),
+    *(
+        Rule(f"{_BLOCK}e_mhsa.{role[0]}.{{weight,bias}}", f"{_OUR_BLOCK}attention.{role}.{{weight,bias}}")
+        for role in ROLES
+    ),
     Rule(_BLOCK + "e_mhsa.proj.{weight,bias}", _OUR_BLOCK + "attention.out_proj.{weight,bias}"),
     Rule(_BLOCK + "projection.conv.weight", _OUR_BLOCK + "local_proj.weight", conv_1x1=True),
     Rule(_BLOCK + "mhca.group_conv3x3.weight", _OUR_BLOCK + "conv_attention.group_conv.weight"),
@@ -182,7 +192,7 @@ def map_names(names: Iterable[str]) -> NameMap:
 
 def find_delta_rank(tensors: Mapping[str, torch.Tensor | LazyTensor]) -> int | None:
     """Rank of the projector's updates, by the authors' names or ours; None where it has none."""
-    factor = tensors.get(f"{SOURCE_PROJECTOR}q_proj_1.U", tensors.get(f"{PROJECTOR}q_proj.delta_u"))
+    factor = tensors.get(f"{SOURCE_PROJECTOR}q_proj_1.U", tensors.get(f"{PROJECTOR}query.delta_u"))
     return int(factor.shape[-1]) if factor is not None and len(factor.shape) == 2 else None
 
 
@@ -284,7 +294,7 @@ def _check_dtypes(tensors: Mapping[str, LazyTensor]) -> None:
 
 
 def _check_projector_width(tensors: Mapping[str, LazyTensor], vision_config: PreTrainedConfig) -> None:
-    base = tensors.get(f"{PROJECTOR}q_proj.weight")
+    base = tensors.get(f"{PROJECTOR}query.weight")
     if base is not None and len(base.shape) == 2 and base.shape[1] != vision_config.hidden_size:
         raise DeltaLlavaError(
             f"The projector was trained on a vision tower {base.shape[1]} wide, but this tower is "
@@ -397,7 +407,7 @@ def _linear_layers(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...
 
 
 def _describe_missing_projector(tensors: Mapping[str, LazyTensor], name: str) -> str:
-    if any("multi_modal_projector.q_proj." in tensor for tensor in tensors):
+    if any("multi_modal_projector.query." in tensor for tensor in tensors):
         return f"{name} is already a Delta-LLaVA repo, which needs no conversion; `delta-llava inspect` looks into it."
     if any("multi_modal_projector." in tensor for tensor in tensors):
         return (

@@ -136,10 +136,10 @@ def _count_levels(tensors: Mapping[str, LazyTensor], layout: str) -> int:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     try:
         if layout == "paper":
-            return shapes.get("qkv_proj.delta_u", shapes.get("k_proj.delta_u", ()))[-3]
-        if "k_proj.weight" in shapes:
-            return shapes["k_proj.weight"][1] // shapes["q_proj.weight"][1]
-        return shapes["k_proj.delta_u"][-2] // shapes["q_proj.delta_u"][-2]
+            return shapes.get("qkv.delta_u", shapes.get("key.delta_u", ()))[-3]
+        if "key.weight" in shapes:
+            return shapes["key.weight"][1] // shapes["query.weight"][1]
+        return shapes["key.delta_u"][-2] // shapes["query.delta_u"][-2]
     except (KeyError, IndexError):
         return 1
 
@@ -154,7 +154,7 @@ def _collect(
     config: dict | None = None,
 ) -> Projections:
     """Check and load the tensors of a projector, or with the `config` of a delta repo those of its deltas alone."""
-    query = "qkv_proj" if sharing == "all" else "q_proj"
+    query = "qkv" if sharing == "all" else "query"
     known = tensors.get(f"{query}.delta_v" if config else f"{query}.weight")
     width = known.shape[-1] if known is not None and known.shape else 0  # a tensor that is missing is refused below
     specs = projection_specs(layout, sharing, len(levels), width)

@@ -16,7 +16,7 @@ class DeltaRow:
     """One update, or the part of it that reads one level.
 
     Attributes:
-        projection: `q_proj`, `k_proj`, `v_proj`, or with one base for all, `q`, `k`, `v`.
+        projection: `query`, `key`, `value`, or with one base for all, `q`, `k`, `v`.
         level: hidden state of the tower; `None` for all that the projection reads.
         rank: that it was given.
         norm: Frobenius norm of the update.
@@ -75,7 +75,7 @@ def delta_stats(source: str | Path, base: str | Path | None = None) -> list[Delt
 
 def _label(model: Projections, name: str, update: Update) -> tuple[str, int | None]:
     """Projection and level of an update."""
-    if name == "qkv_proj":
+    if name == "qkv":
         return "qkv"[update[0]], model.levels[update[1]] if len(update) > 1 else None
     return name, model.levels[update[0]] if update else None
 

@@ -58,14 +58,14 @@ def projection_specs(layout: str, sharing: str, num_levels: int, width: int) -> 
     """
     if layout == "released":  # keys and values read all levels side by side
         wide = ProjectionSpec(num_levels * width, width)
-        return {"q_proj": ProjectionSpec(width, width), "k_proj": wide, "v_proj": wide}
+        return {"query": ProjectionSpec(width, width), "key": wide, "value": wide}
     levels = range(num_levels)
     # The query has no level axis in equation (4), so its updates add up.
     if sharing == "all":
         updates = ((0,), *((role, level) for role in (1, 2) for level in levels))
-        return {"qkv_proj": ProjectionSpec(width, width, (3, num_levels), updates)}
+        return {"qkv": ProjectionSpec(width, width, (3, num_levels), updates)}
     by_level = ProjectionSpec(width, width, (num_levels,), tuple((level,) for level in levels))
-    return {"q_proj": ProjectionSpec(width, width, (num_levels,)), "k_proj": by_level, "v_proj": by_level}
+    return {"query": ProjectionSpec(width, width, (num_levels,)), "key": by_level, "value": by_level}
 
 
 class DeltaProjection(nn.Module):

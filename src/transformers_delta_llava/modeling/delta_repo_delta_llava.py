@@ -1,6 +1,6 @@
 """Delta repos: the low-rank deltas of a projector in a folder of their own, tied to their base by a hash.
 
-`deltas.safetensors` has `delta_u` and `delta_v` of every DeltaProjection, named as in the projector (`q_proj.delta_u`), in
+`deltas.safetensors` has `delta_u` and `delta_v` of every DeltaProjection, named as in the projector (`query.delta_u`), in
 one dtype; `delta_config.json` says which base and layout they fit; `README.md` is the card.
 """
 

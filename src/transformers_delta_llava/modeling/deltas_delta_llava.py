@@ -42,7 +42,7 @@ class DeltaMixin:
     """The methods for deltas, of the base model and of the model with a head alike.
 
     All of them check everything before they change anything: after an error the model is as it was. Tensors are named
-    as in the projector, `q_proj.delta_u`. Swapping writes into the parameters that are there, so optimizers, compiled
+    as in the projector, `query.delta_u`. Swapping writes into the parameters that are there, so optimizers, compiled
     graphs and other references to them stay valid.
 
     Sets may differ in rank. The parameters have rank `config.delta_rank`; a set of lower rank fills its part of them,
@@ -92,7 +92,7 @@ class DeltaMixin:
 
         Args:
             state_dict: as `delta_state_dict` gives it, of any float dtype and device, of any rank that fits. Names may
-                have what leads to the projector before them (`model.multi_modal_projector.q_proj.delta_u`).
+                have what leads to the projector before them (`model.multi_modal_projector.query.delta_u`).
 
         Raises:
             ValueError: on tensors that are missing, too many, misshapen, or not finite in the model's dtype, or while

@@ -1,9 +1,7 @@
 """Delta-LLaVA: a vision tower, the delta projector and a language model, as transformers models."""
 
-import inspect
 import math
 import sys
-from collections.abc import Iterator
 from itertools import groupby
 from typing import Any, TypeAlias
 
@@ -67,19 +65,6 @@ class DeltaLlavaPreTrainedModel(DeltaMixin, PreTrainedModel):
         return {
             name: kept for name, kept in super()._get_dtype_plan(dtype).items() if name not in MODULES_NOT_TO_CONVERT
         }
-
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """As in PyTorch, but PEFT does not see the DeltaProjections.
-
-        PEFT selects its targets by the ends of their names, and raises on a target that it cannot adapt. `q_proj` and
-        `v_proj`, the most usual targets, would match the language model's maps and these.
-        """
-        modules = super().named_modules(*args, **kwargs)
-        frame = inspect.currentframe()
-        caller = frame.f_back if frame is not None else None
-        if caller is None or caller.f_globals.get("__name__", "").partition(".")[0] != "peft":
-            return modules
-        return ((name, module) for name, module in modules if not isinstance(module, DeltaProjection))
 
     def _tuple_or_dict(self, output: ModelOutput, return_dict: bool | None) -> Any:
         """The output as `return_dict`, or else the config, asks."""

@@ -118,9 +118,9 @@ class ReleasedProjector(DeltaLlavaProjector):
         width, hidden_size = config.vision_config.hidden_size, config.text_config.hidden_size
         if config.use_transformer_block:
             self.block = ReleasedTransformerBlock(config)
-        self.q_proj = DeltaProjection(self.specs["q_proj"], rank, act)
-        self.k_proj = MemoryProjection(self.specs["k_proj"], rank, act)
-        self.v_proj = MemoryProjection(self.specs["v_proj"], rank, act)
+        self.query = DeltaProjection(self.specs["query"], rank, act)
+        self.key = MemoryProjection(self.specs["key"], rank, act)
+        self.value = MemoryProjection(self.specs["value"], rank, act)
         self.window_attention = ProjectedWindowAttention(config)
         self.feed_forward = FeedForward(width, hidden_size, hidden_size, act)
 
@@ -136,15 +136,15 @@ class ReleasedProjector(DeltaLlavaProjector):
             levels = [torch.cat(list(levels), dim=-1)]
         else:
             levels = [level.contiguous() for level in levels]
-        value = to_windows(self.v_proj(levels), scale_factor)
+        value = to_windows(self.value(levels), scale_factor)
         if scale_factor == 1 and not torch.is_grad_enabled():
             # One patch per window, so nothing reaches the output but values. Training needs the zero gradients of the
             # rest, because DDP waits for every parameter.
             return self.feed_forward(self.window_attention(None, None, value))
-        key, query = to_windows(self.k_proj(levels), scale_factor), resize(features, grid_size)
+        key, query = to_windows(self.key(levels), scale_factor), resize(features, grid_size)
         if self.block is not None:
             query = self.block(query)
-        query = self.q_proj(query + self.position(grid_size, query.dtype))
+        query = self.query(query + self.position(grid_size, query.dtype))
         return self.feed_forward(self.window_attention(query, key, value))
 
 
@@ -178,13 +178,13 @@ class PaperProjector(DeltaLlavaProjector):
     ) -> torch.Tensor:
         query = self.refine(resize(features, grid_size))
         query = query + self.position(grid_size, query.dtype)  # (3)
-        query = self._project_role("q", query)  # (4)
+        query = self._project_role("query", query)  # (4)
         if self.block is not None:
             query = self.block(query)  # (6)
         size = self.config.projector_window_size * scale_factor
         key, value = (  # (7), (8)
             concat_levels([to_windows(self._project_role(role, level, i), size) for i, level in enumerate(levels)])
-            for role in "kv"
+            for role in ("key", "value")
         )
         attended = self.window_attention(query, key, value)  # (9), (10)
         refined = attended + self.feed_forward(self.feed_forward_norm(attended))  # (11)
@@ -192,5 +192,5 @@ class PaperProjector(DeltaLlavaProjector):
 
     def _project_role(self, role: str, hidden_states: torch.Tensor, *level: int) -> torch.Tensor:
         shared = self.config.delta_sharing == "all"
-        name, update = ("qkv_proj", ("qkv".index(role), *level)) if shared else (f"{role}_proj", level)
+        name, update = ("qkv", ("qkv".index(role[0]), *level)) if shared else (role, level)
         return getattr(self, name)(hidden_states, update)

@@ -62,9 +62,9 @@ class EfficientMultiHeadSelfAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
         self.norm = nn.LayerNorm(channels)
-        self.q_proj = nn.Linear(channels, channels)
-        self.k_proj = nn.Linear(channels, channels)
-        self.v_proj = nn.Linear(channels, channels)
+        self.query = nn.Linear(channels, channels)
+        self.key = nn.Linear(channels, channels)
+        self.value = nn.Linear(channels, channels)
         self.out_proj = nn.Linear(channels, channels)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -73,8 +73,8 @@ class EfficientMultiHeadSelfAttention(nn.Module):
         memory = hidden_states
         if self.sr_ratio > 1:
             memory = to_tokens(F.avg_pool2d(to_map(memory), self.sr_ratio, ceil_mode=True, count_include_pad=False))
-        query = self._split_heads(self.q_proj(hidden_states))
-        key, value = self._split_heads(self.k_proj(memory)), self._split_heads(self.v_proj(memory))
+        query = self._split_heads(self.query(hidden_states))
+        key, value = self._split_heads(self.key(memory)), self._split_heads(self.value(memory))
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
