@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-real test test-oldest test-newest test-engines lint format bench gpu-rehearsal gpu-report cards release clean
+.PHONY: help demo demo-real test test-oldest test-newest test-engines lint format bench cards release clean
 
 export PYTHON
 BIN := .venv/bin
@@ -13,7 +13,7 @@ WORKERS ?= auto
 # A file's tests go to one worker, or several would run its fixtures.
 XDIST = -n $(WORKERS) --dist loadfile
 TESTS ?= tests
-NEWEST_TESTS ?= tests/modeling tests/processing tests/test_hub_surface.py tests/test_remote_code.py tests/test_end_to_end.py
+NEWEST_TESTS ?= tests/modeling tests/processing tests/test_remote_code.py tests/test_end_to_end.py
 BENCH ?= projector end_to_end training_step processing scaling deltas
 ENGINES ?= $(patsubst tests/integration/environments/%.txt,%,$(wildcard tests/integration/environments/*.txt))
 
@@ -21,13 +21,13 @@ help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/.ready  ## Convert a trained checkpoint, load the result without this package, ask it 500 test questions
-	@$(BIN)/python examples/demo.py
+	@$(BIN)/python -m examples.demo
 
 demo-real: .venv/.smol  ## Join DINOv2 and SmolLM2 (from pip packages, 180 MB) by a trained projector, and ask about images
 	@$(BIN)/python -m examples.smol.demo
 
 test: .venv/.ready  ## Run the tests (TESTS=path for some of them), with coverage
-	@$(PYTEST) $(BIN)/python -m pytest $(XDIST) $(TESTS) --cov --cov-report=term
+	@$(PYTEST) $(BIN)/python -m pytest $(XDIST) $(TESTS) $(if $(filter tests,$(TESTS)),--cov --cov-report=term)
 ifeq ($(TESTS),tests)
 	@$(BIN)/python -m coverage report --include='*/modeling/*,*/processing/*' --fail-under=95
 endif
@@ -39,7 +39,7 @@ test-newest:  ## Run demo and core tests on what pip installs today (NEWEST_TORC
 	@echo "Setting up .venv-newest (a few minutes) ..."
 	@tools/make-venv .venv-newest $(if $(NEWEST_TORCH),/dev/null,constraints-newest.txt)
 	@.venv-newest/bin/python -c 'import torch, transformers; print("transformers", transformers.__version__, "torch", torch.__version__)'
-	@.venv-newest/bin/python examples/demo.py
+	@.venv-newest/bin/python -m examples.demo
 	@$(PYTEST) .venv-newest/bin/python -m pytest $(XDIST) $(NEWEST_TESTS)
 
 test-engines: .venv/.ready $(ENGINES:%=.engines/%/.ready)  ## Run the tests of the engines, each in its environment (ENGINES="vllm serve" for some)
@@ -54,17 +54,9 @@ format: .venv/.ready  ## Format the code and fix what can be fixed
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: .venv/.ready  ## Measure speed side by side (BENCH="projector deltas" for some), and render docs/performance.md; over an hour
+bench: .venv/.ready  ## Measure speed side by side (BENCH="projector deltas" for some); over an hour
 	@for name in $(BENCH); do echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py; done
-	@$(BIN)/python benchmarks/write_performance_page.py
-
-gpu-rehearsal: .venv/.ready  ## Rehearse the run on a GPU on the CPU, with tiny shapes, and render what it wrote elsewhere
-	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; cp docs/performance.md "$$folder"; \
-	$(BIN)/python benchmarks/on_gpu.py "$$folder/out" --rehearse || { cat "$$folder/out/log.txt"; exit 1; }; \
-	$(BIN)/python benchmarks/write_performance_page.py --gpu "$$folder/out" --page "$$folder/performance.md" --results "$$folder/results"
-
-gpu-report: .venv/.ready  ## Put what benchmarks/on_gpu.py wrote into FOLDER into docs/performance.md
-	@$(BIN)/python benchmarks/write_performance_page.py --gpu "$(FOLDER)"
+	@$(BIN)/python -m benchmarks.write_performance_page
 
 cards: .venv/.ready  ## Render model_cards/ from the facts beside them
 	@$(BIN)/python tools/render_cards.py

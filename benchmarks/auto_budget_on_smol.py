@@ -18,8 +18,9 @@ from typing import Any
 from PIL import Image
 
 from benchmarks.projectors.sweep import show_table
+from examples.easy_vqa_questions import Score
+from examples.smol.test_set import load_test_set
 from transformers_delta_llava import DeltaLlavaProcessor
-from transformers_delta_llava.evaluation import Score, load_test_set
 from transformers_delta_llava.processing.auto_budget_delta_llava import pick_budget
 
 

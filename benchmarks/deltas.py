@@ -1,6 +1,6 @@
 """Deltas at the size of the released projector (7B): swapping, merging, storing and training them, beside the whole projector.
 
-    python benchmarks/deltas.py [--swaps 100] [--steps 5] [--images 4]
+    python -m benchmarks.deltas [--swaps 100] [--steps 5] [--images 4]
 
 Prints each figure beside its target, and writes JSON. On random numbers: nothing measured here depends on their values.
 Full and delta-only training take turns, step by step, on one projector.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from harness import arguments_of, prepare, print_table, write_results
+from benchmarks.harness import arguments_of, prepare, print_table, write_results
 from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaModel, DeltaLlavaProjector
 
 

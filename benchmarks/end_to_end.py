@@ -1,9 +1,9 @@
 """Answers of a whole model at every budget, beside transformers' own LLaVA with the same tower and language model.
 
-    python benchmarks/end_to_end.py
-    python benchmarks/end_to_end.py --device cuda --dtype bfloat16 --shape 7b --batch-size 1 --new-tokens 128
-    python benchmarks/end_to_end.py --device cuda --dtype bfloat16 --shape 7b --batch-size 32 --new-tokens 128 --cache static
-    python benchmarks/end_to_end.py --device cuda --dtype bfloat16 --shape 13b --new-tokens 128
+    python -m benchmarks.end_to_end
+    python -m benchmarks.end_to_end --device cuda --dtype bfloat16 --shape 7b --batch-size 1 --new-tokens 128
+    python -m benchmarks.end_to_end --device cuda --dtype bfloat16 --shape 7b --batch-size 32 --new-tokens 128 --cache static
+    python -m benchmarks.end_to_end --device cuda --dtype bfloat16 --shape 13b --new-tokens 128
 
 Weights are random, and an answer always has the same length. `promised` is the share of LLaVA's operations up to the first token,
 exact counts of both, that is left at a budget: the time to first token should follow it.
@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from harness import arguments_of, peak_bytes, prepare, print_table, side_by_side, write_results
-from harness.models import LLAVA, build_pair, make_inputs
-from harness.plots import line_plot
+from benchmarks.harness import arguments_of, peak_bytes, prepare, print_table, side_by_side, write_results
+from benchmarks.harness.models import LLAVA, build_pair, make_inputs
+from benchmarks.profile import paper_flops, profile
 from transformers_delta_llava import DeltaLlavaConfig
-from transformers_delta_llava.analysis import paper_flops, profile_model
 
 
 def main() -> None:
@@ -64,13 +63,7 @@ def main() -> None:
         )
     print_table(f"{arguments.shape}, batch {arguments.batch_size}, {arguments.new_tokens} new tokens", rows)
     name = f"end_to_end_{arguments.shape}_{arguments.device}_batch{arguments.batch_size}_{arguments.cache}"
-    path = write_results(name, arguments, rows=rows)
-    points = dict(zip(budgets, rows[1:]))
-    lines = {
-        "time to first token": [(budget, row["of LLaVA's"]) for budget, row in points.items()],
-        "operations": [(budget, row["promised"]) for budget, row in points.items()],
-    }
-    line_plot(lines, "Share of LLaVA's at 576 tokens", "visual tokens per image", path.with_suffix(".svg"), log_x=True)
+    write_results(name, arguments, rows=rows)
 
 
 @torch.no_grad()
@@ -85,10 +78,10 @@ def answer(model: Any, inputs: dict[str, Any], new_tokens: int, cache: str) -> t
 def promises(config: DeltaLlavaConfig, budgets: list[int], text_tokens: int) -> dict[str, float]:
     """Operations up to the first token as a share of LLaVA's, which runs the whole tower and keeps every patch."""
     most = config.num_visual_tokens_for(1)
-    profiles = profile_model(config, text_tokens, 1, budgets=[most, *budgets]).budgets
+    full, *others = profile(config, text_tokens, 1, [most, *budgets])
     shared = paper_flops(config, most, text_tokens, 1)  # of a whole CLIP and of LLaVA's MLP it is the exact count
-    llava = shared["tower"] + shared["projector"] + profiles[0].exact_flops["prefill"]
-    return {LLAVA: 1.0, **{f"{p.num_visual_tokens} tokens": sum(p.exact_flops.values()) / llava for p in profiles[1:]}}
+    llava = shared["tower"] + shared["projector"] + full["flops"]["prefill"]
+    return {LLAVA: 1.0, **{f"{row['num_visual_tokens']} tokens": sum(row["flops"].values()) / llava for row in others}}
 
 
 if __name__ == "__main__":

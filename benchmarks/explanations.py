@@ -1,6 +1,6 @@
 """Whether saliency lies where the answer is to be seen: easy-VQA's test images, on whose plain ground there is one shape.
 
-    python benchmarks/explanations.py [--images 200]
+    python -m benchmarks.explanations [--images 200]
 
 For every place and budget the script looks at the first token of one answer per image, once with the saliency that
 `delta-llava explain` draws (gradient times activation at each position), once with Grad-CAM's (gradients averaged over the
@@ -25,11 +25,10 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from transformers_delta_llava.analysis import load_repo
-from transformers_delta_llava.analysis.explain import saliency_map, token_gradients
-from transformers_delta_llava.analysis.inference import answer_ids, encode_question
+from examples.easy_vqa_questions import Question, load_questions
 from transformers_delta_llava.conversion import convert_checkpoint
-from transformers_delta_llava.evaluation import Question, load_questions
+from transformers_delta_llava.explain import saliency_map, token_gradients
+from transformers_delta_llava.loading import answer_ids, encode_question, load_repo
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,7 +65,7 @@ def main() -> None:
         rows += [f"| {on} | {budget} | {method} | {summary(judged)} |" for method, judged in found.items()]
     table = "\n".join(rows)
     print(table)
-    command = f"python benchmarks/explanations.py --images {arguments.images}"
+    command = f"python -m benchmarks.explanations --images {arguments.images}"
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(f"`{command}`: {len(questions)} images, percent.\n\n{table}\n", encoding="utf-8")
 

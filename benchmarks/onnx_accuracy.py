@@ -1,7 +1,7 @@
 """Do the graphs of an ONNX export answer as PyTorch does? Each precision, each number of visual tokens, question by question.
 
     delta-llava export REPO EXPORT --format onnx --dtype fp32 --dtype q8 --dtype q4
-    python benchmarks/onnx_accuracy.py REPO EXPORT [--questions FOLDER] [--limit 500] [--num-visual-tokens 16 4 1]
+    python -m benchmarks.onnx_accuracy REPO EXPORT [--questions FOLDER] [--limit 500] [--num-visual-tokens 16 4 1]
 
 Asks easy-VQA's 9,673 test questions, or those of a test set of several tasks (FOLDER, of `examples/smol/build_data.py`). onnxruntime
 answers one question at a time, greedily, on one thread. PyTorch reads the prompt with that answer and says whether it would have chosen
@@ -26,12 +26,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from onnx_speed import OpenVinoModel
+from benchmarks.onnx_speed import OpenVinoModel
+from examples.easy_vqa_questions import draw_test_questions
+from examples.smol.test_set import MAX_NEW_TOKENS, load_test_set
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
-from transformers_delta_llava.analysis.inference import load_repo
-from transformers_delta_llava.evaluation import draw_test_questions, load_test_set
-from transformers_delta_llava.evaluation.test_sets import MAX_NEW_TOKENS
-from transformers_delta_llava.onnx_export.run_onnx import OnnxModel
+from transformers_delta_llava.loading import load_repo
+from transformers_delta_llava.onnx.run_onnx import OnnxModel
 from transformers_delta_llava.utils.files import sha256_of
 
 

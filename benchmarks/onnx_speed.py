@@ -1,7 +1,7 @@
 """Time, memory and disk of an ONNX export beside PyTorch: onnxruntime in each precision, OpenVINO where it is installed.
 
     delta-llava export REPO EXPORT --format onnx --dtype fp32 --dtype q8 --dtype q4
-    python benchmarks/onnx_speed.py REPO EXPORT
+    python -m benchmarks.onnx_speed REPO EXPORT
 
 All answer the same question about the same image, in turns, in one process, greedily, and go on to the last token asked for. The time
 to the first token begins with a decoded image. Memory is the peak of a process that imports what a side needs and answers once (Linux).
@@ -23,10 +23,10 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
-from harness import arguments_of, prepare, print_table, side_by_side, write_results
-from transformers_delta_llava.analysis.inference import encode_question, load_repo
-from transformers_delta_llava.onnx_export.export import bytes_on_disk
-from transformers_delta_llava.onnx_export.run_onnx import OnnxModel
+from benchmarks.harness import arguments_of, prepare, print_table, side_by_side, write_results
+from transformers_delta_llava.loading import encode_question, load_repo
+from transformers_delta_llava.onnx.export import bytes_on_disk
+from transformers_delta_llava.onnx.run_onnx import OnnxModel
 
 
 PHOTO = Path(__file__).parents[1] / "examples" / "images" / "chelsea.jpg"

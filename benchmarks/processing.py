@@ -1,6 +1,6 @@
 """Images per second of the processor beside LlavaProcessor's, and how long a repo takes to load beside an in-tree LLaVA.
 
-    python benchmarks/processing.py
+    python -m benchmarks.processing
 
 Both processors hold the same tokenizer. With padding to a square, LLaVA's holds transformers' LlavaImageProcessor, which pads
 itself; without, both hold the same CLIP image processor. Both models have the same tower and language model, random weights in
@@ -22,10 +22,9 @@ from transformers import (
 )
 from transformers.models.llava import image_processing_pil_llava as llava_images
 
-from harness import arguments_of, prepare, print_table, side_by_side, write_results
-from harness.models import build_pair
+from benchmarks.harness import arguments_of, prepare, print_table, side_by_side, write_results
+from benchmarks.harness.models import build_pair
 from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaProcessor
-from transformers_delta_llava.analysis import bar_plot
 
 
 SIDE = 336
@@ -54,9 +53,7 @@ def main() -> None:
             {"what": f"loading {arguments.shape}, s", **times, "ours better by": times["LLaVA"] / times["ours"]}
         )
     print_table("Processing and loading", rows)
-    path = write_results("processing", arguments, rows=rows)
-    bars = {row["what"]: {"ours better by": row["ours better by"]} for row in rows}
-    bar_plot(bars, "Ours against LLaVA (above 1: faster)", "", path.with_suffix(".svg"))
+    write_results("processing", arguments, rows=rows)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,7 +1,7 @@
 """The projector's time and memory beside the released computation, a TokenPacker-style projector and LLaVA's MLP.
 
-    python benchmarks/projector.py
-    python benchmarks/projector.py --device cuda --dtype bfloat16 --compile
+    python -m benchmarks.projector
+    python -m benchmarks.projector --device cuda --dtype bfloat16 --compile
 
 Of CLIP-L/336 and a language model 4096 wide, at every scale factor. `released` is the released computation step by step on the
 same parameters (`projectors/released.py`, which meets the oracle of the tests). The share of the machine's peak takes a product of
@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness import (
+from benchmarks.harness import (
     arguments_of,
     matmul,
-    model_config,
     peak_bytes,
     prepare,
     print_table,
@@ -26,8 +25,8 @@ from harness import (
     side_by_side,
     write_results,
 )
-from harness.plots import line_plot
-from projectors import MLPProjector, ReleasedProjector, TokenPackerStyleProjector
+from benchmarks.projectors import MLPProjector, ReleasedProjector, TokenPackerStyleProjector
+from benchmarks.shapes import model_config
 from transformers_delta_llava import DeltaLlavaProjector
 
 
@@ -50,13 +49,7 @@ def main() -> None:
             training.append(forward_backward(projectors, batch, scale_factor, arguments))
     print_table("Forward, milliseconds", inference)
     print_table("Forward and backward, milliseconds", training)
-    path = write_results("projector", arguments, inference=inference, training=training)
-    lines = {
-        f"{title}, batch {batch}": [(row["s"], row["released/ours"]) for row in rows if row["batch"] == batch]
-        for title, rows in (("forward", inference), ("forward and backward", training))
-        for batch in arguments.batch_sizes
-    }
-    line_plot(lines, "Released computation: times ours", "scale factor", path.with_suffix(".svg"), log_x=True)
+    write_results("projector", arguments, inference=inference, training=training)
 
 
 def build(shape: str, device: str, dtype: torch.dtype) -> dict[str, nn.Module]:

@@ -24,11 +24,11 @@ from peft.utils import ModulesToSaveWrapper
 
 from benchmarks.projectors import VARIANTS
 from benchmarks.projectors.sweep import read_runs, show_table, spread
+from examples.easy_vqa_questions import answer_questions
 from examples.smol.align import Captions, start, train
 from examples.smol.nearest_words import nearest_words
+from examples.smol.test_set import MAX_NEW_TOKENS, load_test_set, score_tasks
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
-from transformers_delta_llava.evaluation import answer_questions, load_test_set
-from transformers_delta_llava.evaluation.test_sets import MAX_NEW_TOKENS, score_tasks
 from transformers_delta_llava.modeling import modeling_delta_llava
 from transformers_delta_llava.training import Recipe, load_recipe
 from transformers_delta_llava.training.arguments import make_arguments

@@ -1,7 +1,7 @@
 """How the projector's cost grows with batch, image size, visual tokens and levels: fitted exponents of time and operations.
 
-    python benchmarks/scaling.py
-    python benchmarks/scaling.py --device cuda --dtype bfloat16
+    python -m benchmarks.scaling
+    python -m benchmarks.scaling --device cuda --dtype bfloat16
 
 An exponent of 1 means that twice as much costs twice as much. One quantity changes at a time, from a batch of 1, a grid of
 24 x 24 patches, scale factor 2 and four levels.
@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from harness import arguments_of, model_config, prepare, print_table, products_alone, side_by_side, write_results
-from harness.plots import line_plot
-from projectors import ReleasedProjector
+from benchmarks.harness import arguments_of, prepare, print_table, products_alone, side_by_side, write_results
+from benchmarks.projectors import ReleasedProjector
+from benchmarks.shapes import model_config
 from transformers_delta_llava import DeltaLlavaProjector
 
 
@@ -42,11 +42,7 @@ def main() -> None:
         names = ("ours", "released", "operations")
         rows.append({"cost over": quantity} | {n: exponent(x, [point[n] for point in measured]) for n in names})
     print_table("Fitted exponents", rows)
-    path = write_results("scaling", arguments, exponents=rows, points=points)
-    lines = {q: [(p["size"], 1000 * p["ours"]) for p in points if p["quantity"] == q] for q in SWEEPS}
-    line_plot(
-        lines, "Projector, ms", "batch, patches, tokens, levels", path.with_suffix(".svg"), log_x=True, log_y=True
-    )
+    write_results("scaling", arguments, exponents=rows, points=points)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """One training step of either stage at every budget, beside transformers' own LLaVA at all patches.
 
-    python benchmarks/training_step.py
-    python benchmarks/training_step.py --device cuda --dtype bfloat16 --shape 7b --batch-size 16 --text-tokens 128
+    python -m benchmarks.training_step
+    python -m benchmarks.training_step --device cuda --dtype bfloat16 --shape 7b --batch-size 16 --text-tokens 128
 
 Stage 1 trains the projector, stage 2 the language model as well; the tower is frozen. `Table 4` is the paper's time of an epoch as
 a share of LLaVA's; its text speaks of 3.5 and 7.5 hours for LLaVA, its table of 1:24:01 and 4:34:20: the table is taken.
@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from harness import arguments_of, peak_bytes, prepare, print_table, side_by_side, write_results
-from harness.models import LLAVA, build_pair, make_inputs
-from harness.plots import line_plot
+from benchmarks.harness import arguments_of, peak_bytes, prepare, print_table, side_by_side, write_results
+from benchmarks.harness.models import LLAVA, build_pair, make_inputs
 
 
 # Table 4 in seconds, stage 1 and stage 2.
@@ -41,7 +40,7 @@ def main() -> None:
     ours, llava = build_pair(arguments.shape, arguments.device, getattr(torch, arguments.dtype))
     budgets = arguments.budgets or [b for b in ours.config.visual_token_budgets if b != 9]
     models = {LLAVA: (llava, ours.config.num_visual_tokens_for(1)), **{budget: (ours, budget) for budget in budgets}}
-    rows, lines = [], {}
+    rows = []
     for stage in (1, 2):
         steps = {}
         for name, (model, budget) in models.items():
@@ -65,15 +64,8 @@ def main() -> None:
                     "MB": peak_bytes(function, arguments.device) / 1e6,
                 }
             )
-        lines[f"stage {stage}"] = [(r["visual tokens"], r["of LLaVA's"]) for r in rows[-len(budgets) :]]
-        lines[f"stage {stage}, Table 4"] = [
-            (budget, times[stage - 1] / TABLE_4[LLAVA][stage - 1])
-            for budget, times in TABLE_4.items()
-            if budget != LLAVA
-        ]
     print_table(f"{arguments.shape}, batch {arguments.batch_size}: time of a training step", rows)
-    path = write_results(f"training_step_{arguments.shape}_{arguments.device}", arguments, rows=rows)
-    line_plot(lines, "Step time, share of LLaVA's", "visual tokens per image", path.with_suffix(".svg"), log_x=True)
+    write_results(f"training_step_{arguments.shape}_{arguments.device}", arguments, rows=rows)
 
 
 def make_optimizer(model: Any, name: str) -> torch.optim.Optimizer:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from transformers_delta_llava.evaluation import Score, draw_test_questions, score_answers
+from examples.easy_vqa_questions import Score, draw_test_questions, score_answers
 
 
 ROOT = Path(__file__).resolve().parents[1]

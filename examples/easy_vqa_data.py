@@ -1,7 +1,7 @@
 """easy-VQA as training data: images, conversations in LLaVA's format, and a tokenizer made from the questions.
 
     pip install easy-vqa
-    python examples/easy_vqa_data.py [OUTPUT] [--versions 8] [--questions-per-row 5] [--seed 0] [--swap-red-and-blue]
+    python -m examples.easy_vqa_data [OUTPUT] [--versions 8] [--questions-per-row 5] [--seed 0] [--swap-red-and-blue]
 
 OUTPUT (`easy-vqa-data` by default) gets `captions.json` for stage 1, `train.json` for stage 2, `images/` and `tokenizer/`:
 everything that `examples/recipes/easy-vqa-pretrain.yaml` and `easy-vqa.yaml` read. Only the training split is used, none of
@@ -26,7 +26,7 @@ from PIL import Image, ImageChops, ImageOps
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from transformers_delta_llava.evaluation import Question, load_questions
+from examples.easy_vqa_questions import Question, load_questions
 from transformers_delta_llava.processing.chat_templates import CONVERSATIONS
 
 

@@ -1,6 +1,6 @@
 """One model, two sets of deltas, two kinds of images: what each set is worth on each.
 
-    python examples/easy_vqa_deltas.py MODEL DELTAS [--limit 500] [--output numbers.json]
+    python -m examples.easy_vqa_deltas MODEL DELTAS [--limit 500] [--output numbers.json]
 
 MODEL is a repo that `delta-llava delta merge --rank 3` made of the shipped checkpoint, DELTAS what the recipe
 `easy-vqa-deltas.yaml` trained on images with red and blue swapped. The model is loaded once; the sets are swapped.
@@ -16,9 +16,9 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from easy_vqa_data import swap_red_and_blue
+from examples.easy_vqa_data import swap_red_and_blue
+from examples.easy_vqa_questions import Question, answer_questions, draw_test_questions, score_answers
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
-from transformers_delta_llava.evaluation import Question, answer_questions, draw_test_questions, score_answers
 
 
 def main() -> None:

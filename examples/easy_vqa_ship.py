@@ -2,8 +2,8 @@
 
     delta-llava train examples/recipes/easy-vqa-pretrain.yaml
     delta-llava train examples/recipes/easy-vqa.yaml
-    delta-llava evaluate easy-vqa runs/easy-vqa --num-visual-tokens 16 ... --output runs/easy-vqa/easy-vqa.json
-    python examples/easy_vqa_ship.py runs/easy-vqa-pretrain runs/easy-vqa examples/easy-vqa
+    python -m examples.easy_vqa_questions runs/easy-vqa --num-visual-tokens 16 ... --output runs/easy-vqa/easy-vqa.json
+    python -m examples.easy_vqa_ship runs/easy-vqa-pretrain runs/easy-vqa examples/easy-vqa
 
 The released code has no token for images, so the embeddings of its checkpoints have no row for one. Export leaves out the last
 row, which training here adds for `<image>`; conversion adds it again.
@@ -70,7 +70,7 @@ def card(model: DeltaLlavaForConditionalGeneration, folder: Path) -> str:
         "all": model,
     }
     sizes = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in parts.items())
-    budgets = " ".join(f"--num-visual-tokens {entry['num_visual_tokens']}" for entry in report["results"])
+    budgets = "--num-visual-tokens " + " ".join(str(entry["num_visual_tokens"]) for entry in report["results"])
     return CARD.format(
         questions=f"{report['questions']:,}",
         dtype=report["dtype"],
@@ -105,7 +105,7 @@ Percent right of all {questions} test questions, exact match, in {dtype}, with 9
 independent; there are about ten per image). Printed by
 
     delta-llava convert examples/easy-vqa runs/easy-vqa-repo
-    delta-llava evaluate easy-vqa runs/easy-vqa-repo {budgets}
+    python -m examples.easy_vqa_questions runs/easy-vqa-repo {budgets}
 
 The author of the data set reports 93.78 on the test split for his own network.
 
@@ -119,11 +119,11 @@ tokens from the recipes' list, so one set of weights serves all of them.
 To make it again:
 
     pip install 'transformers-delta-llava[train]'
-    python examples/easy_vqa_data.py
+    python -m examples.easy_vqa_data
     delta-llava train examples/recipes/easy-vqa-pretrain.yaml
     delta-llava train examples/recipes/easy-vqa.yaml
-    delta-llava evaluate easy-vqa runs/easy-vqa {budgets} --output runs/easy-vqa/easy-vqa.json
-    python examples/easy_vqa_ship.py runs/easy-vqa-pretrain runs/easy-vqa examples/easy-vqa
+    python -m examples.easy_vqa_questions runs/easy-vqa {budgets} --output runs/easy-vqa/easy-vqa.json
+    python -m examples.easy_vqa_ship runs/easy-vqa-pretrain runs/easy-vqa examples/easy-vqa
 
 Data: [easy-VQA](https://github.com/vzhou842/easy-VQA) by Victor Zhou, MIT. Weights: Apache-2.0, as this repository.
 """

@@ -20,8 +20,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import transformers_delta_llava
-from transformers_delta_llava import DeltaLlavaConfig
-from transformers_delta_llava.analysis import shape_config
 
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -55,26 +53,6 @@ def prepare(arguments: argparse.Namespace) -> None:
     """Threads and random numbers as the options say."""
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-
-
-def model_config(shape: str, **fields: Any) -> DeltaLlavaConfig:
-    """The config of a shape that `delta-llava profile` knows, or a tiny one (`tiny`) to try a script with.
-
-    Attention is fused where PyTorch can, as in a model that is loaded.
-    """
-    config = _model_config(shape, **fields)
-    config.vision_config._attn_implementation = "sdpa"
-    return config
-
-
-def _model_config(shape: str, **fields: Any) -> DeltaLlavaConfig:
-    if shape != "tiny":
-        return shape_config(shape, **fields)
-    tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
-    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text |= {"num_key_value_heads": 2, "vocab_size": 512, "eos_token_id": None, "layer_types": None}
-    defaults: dict[str, Any] = {"vision": tower, "text": text, "vision_feature_levels": [1, 2, 3]}
-    return shape_config("0.5b", **defaults | {"projector_head_dim": 16, "image_token_id": 511} | fields)
 
 
 # ---------------------------------------------------------------------------- measuring

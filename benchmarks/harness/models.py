@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from benchmarks.shapes import model_config
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
-
-from . import model_config
 
 
 LLAVA = "LLaVA"

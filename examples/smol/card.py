@@ -1,6 +1,6 @@
 """The card and the plot of what is shipped, every number read from the files beside them.
 
-delta-llava evaluate smol demo-output/smol/delta-llava-160m --data smol-data --output examples/smol/checkpoint/results.json
+python -m examples.smol.test_set demo-output/smol/delta-llava-160m --num-visual-tokens 16 64 4 1 --output examples/smol/checkpoint/results.json
 python -m examples.smol.card examples/smol/checkpoint
 """
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from examples.demo import ROOT, answer_without_package, run_command
 from examples.smol import build_data
 from examples.smol.build_parts import build_parts
-from transformers_delta_llava.evaluation import TaskQuestion
+from examples.smol.test_set import TaskQuestion
 
 
 FOLDER = ROOT / "examples" / "smol"

@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from examples.easy_vqa_questions import Score
 from examples.smol.align import SHARPNESS, caption_targets
+from examples.smol.test_set import load_test_set
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
-from transformers_delta_llava.analysis import load_repo
-from transformers_delta_llava.evaluation import Score, load_test_set
+from transformers_delta_llava.loading import load_repo
 
 
 @torch.inference_mode()

@@ -65,8 +65,8 @@ def run(output: Path, steps: Sequence[int], batch: int, device: str) -> None:
     print(f"stage 2: {time.perf_counter() - start:.0f} s", flush=True)
     tower, language = PARTS / "vision-tower", PARTS / "language-model"
     convert_checkpoint(checkpoint, repo, base_model=language, vision_tower=tower, chat_template=str(template))
-    evaluate = [sys.executable, "-m", "transformers_delta_llava", "evaluate", "smol", str(repo), "--data", str(DATA)]
-    run_command([*evaluate, "--device", device, "--output", str(output / "results.json")])
+    evaluate = [sys.executable, "-m", "examples.smol.test_set", str(repo), "--data", str(DATA)]
+    run_command([*evaluate, "--num-visual-tokens", "16", "64", "4", "1", "--output", str(output / "results.json")])
     print(f"scores: {time.perf_counter() - start:.0f} s", flush=True)
 
 

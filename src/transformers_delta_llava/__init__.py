@@ -1,34 +1,26 @@
-"""Delta-LLaVA for transformers: models, processor and conversion of checkpoints.
+"""Delta-LLaVA (arXiv 2512.18910) for transformers: model, processor, conversion, training.
 
-Importing the package registers its classes with the Auto classes, and makes them save their own code with every model.
+Importing a name registers the classes with transformers' Auto classes; importing the package does so where transformers has been
+imported before. The command line starts without either.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+import sys
+from typing import TYPE_CHECKING, Any
 
-from .modeling import (
-    DeltaLlavaConfig,
-    DeltaLlavaForConditionalGeneration,
-    DeltaLlavaModel,
-    DeltaLlavaPreTrainedModel,
-    DeltaLlavaProjector,
-    DeltaProjection,
-)
-from .processing import DeltaLlavaProcessor
+
+if TYPE_CHECKING or "transformers" in sys.modules:
+    from .modeling import (
+        DeltaLlavaConfig,
+        DeltaLlavaForConditionalGeneration,
+        DeltaLlavaModel,
+        DeltaLlavaPreTrainedModel,
+        DeltaLlavaProjector,
+        DeltaProjection,
+    )
+    from .processing import DeltaLlavaProcessor
 
 
 __version__ = "0.1.0"
-
-AutoConfig.register("delta_llava", DeltaLlavaConfig)
-AutoModel.register(DeltaLlavaConfig, DeltaLlavaModel)
-AutoModelForImageTextToText.register(DeltaLlavaConfig, DeltaLlavaForConditionalGeneration)
-AutoModelForMultimodalLM.register(DeltaLlavaConfig, DeltaLlavaForConditionalGeneration)
-AutoProcessor.register(DeltaLlavaConfig, DeltaLlavaProcessor)
-# Without this, save_pretrained would write a repo that has no code in it.
-DeltaLlavaConfig.register_for_auto_class()
-DeltaLlavaModel.register_for_auto_class("AutoModel")
-DeltaLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-DeltaLlavaProcessor.register_for_auto_class()
-
 __all__ = [
     "DeltaLlavaConfig",
     "DeltaLlavaForConditionalGeneration",
@@ -38,3 +30,11 @@ __all__ = [
     "DeltaLlavaProjector",
     "DeltaProjection",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import modeling, processing
+
+    return getattr(processing if name == "DeltaLlavaProcessor" else modeling, name)

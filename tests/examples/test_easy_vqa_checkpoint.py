@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from examples.easy_vqa_questions import answer_questions, draw_test_questions, score_answers
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from transformers_delta_llava.conversion import export_checkpoint, inspect_model
-from transformers_delta_llava.evaluation import answer_questions, draw_test_questions, score_answers
 
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "easy-vqa"

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from examples.easy_vqa_data import captions, move_shape, write_rows, write_tokenizer
-from transformers_delta_llava.evaluation import load_questions
+from examples.easy_vqa_questions import load_questions
 from transformers_delta_llava.processing.chat_templates import CONVERSATIONS
 
 

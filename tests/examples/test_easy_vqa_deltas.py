@@ -10,10 +10,10 @@ from PIL import Image
 
 from examples.easy_vqa_data import swap_red_and_blue
 from examples.easy_vqa_data import write_rows as write_questions
+from examples.easy_vqa_questions import answer_questions, draw_test_questions, load_questions, score_answers
 from tests.training.tiny_run import write_data
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from transformers_delta_llava.deltas import extract_deltas, merge_into_base
-from transformers_delta_llava.evaluation import answer_questions, draw_test_questions, load_questions, score_answers
 from transformers_delta_llava.training import load_recipe
 from transformers_delta_llava.training.run import make_trainer, train
 

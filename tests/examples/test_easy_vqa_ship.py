@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from examples.easy_vqa_data import write_captions, write_rows, write_tokenizer
+from examples.easy_vqa_questions import load_questions
 from examples.easy_vqa_ship import card, write_checkpoint, write_log
 from tests.reference.names import parameter_shapes
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from transformers_delta_llava.conversion import convert_checkpoint
-from transformers_delta_llava.evaluation import load_questions
 from transformers_delta_llava.training import load_recipe, train
 
 

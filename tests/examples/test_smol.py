@@ -13,6 +13,7 @@ from examples.smol import build_data, scenes
 from examples.smol.align import caption_targets, word_loss
 from examples.smol.on_gpu import pack, unpack
 from examples.smol.ship import ship
+from examples.smol.test_set import evaluate, load_test_set, majority_of_training
 from tests.training.tiny_run import (
     make_image_processor,
     make_processor,
@@ -23,7 +24,6 @@ from tests.training.tiny_run import (
 )
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.conversion import convert_checkpoint
-from transformers_delta_llava.evaluation import evaluate_tasks, load_test_set, majority_of_training
 from transformers_delta_llava.training import make_recipe, train
 
 
@@ -152,7 +152,7 @@ def test_evaluation_of_a_test_set_of_several_tasks(run, tmp_path):
     (tmp_path / "finetune.json").write_text(json.dumps([{"conversations": turns}]))
     majority = majority_of_training(tmp_path, questions)
     model = DeltaLlavaForConditionalGeneration.from_pretrained(run / "model")
-    results = list(evaluate_tasks(model, make_processor(), questions, [4, 1], majority))
+    results = list(evaluate(model, make_processor(), questions, [4, 1], majority))
     assert [result["asked"] for result in results] == [
         "majority",
         "without image",

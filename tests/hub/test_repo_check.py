@@ -1,14 +1,12 @@
 """A conversion ends in a repo that loads and answers, or in no repo: it is checked as `push` does before it appears."""
 
 import json
-import os
 import shutil
 
 import pytest
 
-from transformers_delta_llava.analysis.inference import load_repo
-from transformers_delta_llava.conversion import convert, convert_checkpoint, export_checkpoint, inspect_model, sources
-from transformers_delta_llava.hub.repo_files import check_repo, repo_files
+from transformers_delta_llava.conversion import convert, convert_checkpoint, sources
+from transformers_delta_llava.hub.repo_files import check_repo
 from transformers_delta_llava.utils import templates
 from transformers_delta_llava.utils.errors import DeltaLlavaError
 
@@ -117,37 +115,3 @@ def test_a_tokenizer_that_panics_or_cannot_be_written(source, tmp_path, monkeypa
     with pytest.raises(DeltaLlavaError, match="The tokenizer of llava-tiny cannot be used: No space left"):
         convert_checkpoint(source, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["given"]
-
-
-def test_a_repo_whose_template_loops(repo, tmp_path, monkeypatch):
-    monkeypatch.setattr(templates, "MAX_SECONDS", 0.2)
-    copied = shutil.copytree(repo, tmp_path / "copied")
-    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    (copied / "chat_template.jinja").write_text(loop)
-    for load in (check_repo, lambda folder: load_repo(str(folder))):
-        with pytest.raises(DeltaLlavaError, match="The chat template of .*copied takes more than 0.2 seconds"):
-            load(copied)
-
-
-@pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors"])
-def test_a_pipe_among_the_files_of_a_repo(repo, tmp_path, name):
-    copied = shutil.copytree(repo, tmp_path / "copied")
-    (copied / name).unlink()
-    os.mkfifo(copied / name)
-    for read in (repo_files, check_repo, inspect_model, lambda folder: load_repo(str(folder))):
-        with pytest.raises(DeltaLlavaError, match=f"{name} in copied is not a regular file"):
-            read(copied)
-
-
-def test_a_repo_with_impossible_sizes(repo, tmp_path):
-    copied = shutil.copytree(repo, tmp_path / "copied")
-    edit(copied / "config.json", lambda values: values["text_config"].update(num_hidden_layers=10**9))
-    for read in (
-        check_repo,
-        lambda folder: load_repo(str(folder)),
-        lambda folder: export_checkpoint(folder, tmp_path / "out"),
-    ):
-        with pytest.raises(
-            DeltaLlavaError, match="text_config.num_hidden_layers=1000000000: input should be less than"
-        ):
-            read(copied)

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from examples.easy_vqa_questions import Question, draw_test_questions
 from tests.integration.engine_scripts.answer import answer
 from tests.integration.engines import ROOT
-from tests.test_bad_input import MESSAGES
-from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
+from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from transformers_delta_llava.conversion import convert_checkpoint
-from transformers_delta_llava.evaluation import Question, draw_test_questions
 
 
 CHECKPOINT = ROOT / "examples" / "easy-vqa"
@@ -25,13 +24,6 @@ def repo(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("repo") / "easy-vqa"
     convert_checkpoint(CHECKPOINT, folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def refusals(repo) -> dict[str, str]:
-    """What bad input is told, with the budgets that the repo has."""
-    budgets = ", ".join(map(str, DeltaLlavaConfig.from_pretrained(repo).visual_token_budgets))
-    return MESSAGES | {"unknown budget": MESSAGES["unknown budget"].replace("64, 16, 4, 1", budgets)}
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Running things in the environment of an engine, and starting and surely ending its servers."""
 
+import base64
 import contextlib
 import json
 import os
@@ -135,6 +136,20 @@ class Server:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode(errors="replace")
+
+
+def data_url(image: str) -> str:
+    """A PNG file as a data URL."""
+    return f"data:image/png;base64,{base64.b64encode(Path(image).read_bytes()).decode()}"
+
+
+def messages(case: dict) -> list[dict]:
+    """The case's content as a user message of the OpenAI API."""
+    content = [
+        {"type": "image_url", "image_url": {"url": data_url(item["url"])}} if item["type"] == "image" else item
+        for item in case["content"]
+    ]
+    return [{"role": "user", "content": content}]
 
 
 def free_port() -> int:

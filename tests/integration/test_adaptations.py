@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from examples.easy_vqa_questions import Question, answer_questions, draw_test_questions, score_answers
 from tests.integration.engines import Engine, needs
 from tests.pages import filled, read_blocks
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
-from transformers_delta_llava.evaluation import Question, answer_questions, draw_test_questions, score_answers
 
 
 pytestmark = needs("adaptations")

@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 from PIL.Image import Resampling
 
+from examples.easy_vqa_questions import draw_test_questions
 from tests.integration.engine_scripts.answer import encode
 from tests.integration.engines import ROOT, SCRIPTS, Engine, free_port, needs
 from tests.pages import filled, read_blocks
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
-from transformers_delta_llava.evaluation import draw_test_questions
-from transformers_delta_llava.onnx_export import export_onnx
+from transformers_delta_llava.onnx import export_onnx
 from transformers_delta_llava.processing.image_utils_delta_llava import pad_to_square
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.engines import Engine, needs
-from transformers_delta_llava.onnx_export import export_onnx
+from transformers_delta_llava.onnx import export_onnx
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,12 @@
-"""vLLM's Transformers modelling backend, off line and as a server, where the package is not installed."""
+"""vLLM's Transformers modelling backend, offline and as a server, where the package is not installed."""
 
 import json
-from pathlib import Path
 
 import pytest
 from transformers import pipeline
 
-from tests.integration.api_requests import data_url, malformed_requests, messages
 from tests.integration.engine_scripts.answer import NEW_TOKENS, answer, ask_pipeline
-from tests.integration.engines import Engine, free_port, needs
+from tests.integration.engines import Engine, data_url, free_port, messages, needs
 from tests.pages import commands_of, filled, read_blocks
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 
@@ -20,8 +18,6 @@ OFFLINE, SERVER, CLIENT = read_blocks("engines.md", "vLLM")
 # What the page starts the server with; the repo's own default is 16.
 ENGINE_BUDGET = 4
 URL_ON_PAGE = "https://example.org/photo.jpg"
-# vLLM fetches images itself, and answers 500 where a host cannot be reached; it does not count placeholders in texts.
-OWN_WAYS = {"url": (500, 501), "marker in text": (200,)}
 # One engine at a time in little memory; nothing is reported to anybody.
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
@@ -31,7 +27,7 @@ def vllm(tmp_path_factory) -> Engine:
     return Engine("vllm", tmp_path_factory.mktemp("vllm"))
 
 
-def test_offline_answers_are_those_of_transformers(vllm, repo, cases, expected, refusals):
+def test_offline_answers_are_those_of_transformers(vllm, repo, cases, expected):
     requests = [{"messages": messages(case), "num_visual_tokens": case["num_visual_tokens"]} for case in cases]
     bad = {**requests[0], "num_visual_tokens": 7}
 
@@ -40,13 +36,7 @@ def test_offline_answers_are_those_of_transformers(vllm, repo, cases, expected, 
     assert report["alone"] == expected
     usual = [answer for case, answer in zip(cases, expected) if case["num_visual_tokens"] is None]
     assert report["together"] == usual
-    known = (
-        "ValueError: ",
-        "VLLMValidationError: ",
-        "AssertionError: Failed to apply prompt replacement",
-    )  # two of vLLM's own
-    assert all(said.startswith(known) for said in report["refused"].values()), report["refused"]
-    assert refusals["unknown budget"] in report["refused"]["unknown budget"]
+    assert report["refused"].startswith("ValueError") and "num_visual_tokens=7" in report["refused"]
     assert report["after"] == expected[0]
 
 
@@ -126,18 +116,6 @@ def test_bad_budgets_are_refused_and_the_engine_lives_on(vllm, server, cases, ex
         assert answer_to_it.get("status") == 400, (budget, answer_to_it)
         assert "num_visual_tokens" in answer_to_it["error"]
     assert good == expected_of_server[0]
-
-
-def test_200_malformed_requests(vllm, server, questions, cases, expected_of_server):
-    good = {"model": "delta-llava", "messages": messages(cases[0]), "max_tokens": 4}
-    answered = []
-    for fault, body in malformed_requests(good, Path(questions[0].image).read_bytes(), 200):
-        status, text = server.post("/v1/chat/completions", body)
-        if not 400 <= status < 500 and status not in OWN_WAYS.get(fault, ()):
-            answered.append(f"{fault}: {status} {text[:100]} to ...{body[-100:]!r}")
-    assert not answered, "\n".join(answered)
-    assert server.is_alive
-    assert chat(vllm, server, [request(cases[0])]) == expected_of_server[:1]
 
 
 @pytest.fixture(scope="module")

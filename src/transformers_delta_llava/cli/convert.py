@@ -7,10 +7,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from ..conversion import convert_checkpoint
-from ..hub.push import check_login
-from ..utils.errors import DeltaLlavaError
-from ..utils.files import check_repo_id
+from ..errors import DeltaLlavaError
 from .options import say
 from .push import CreatePr, DryRun, Private, Revision, push_and_tell
 
@@ -65,6 +62,10 @@ def convert(
 
     With --push-to-hub the repo is then published, and the commit's URL printed too; --dry-run converts and sends nothing.
     """
+    from ..conversion import convert_checkpoint
+    from ..hub.push import check_login
+    from ..utils.files import check_repo_id
+
     if push_to_hub is None:
         if private or revision is not None or create_pr or dry_run:
             raise DeltaLlavaError("--private, --revision, --create-pr and --dry-run belong to --push-to-hub.")

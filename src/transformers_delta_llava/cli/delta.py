@@ -102,21 +102,12 @@ def merge(
 def stats(
     source: Annotated[str, typer.Argument(help="Folder or Hub id of a delta repo or a model.", show_default=False)],
     base: Annotated[str | None, typer.Option(help="For a delta repo: the model with its base.")] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Figure to write: FILE.png or FILE.svg.", show_default=False)
-    ] = None,
     as_json: Json = False,
 ) -> None:
     """Print singular values and norms of deltas, by projection and level."""
-    from ..analysis import check_figure_path, plot_delta_stats
     from ..deltas import delta_stats
 
-    if plot is not None:
-        check_figure_path(plot)
     rows = delta_stats(source, base)
-    if plot is not None:
-        plot_delta_stats(rows, f"Deltas of {Path(source).name}", plot)
-        say(f"wrote {plot}")
     if as_json:
         print_json([{**asdict(row), "ratio": row.ratio} for row in rows])
     else:

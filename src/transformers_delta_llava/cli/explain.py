@@ -1,7 +1,8 @@
 """`delta-llava explain`."""
 
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -10,76 +11,67 @@ from rich.table import Table
 from .options import (
     Device,
     Dtype,
-    Image,
+    HubRevision,
     Json,
     MaxNewTokens,
     Model,
-    Prompt,
     cell,
     number_or_word,
     print_json,
-    progress,
+    quiet,
     say,
 )
 
 
-if TYPE_CHECKING:
-    from ..analysis import Explanation
+class Positions(str, Enum):
+    """Where saliency is computed."""
+
+    visual_tokens = "visual_tokens"
+    patches = "patches"
 
 
 def explain(
     model: Model,
-    image: Image,
-    prompt: Prompt,
+    image: Annotated[str, typer.Argument(help="Image: a file or a URL.", show_default=False)],
+    prompt: Annotated[str, typer.Option(help="Question about the image.", show_default=False)],
     num_visual_tokens: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Visual tokens, or auto; may be given several times; by default the model's own number and the next two."
-        ),
+        typer.Option(help="One panel for each: numbers, or auto.", show_default="the repo's and the next two"),
     ] = None,
-    token: Annotated[
-        str, typer.Option(help="What to explain of the answer: a position, from 0, or a word of it.")
-    ] = "0",
-    on: Annotated[
-        str,
-        typer.Option(help="Where to look: visual_tokens, or patches (the one to see anything with 1 visual token)."),
-    ] = "visual_tokens",
+    token: Annotated[str, typer.Option(help="Token of the answer: its position, or a word.")] = "0",
+    on: Annotated[Positions, typer.Option(help="With 1 visual token only patches show something.")] = (
+        Positions.visual_tokens
+    ),
     max_new_tokens: MaxNewTokens = 64,
-    output: Annotated[Path, typer.Option(help="Figure to write: FILE.png or FILE.svg.")] = Path("explain.png"),
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Figure to write, .png or .svg.")] = Path(
+        "explain.png"
+    ),
+    revision: HubRevision = None,
+    device: Device = None,
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Show which parts of an image an answer comes from, at several numbers of visual tokens side by side."""
-    from transformers.utils.logging import disable_progress_bar  # these take seconds to import
+    """Draw which parts of an image an answer depends on, at several numbers of visual tokens. Needs the extra `plots`."""
+    from transformers.image_utils import load_image
 
-    from ..analysis import check_figure_path, explain_budgets, load_image, load_repo, plot_explanations
-    from ..analysis.explain import check_question
+    from ..explain import explain, plot_explanations
+    from ..loading import load_repo
 
-    check_figure_path(output)
-    check_question(prompt, on, max_new_tokens)
-    disable_progress_bar()
-    loaded_image = load_image(image)
-    loaded, processor = load_repo(model, device, dtype)
-    budgets = [number_or_word(word) for word in dict.fromkeys(num_visual_tokens or [])]
-    with progress("explaining", len(budgets) or None) as advance:
-        explanations = explain_budgets(
-            loaded, processor, loaded_image, prompt, budgets, number_or_word(token), on, max_new_tokens, advance
-        )
-    plot_explanations(loaded_image, explanations, processor, prompt, output, on)
+    quiet()
+    picture = load_image(image)
+    loaded, processor = load_repo(model, device, dtype, revision)
+    smaller = [number for number in processor.visual_token_budgets if number <= processor.image_seq_length]
+    numbers = [number_or_word(word) for word in num_visual_tokens or map(str, smaller[:3])]
+    explanations = [
+        explain(loaded, processor, picture, prompt, number, number_or_word(token), on.value, max_new_tokens)
+        for number in numbers
+    ]
+    plot_explanations(picture, explanations, processor, prompt, output)
     if as_json:
-        runs = [{**vars(run), "saliency": run.saliency.tolist()} for run in explanations]
-        print_json({"model": Path(model).name, "prompt": prompt, "on": on, "runs": runs})
+        print_json([{**vars(run), "saliency": run.saliency.tolist()} for run in explanations])
     else:
-        _print_table(prompt, explanations)
+        table = Table("visual tokens", "explained", "answer")
+        for run in explanations:
+            table.add_row(str(run.num_visual_tokens), cell(run.token), cell(run.answer))
+        Console().print(table)
     say(f"wrote {output}")
-
-
-def _print_table(prompt: str, explanations: "list[Explanation]") -> None:
-    table = Table(title=cell(prompt))
-    table.add_column("visual tokens", justify="right")
-    table.add_column("explained", overflow="fold")
-    table.add_column("answer", overflow="fold")
-    for run in explanations:
-        table.add_row(str(run.num_visual_tokens), cell(run.token), cell(run.answer))
-    Console().print(table)

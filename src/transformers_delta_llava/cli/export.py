@@ -6,9 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..conversion import export_checkpoint
-from ..onnx_export import export_onnx
-from ..utils.errors import DeltaLlavaError
+from ..errors import DeltaLlavaError
 from .options import say
 
 
@@ -44,13 +42,13 @@ def export(
     merge_deltas: Annotated[
         bool, typer.Option("--merge-deltas", help="onnx: fold the deltas into the projector's weights.")
     ] = False,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="onnx: compare logits and tokens with PyTorch's, on an image.")
-    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
 ) -> None:
     """Write a repo in another layout, and print its path: the authors', bit for bit, or ONNX."""
-    for_onnx = {"num_visual_tokens": num_visual_tokens, "dtype": dtype, "merge_deltas": merge_deltas, "verify": verify}
+    from ..conversion import export_checkpoint
+    from ..onnx import export_onnx
+
+    for_onnx = {"num_visual_tokens": num_visual_tokens, "dtype": dtype, "merge_deltas": merge_deltas}
     for_released = {"projector_only": projector_only, "vocab_size": vocab_size}
     others = for_released if layout is Format.onnx else for_onnx
     if given := [name for name, value in others.items() if value]:
@@ -62,19 +60,10 @@ def export(
             num_visual_tokens=num_visual_tokens,
             dtypes=dtype or ["fp32"],
             merge_deltas=merge_deltas,
-            verify=verify,
             overwrite=overwrite,
             on_message=say,
         )
-        for row in exported.compared:
-            image = f"{row.num_visual_tokens} visual tokens" if row.num_visual_tokens else "no image"
-            say(
-                f"{row.dtype}, {image}: {row.equal_tokens} of {row.num_tokens} tokens as in PyTorch, logits within "
-                f"{row.max_difference:.1e} of the largest"
-            )
-        sizes = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in exported.bytes_by_dtype.items())
-        say(f"{', '.join(map(str, exported.num_visual_tokens))} visual tokens per image; {sizes}")
-        typer.echo(exported.output)
+        typer.echo(exported)
         return
     report = export_checkpoint(
         repo,

@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..hub import PushReport, push_folder
-from ..utils.errors import printable
 from .options import say
+
+
+if TYPE_CHECKING:
+    from ..hub import PushReport
 
 
 Private = Annotated[bool, typer.Option("--private", help="Create the repo private.")]
@@ -59,6 +61,8 @@ def push_and_tell(
     include: Sequence[str] = (),
 ) -> None:
     """Push, with sentences on stderr and the URL on stdout; after a dry run the list of files there."""
+    from ..hub import push_folder
+
     report = push_folder(
         folder,
         repo_id,
@@ -73,11 +77,11 @@ def push_and_tell(
         typer.echo(report.url)
         return
     for name, size in report.files.items():
-        typer.echo(f"{size:>14,} {printable(name)}")
+        typer.echo(f"{size:>14,} {name}")
     say(_plan(report, private, revision, create_pr))
 
 
-def _plan(report: PushReport, private: bool, revision: str | None, create_pr: bool) -> str:
+def _plan(report: "PushReport", private: bool, revision: str | None, create_pr: bool) -> str:
     size = f"{len(report.files)} files, {sum(report.files.values()) / 1e6:,.1f} MB"
     how = "a pull request against" if create_pr else "one commit to"
     visibility = " (private, if it is new)" if private else ""

@@ -374,4 +374,12 @@ def _refuse(config: DeltaLlavaConfig, field: str, remedy: str) -> NoReturn:
     raise ValueError(f"{field}={value!r}: {remedy}.")
 
 
+try:  # `transformers serve` finds the kind of a model by its type in this table
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(DeltaLlavaConfig.model_type, "DeltaLlavaForConditionalGeneration")
+except ImportError:  # a config needs no torch
+    pass
+
+
 __all__ = ["DeltaLlavaConfig"]

@@ -1,5 +1,8 @@
-"""The processor and the conversation formats."""
+"""The processor and the conversation formats; importing them registers the processor with transformers."""
 
+from transformers import AutoProcessor
+
+from ..modeling import DeltaLlavaConfig
 from .chat_templates import CONVERSATIONS, conversation_template, find_conversation
 from .processing_delta_llava import DeltaLlavaProcessor
 
@@ -25,5 +28,8 @@ def load_chat_template(name: str, bos: bool = False) -> str:
     template = conversation_template(known)
     return "{{- bos_token -}}\n" + template if bos and not CONVERSATIONS[known].start else template
 
+
+AutoProcessor.register(DeltaLlavaConfig, DeltaLlavaProcessor)
+DeltaLlavaProcessor.register_for_auto_class()
 
 __all__ = ["CHAT_TEMPLATES", "DeltaLlavaProcessor", "load_chat_template"]

@@ -12,9 +12,8 @@ import sys
 from collections import defaultdict
 
 import torch
-from transformers import AutoProcessor
-
 from answer import answer
+from transformers import AutoProcessor
 
 
 PARTS = ("model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head")

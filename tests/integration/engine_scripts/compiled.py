@@ -12,10 +12,9 @@ import json
 import sys
 
 import torch
+from answer import NEW_TOKENS, encode
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
-
-from answer import NEW_TOKENS, encode
 
 
 def graphs() -> int:

@@ -2,8 +2,7 @@
 
     python page_client.py URL DOWNLOADS [--together] < REQUESTS.json
 
-REQUESTS.json is a list of lists, the arguments of /ask: image (a file or null), question, visual tokens, whether to draw a saliency
-map, for which token. Without `--together` one is sent after the other.
+REQUESTS.json is a list of lists, the arguments of /ask: image (a file or null), question, visual tokens. Without `--together` one is sent after the other.
 """
 
 import json
@@ -25,14 +24,8 @@ def collect(job) -> dict:
         job.result()  # raises what ended the iteration
     except Exception as error:
         return {"error": str(error)}
-    text, costs, saliency, caption = steps[-1]
-    return {
-        "steps": [step[0] for step in steps],
-        "text": text,
-        "costs": costs,
-        "saliency": saliency,
-        "caption": caption,
-    }
+    text, costs = steps[-1]
+    return {"steps": [step[0] for step in steps], "text": text, "costs": costs}
 
 
 def main() -> None:

@@ -3,17 +3,14 @@
     python vllm_offline.py REPO < requests.json
 
 The input is a list of {"messages": ..., "num_visual_tokens": null, an integer or one per image}, and the last one of them has a
-budget that the model does not have. Faults of other kinds are made here of the first.
+budget that the model does not have.
 """
 
 import json
 import sys
 
-from bad_input import refusal
-from PIL import Image
-from vllm import LLM, SamplingParams
-
 from answer import NEW_TOKENS
+from vllm import LLM, SamplingParams
 
 
 def main() -> None:
@@ -45,27 +42,10 @@ def main() -> None:
     report: dict = {"alone": [ask([request])[0] for request in requests]}
     usual = [request for request in requests if request["num_visual_tokens"] is None]
     report["together"] = ask(usual)
-    (content,) = (message["content"] for message in requests[0]["messages"])
-    chats = {
-        "roles out of order": [{"role": "assistant", "content": "hi"}, *requests[0]["messages"]],
-        "too many images": [{"role": "user", "content": content[:1] * 3}],
-        "no image": [
-            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]}
-        ],
-    }
-    report["refused"] = {"unknown budget": refusal(ask, [bad])}
-    for name, messages in chats.items():
-        report["refused"][name] = refusal(ask, [{"messages": messages, "num_visual_tokens": None}])
-    image = {"image": Image.new("RGB", (32, 32))}
-    prompts = {
-        "image without a place": {"prompt": "USER: what is it? ASSISTANT:", "multi_modal_data": image},
-        "images without a place": {
-            "prompt": "USER: <image> ASSISTANT:",
-            "multi_modal_data": {"image": [image["image"]] * 2},
-        },
-    }
-    for name, prompt in prompts.items():
-        report["refused"][name] = refusal(llm.generate, prompt, sampling, use_tqdm=False)
+    try:
+        ask([bad])
+    except Exception as error:
+        report["refused"] = f"{type(error).__name__}: {error}"
     report["after"] = ask(requests[:1])[0]
     print(json.dumps(report))
 
