@@ -13,7 +13,7 @@ from huggingface_hub.utils import _http, close_session
 
 from examples.make_checkpoint import Tensors, write_checkpoint
 from transformers_delta_llava.conversion import convert_checkpoint
-from transformers_delta_llava.conversion.checkpoint import read_checkpoint
+from transformers_delta_llava.conversion.weights import read_checkpoint
 from transformers_delta_llava.utils.files import write_json
 
 

@@ -14,8 +14,8 @@ from tests.checkpoints import SHALLOW, edit_json, read_tensors
 from tests.tiny import tiny_config, tiny_processor
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.conversion import convert_checkpoint, export_checkpoint
-from transformers_delta_llava.conversion.checkpoint import same_bits
-from transformers_delta_llava.conversion.weight_mapping import published_name
+from transformers_delta_llava.conversion.names import published_name
+from transformers_delta_llava.conversion.weights import same_bits
 from transformers_delta_llava.utils.errors import DeltaLlavaError
 
 

@@ -7,7 +7,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from examples.make_tokenizer import write_tokenizer
 from transformers_delta_llava.conversion.generation_config import fit_generation_config, read_generation_config
-from transformers_delta_llava.hub.tokenizer import add_tokens, load_tokenizer
+from transformers_delta_llava.conversion.tokenizer import add_tokens, load_tokenizer
 from transformers_delta_llava.processing import load_chat_template
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from tests.checkpoints import edit_json
-from transformers_delta_llava.conversion import checkpoint, convert_checkpoint
-from transformers_delta_llava.conversion.checkpoint import read_checkpoint, verify_archives
+from transformers_delta_llava.conversion import convert_checkpoint, weights
 from transformers_delta_llava.conversion.pickles import open_pickle
+from transformers_delta_llava.conversion.weights import read_checkpoint, verify_archives
 from transformers_delta_llava.utils.errors import DeltaLlavaError
 
 
@@ -244,4 +244,4 @@ def test_old_files_are_in_memory_one_at_a_time(tmp_path):
     tensors = read_checkpoint(tmp_path).tensors
     for name in [*TENSORS, *TENSORS]:
         assert torch.equal(tensors[name].load(), TENSORS[name])
-    assert checkpoint._read_old_pickle.cache_info().currsize == 1
+    assert weights._read_old_pickle.cache_info().currsize == 1

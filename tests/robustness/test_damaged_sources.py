@@ -35,7 +35,7 @@ from transformers_delta_llava.conversion import (
     export_checkpoint,
     inspect_model,
 )
-from transformers_delta_llava.conversion.checkpoint import same_bits
+from transformers_delta_llava.conversion.weights import same_bits
 from transformers_delta_llava.deltas import apply_deltas, delta_stats, extract_deltas, truncate_deltas
 from transformers_delta_llava.hub import push_folder
 

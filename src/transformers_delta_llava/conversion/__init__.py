@@ -1,10 +1,10 @@
 """From a trained checkpoint in the authors' layout to a Hub repo, and back."""
 
-from .config_mapping import convert_config
+from .config import convert_config
 from .convert import ConversionReport, convert_checkpoint
 from .export import ExportReport, export_checkpoint
 from .inspection import Inspection, inspect_model
-from .weight_mapping import convert_state_dict
+from .names import convert_state_dict
 
 
 __all__ = [

@@ -10,21 +10,21 @@ import torch
 from transformers import GenerationConfig
 
 from ..hub.model_card import Conversion, ModelCard
-from ..hub.repo_files import check_repo, write_code, write_config, write_processor
-from ..hub.tokenizer import TEMPLATE_FILE, save_tokenizer
+from ..hub.repo_files import TEMPLATE_FILE, check_repo, write_code, write_config, write_processor
 from ..modeling import DeltaLlavaConfig
 from ..modeling.delta_repo_delta_llava import dtype_name
 from ..utils.errors import explain_errors
 from ..utils.files import REPORT_FILE, atomic_folder, check_output, public_name, sha256_of, write_json
 from ..utils.validation import torch_dtype
-from .chat_templates import chat_template_warnings
-from .checkpoint import Progress, split_shards, verify_archives, verify_shards, write_shards
-from .config_mapping import Vocabulary, convert_config, padded_vocab_size
+from .config import Vocabulary, convert_config, padded_vocab_size
 from .generation_config import fit_generation_config, read_generation_config
+from .names import EMBEDDINGS, TensorPlan, find_delta_rank, plan_tensors
+from .prompts import chat_template_warnings
 from .report import ConfigKeysReport, ConversionReport, ReadCheckpoint, ReadFiles, TensorReport
 from .sources import Source, read_source, read_source_config
+from .tokenizer import save_tokenizer
 from .vision_tower import find_vision_tower
-from .weight_mapping import EMBEDDINGS, TensorPlan, find_delta_rank, plan_tensors
+from .weights import Progress, split_shards, verify_archives, verify_shards, write_shards
 
 
 _THREADS = 4

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from ..hub.tokenizer import TEMPLATE_FILE, TOKENIZER_FILES, WORD_MARK_RULE
+from ..hub.repo_files import TEMPLATE_FILE, TOKENIZER_FILES
 from ..modeling import DeltaLlavaConfig
 from ..modeling.delta_repo_delta_llava import dtype_name
 from ..utils.errors import DeltaLlavaError, explain_errors, format_names, show
@@ -25,12 +25,9 @@ from ..utils.files import (
     write_json,
 )
 from ..utils.validation import check_sizes, validate
-from .checkpoint import Checkpoint, LazyTensor, Progress, read_checkpoint, same_bits, split_shards, write_shards
-from .config_mapping import DEFAULTS, EXTRA_PREFIX
+from .config import DEFAULTS, EXTRA_PREFIX
 from .language_models import LANGUAGE_MODELS, language_models_of
-from .report import ConversionReport
-from .sources import PROJECTOR_FILE
-from .weight_mapping import (
+from .names import (
     EMBEDDINGS,
     HEAD,
     RULES,
@@ -40,6 +37,10 @@ from .weight_mapping import (
     published_name,
     tower_part,
 )
+from .report import ConversionReport
+from .sources import PROJECTOR_FILE
+from .tokenizer import WORD_MARK_RULE
+from .weights import Checkpoint, LazyTensor, Progress, read_checkpoint, same_bits, split_shards, write_shards
 
 
 TOWER_FOLDER = "vision-tower"

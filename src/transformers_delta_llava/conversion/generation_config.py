@@ -7,9 +7,9 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, FiniteFloat, NonNegativeFloat, PositiveFloat, ValidationError, create_model
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..hub.tokenizer import TokenIds
 from ..utils.files import read_optional_json
-from .chat_templates import answer_end_ids
+from .prompts import answer_end_ids
+from .tokenizer import TokenIds
 
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]

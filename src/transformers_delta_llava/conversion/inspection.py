@@ -8,19 +8,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from ..hub.repo_files import read_code
-from ..hub.tokenizer import TEMPLATE_FILE, has_tokenizer, load_tokenizer, read_own_template
+from ..hub.repo_files import TEMPLATE_FILE, read_code
 from ..modeling import DeltaLlavaConfig
 from ..modeling.delta_repo_delta_llava import dtype_name
 from ..utils.errors import DeltaLlavaError, format_names
 from ..utils.files import REPORT_FILE, local_folder, read_json, read_optional_json
-from .chat_templates import QUESTION, choose_chat_template, exported_template, recognise_template, render
-from .checkpoint import Checkpoint, LazyTensor, has_weights
-from .config_mapping import SourceConfig, Vocabulary, convert_config, read_config
+from .config import SourceConfig, Vocabulary, convert_config, read_config
 from .export import read_repo_config
-from .sources import check_embeddings, open_trained
-from .vision_tower import adapt_to_weights, find_vision_tower, load_vision_tower
-from .weight_mapping import (
+from .names import (
     EMBEDDINGS,
     PROJECTOR,
     compare_shapes,
@@ -30,6 +25,11 @@ from .weight_mapping import (
     map_names,
     tower_part,
 )
+from .prompts import QUESTION, choose_chat_template, exported_template, recognise_template, render
+from .sources import check_embeddings, open_trained
+from .tokenizer import has_tokenizer, load_tokenizer, read_own_template
+from .vision_tower import adapt_to_weights, find_vision_tower, load_vision_tower
+from .weights import Checkpoint, LazyTensor, has_weights
 
 
 # Parts of the model, and words in the names of their tensors, in repos and in checkpoints; the rest is the language model.

@@ -17,8 +17,8 @@ from pydantic import Field
 from ..utils.errors import DeltaLlavaError, format_names, show
 from ..utils.files import read_json
 from ..utils.validation import FileModel, validate
-from .checkpoint import LazyTensor, same_bits
-from .weight_mapping import HEAD, SOURCE_EMBEDDINGS, SOURCE_PROJECTOR, SOURCE_TOWER
+from .names import HEAD, SOURCE_EMBEDDINGS, SOURCE_PROJECTOR, SOURCE_TOWER
+from .weights import LazyTensor, same_bits
 
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -8,9 +8,9 @@ import transformers
 from pydantic import Field
 
 from .. import __version__
-from ..hub.repo_files import describe_code
-from ..hub.tokenizer import IMAGE_TOKEN, PAD_TOKEN
+from ..hub.repo_files import IMAGE_TOKEN, describe_code
 from ..utils.validation import FileModel
+from .tokenizer import PAD_TOKEN
 
 
 class ReadFiles(FileModel):

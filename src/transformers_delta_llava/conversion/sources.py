@@ -7,16 +7,13 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from ..hub.tokenizer import TOKENIZER_FILES, TokenIds, add_tokens, has_tokenizer, load_tokenizer, read_own_template
+from ..hub.repo_files import TOKENIZER_FILES
 from ..utils.errors import DeltaLlavaError, explain_errors, format_names, show
 from ..utils.files import hub_id_of, local_folder, public_name, read_json
-from .chat_templates import ChatTemplate, choose_chat_template, exported_template
-from .checkpoint import Checkpoint, LazyTensor, has_weights, open_weights, read_checkpoint
-from .config_mapping import SourceConfig, read_config
+from .config import SourceConfig, read_config
 from .language_models import LANGUAGE_MODELS
 from .lora import ADAPTER_CONFIG, merge_lora, read_lora_settings
-from .vision_tower import VisionTower, adapt_to_weights, find_vision_tower, load_vision_tower
-from .weight_mapping import (
+from .names import (
     SOURCE_EMBEDDINGS,
     SOURCE_PROJECTOR,
     NameMap,
@@ -24,6 +21,10 @@ from .weight_mapping import (
     map_names,
     tower_part,
 )
+from .prompts import ChatTemplate, choose_chat_template, exported_template
+from .tokenizer import TokenIds, add_tokens, has_tokenizer, load_tokenizer, read_own_template
+from .vision_tower import VisionTower, adapt_to_weights, find_vision_tower, load_vision_tower
+from .weights import Checkpoint, LazyTensor, has_weights, open_weights, read_checkpoint
 
 
 PROJECTOR_FILE = "mm_projector.bin"

@@ -17,8 +17,8 @@ from transformers.image_utils import (
 from ..modeling.configuration_delta_llava import DEFAULT_VISION_CONFIG, SELECT_STRATEGIES
 from ..utils.errors import DeltaLlavaError, show
 from ..utils.files import cached_repo_id, local_folder, public_name, read_json, read_optional_json
-from .checkpoint import Checkpoint, has_weights, read_checkpoint
-from .config_mapping import build_config
+from .config import build_config
+from .weights import Checkpoint, has_weights, read_checkpoint
 
 
 # The geometry of towers that checkpoints name, so that a checkpoint with its tower's weights converts without a download.

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from ..conversion.checkpoint import Checkpoint, LazyTensor, read_checkpoint, split_shards, write_shards
 from ..conversion.export import read_repo_config
-from ..conversion.weight_mapping import PROJECTOR
+from ..conversion.names import PROJECTOR
+from ..conversion.weights import Checkpoint, LazyTensor, read_checkpoint, split_shards, write_shards
 from ..hub.repo_files import WEIGHTS, is_published, write_code, write_config
 from ..modeling.delta_projection_delta_llava import FACTORS, DeltaProjection, Factors, Update
 from ..modeling.delta_repo_delta_llava import describe_deltas, hashes_of_base, is_base, write_delta_repo

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from ..conversion.checkpoint import LazyTensor, open_weights, read_checkpoint
-from ..conversion.config_mapping import DEFAULTS
+from ..conversion.config import DEFAULTS
 from ..conversion.export import read_repo_config
+from ..conversion.names import PROJECTOR, SOURCE_PROJECTOR, map_names
 from ..conversion.sources import PROJECTOR_FILE, open_trained
-from ..conversion.weight_mapping import PROJECTOR, SOURCE_PROJECTOR, map_names
+from ..conversion.weights import LazyTensor, open_weights, read_checkpoint
 from ..modeling.delta_projection_delta_llava import (
     FACTORS,
     Factors,

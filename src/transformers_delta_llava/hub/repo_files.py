@@ -29,7 +29,6 @@ from ..utils.files import (
 )
 from ..utils.templates import render_question
 from ..utils.validation import check_sizes
-from .tokenizer import IMAGE_TOKEN, TOKENIZER_FILES
 
 
 # Every file that is copied, verbatim and flat, into each repo.
@@ -38,6 +37,19 @@ HUB_FILES = {
     for package in (modeling, processing)
     for file in sorted(Path(str(package.__file__)).parent.glob("[!_]*.py"))
 }
+IMAGE_TOKEN = "<image>"
+TEMPLATE_FILE = "chat_template.jinja"
+# Of repos and checkpoints.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    TEMPLATE_FILE,
+)
 # What else a model repo has. Logs, data, keys and whatever else lies in the folder stay there.
 WEIGHTS = "model*.safetensors*"
 # Beside graphs, to run them. Nothing loads it.

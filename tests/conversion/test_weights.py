@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from examples.make_checkpoint import write_weights
 from tests.checkpoints import read_tensors
-from transformers_delta_llava.conversion.checkpoint import (
+from transformers_delta_llava.conversion.weights import (
     LazyTensor,
     read_checkpoint,
     same_bits,

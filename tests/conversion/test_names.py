@@ -7,9 +7,8 @@ from transformers import CLIPVisionConfig
 from examples.make_checkpoint import LLAVA_KEYS, TEXT, TOWER, Recipe, checkpoint_tensors, projector_shapes, write_tower
 from tests.reference.names import package_state_dict
 from transformers_delta_llava.conversion import convert_config, convert_state_dict
-from transformers_delta_llava.conversion.checkpoint import Checkpoint, LazyTensor
-from transformers_delta_llava.conversion.config_mapping import Vocabulary
-from transformers_delta_llava.conversion.weight_mapping import (
+from transformers_delta_llava.conversion.config import Vocabulary
+from transformers_delta_llava.conversion.names import (
     EMBEDDINGS,
     HEAD,
     PROJECTOR,
@@ -18,6 +17,7 @@ from transformers_delta_llava.conversion.weight_mapping import (
     map_names,
     plan_tensors,
 )
+from transformers_delta_llava.conversion.weights import Checkpoint, LazyTensor
 from transformers_delta_llava.utils.errors import DeltaLlavaError
 
 

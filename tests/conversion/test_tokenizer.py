@@ -8,7 +8,13 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 from examples.make_tokenizer import write_tokenizer
-from transformers_delta_llava.hub.tokenizer import TokenIds, add_tokens, has_tokenizer, load_tokenizer, save_tokenizer
+from transformers_delta_llava.conversion.tokenizer import (
+    TokenIds,
+    add_tokens,
+    has_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+)
 from transformers_delta_llava.utils.errors import DeltaLlavaError
 
 

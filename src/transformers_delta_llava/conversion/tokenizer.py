@@ -11,24 +11,12 @@ import transformers
 from tokenizers import AddedToken, Regex, normalizers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from ..hub.repo_files import IMAGE_TOKEN, TEMPLATE_FILE, TOKENIZER_FILES
 from ..utils.errors import DeltaLlavaError, one_line, show
 from ..utils.files import local_folder, read_json, read_optional_json, read_text, write_json
 
 
-IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
-TEMPLATE_FILE = "chat_template.jinja"
-# Read from a source folder; everything else there, its code above all, stays unread.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    TEMPLATE_FILE,
-)
 # What transformers needs to read a `tokenizer.model`: modules and the packages they come in.
 _SENTENCEPIECE = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")

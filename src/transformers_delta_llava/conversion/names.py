@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from ..modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from ..modeling.vision_tower_delta_llava import SAVED_ATTENTION
 from ..utils.errors import DeltaLlavaError, explain_errors, format_names
-from .checkpoint import Checkpoint, LazyTensor
+from .weights import Checkpoint, LazyTensor
 
 
 @dataclass(frozen=True)

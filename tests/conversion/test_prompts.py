@@ -9,15 +9,15 @@ from transformers import AutoConfig
 
 from examples.make_checkpoint import write_tokenizer
 from tests.tiny import ANSWER_ENDS
-from transformers_delta_llava.conversion.chat_templates import (
+from transformers_delta_llava.conversion.language_models import LANGUAGE_MODELS
+from transformers_delta_llava.conversion.prompts import (
     answer_end,
     answer_end_ids,
     chat_template_warnings,
     choose_chat_template,
     read_chat_template,
 )
-from transformers_delta_llava.conversion.language_models import LANGUAGE_MODELS
-from transformers_delta_llava.hub.tokenizer import add_tokens, load_tokenizer, read_own_template
+from transformers_delta_llava.conversion.tokenizer import add_tokens, load_tokenizer, read_own_template
 from transformers_delta_llava.processing import CHAT_TEMPLATES, load_chat_template
 from transformers_delta_llava.utils.errors import DeltaLlavaError
 

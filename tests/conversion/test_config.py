@@ -7,7 +7,7 @@ from transformers import CLIPVisionConfig, SiglipVisionConfig
 
 from examples.make_checkpoint import LLAVA_KEYS, TEXT, TEXT_TYPES, TOWER
 from transformers_delta_llava.conversion import convert_config
-from transformers_delta_llava.conversion.config_mapping import Vocabulary, padded_vocab_size, read_config
+from transformers_delta_llava.conversion.config import Vocabulary, padded_vocab_size, read_config
 from transformers_delta_llava.conversion.language_models import LANGUAGE_MODELS
 from transformers_delta_llava.utils.errors import DeltaLlavaError
 

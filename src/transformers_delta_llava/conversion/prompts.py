@@ -7,13 +7,13 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from ..hub.tokenizer import TEMPLATE_FILE
+from ..hub.repo_files import TEMPLATE_FILE
 from ..processing import CHAT_TEMPLATES, load_chat_template
 from ..processing.chat_templates import adapt_template, find_conversation
 from ..utils.errors import DeltaLlavaError, explain_errors
 from ..utils.files import EXPORTED_FROM, REPORT_FILE, read_optional_json, read_text
 from ..utils.templates import check_template, time_limit
-from .config_mapping import SourceConfig
+from .config import SourceConfig
 
 
 # Stands for the tokenizer's own template, as an argument and in reports.
