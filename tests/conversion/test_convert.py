@@ -9,8 +9,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from examples.make_checkpoint import Tensors, write_checkpoint, write_tokenizer, write_tower, write_weights
-from tests.checkpoints import SHALLOW, read_tensors
-from tests.robustness.children import hashes
+from tests.checkpoints import SHALLOW, hashes, read_tensors
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.conversion import (
     convert_checkpoint,
@@ -242,7 +241,7 @@ def fail(done, total):
         (None, {"progress": fail}, "disk full"),
         (None, {"dtype": "int8"}, "dtype='int8': use one of float32, bfloat16, float16"),
         (None, {"dtype": torch.int8}, "dtype='int8': use one of"),
-        (None, {"max_shard_size": "lots"}, "max_shard_size='lots'"),
+        (None, {"max_shard_size": "lots"}, "Got 'lots'"),
         (None, {"chat_template": "vicuna_v9"}, "vicuna_v9 is neither a file nor one of vicuna_v1"),
     ],
 )
@@ -265,7 +264,7 @@ def test_verification_reads_the_checksums_of_the_source(source, tmp_path):
     damaged = bytearray(file.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     file.write_bytes(damaged)
-    with pytest.raises(DeltaLlavaError, match="pytorch_model.bin is damaged: Bad CRC-32"):
+    with pytest.raises(DeltaLlavaError, match="pytorch_model.bin is damaged"):
         convert_checkpoint(source, tmp_path / "out", verify=True)
     assert not (tmp_path / "out").exists()
 

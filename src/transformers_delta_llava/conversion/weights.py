@@ -1,31 +1,30 @@
-"""Reads, writes and verifies weights tensor by tensor, and runs no code that a checkpoint may carry."""
+"""Weights on disk: opened lazily, written in shards, compared bit by bit. Pickles are read as tensors only, never run."""
 
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from ..modeling.delta_repo_delta_llava import write_tensors
-from ..utils.errors import DeltaLlavaError, explain_errors, format_names
-from ..utils.files import read_json, write_json
-from .pickles import check_archive, is_archive, open_pickle
+from ..errors import DeltaLlavaError, format_names, one_line, read_json, write_json
 
 
-# In the order in which transformers looks for weights; then what training frameworks write when they consolidate.
-_WEIGHT_FILES = (
-    ("model", ".safetensors"),
-    ("pytorch_model", ".bin"),
-    ("pytorch_model_fsdp", ".bin"),
-    ("pytorch_model", ".pt"),
-    ("model", ".pt"),
-    ("consolidated", ".pt"),
+# In the order in which transformers looks for weights; then what FSDP, DeepSpeed and others write when they consolidate.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model_fsdp.bin",
+    "pytorch_model.pt",
+    "model.pt",
+    "consolidated.pt",
 )
-# Supported dtypes, by their name in safetensors.
+# By their names in safetensors.
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -33,16 +32,19 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "I32": torch.int32,
-    "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Keys under which some frameworks wrap the weights.
+_WRAPPERS = ("module", "model", "state_dict")
+# Called with the bytes done so far, and the bytes in all.
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is read when it is needed; `load` reads it anew at each call."""
+    """A tensor that each call of `load` reads from disk."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -63,7 +65,7 @@ class LazyTensor:
         shape: tuple[int, ...] | None = None,
         dtype: torch.dtype | None = None,
     ) -> "LazyTensor":
-        """The tensor that `function` returns, of `shape` and `dtype` (by default unchanged); applied when it is read."""
+        """The result of `function`, of `shape` and `dtype` (by default unchanged), which is called when it is loaded."""
         shape = self.shape if shape is None else shape
         return LazyTensor(shape, dtype or self.dtype, lambda: function(self.load()))
 
@@ -81,35 +83,30 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Open the weights of `folder`: safetensors or pickled (`.bin`), in one file or in shards with an index.
-
-    Only headers are read; values stay on disk until a tensor's `load`.
+    """Open the weights of `folder`, in one file or in shards. Only headers are read.
 
     Raises:
         DeltaLlavaError: no weights, incomplete shards, a tensor that is in two shards or is empty, an index that
-            disagrees with its shards, a damaged file, or a pickle that holds anything but tensors.
+            disagrees with its shards, or a file that holds anything but tensors.
     """
     files = _find_weights(folder)
     if not files:
-        raise DeltaLlavaError(_describe_missing_weights(folder))
+        raise DeltaLlavaError(
+            f"{folder.name} has no weights: none of {', '.join(WEIGHT_FILES)}, nor shards of them; consolidate "
+            "DeepSpeed's own files with zero_to_fp32.py"
+        )
     index = files[0] if files[0].suffix == ".json" else None
-    weight_map = _read_index(index) if index else {}
+    weight_map = read_json(index)["weight_map"] if index else {}
     if index:
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-    elif len(files) > 1 or "-of-" in files[0].name:
-        _check_complete(files)
+        files = [folder / Path(name).name for name in sorted(set(weight_map.values()))]
     tensors: dict[str, LazyTensor] = {}
-    origin: dict[str, str] = {}
-    duplicates: list[str] = []
     for file in files:
         contents = open_weights(file)
-        duplicates += [f"{name} (in {origin[name]} and {file.name})" for name in contents if name in origin]
-        tensors.update(contents)
-        origin.update(dict.fromkeys(contents, file.name))
-    if duplicates:
-        raise DeltaLlavaError(f"The shards of {folder.name} hold tensors twice: {format_names(duplicates)}.")
-    if index and (wrong := [name for name, _ in weight_map.items() ^ origin.items()]):
-        raise DeltaLlavaError(f"{index.name} and the shards disagree about {format_names(set(wrong))}.")
+        if twice := tensors.keys() & contents.keys():
+            raise DeltaLlavaError(f"{file.name} repeats tensors of another shard: {format_names(twice)}")
+        tensors |= contents
+    if index and (wrong := weight_map.keys() ^ tensors.keys()):
+        raise DeltaLlavaError(f"{index.name} and the shards disagree about {format_names(wrong)}")
     return Checkpoint(tensors, (*files, *([index] if index else [])))
 
 
@@ -118,120 +115,71 @@ def has_weights(folder: Path) -> bool:
     return bool(_find_weights(folder))
 
 
-def open_weights(file: Path) -> dict[str, LazyTensor]:
-    """The tensors of one file, safetensors or pickled; raises as `read_checkpoint` does."""
-    if not file.is_file():  # a pipe would never end
-        raise DeltaLlavaError(f"{file.name} is missing, or not a regular file.")
-    tensors = _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
-    if empty := [name for name, tensor in tensors.items() if tensor.num_bytes == 0]:
-        raise DeltaLlavaError(
-            f"Empty tensors, as DeepSpeed ZeRO-3 leaves behind without consolidation: {format_names(empty)}; save the "
-            "checkpoint with stage3_gather_16bit_weights_on_model_save, or consolidate it with zero_to_fp32.py."
-        )
-    # DistributedDataParallel and DeepSpeed put their own level before every name.
-    if tensors and all(name.startswith("module.") for name in tensors):
-        return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    return tensors
-
-
 def _find_weights(folder: Path) -> list[Path]:
     """The first of these that the folder has: a file of all weights, an index, or shards; empty where it has none."""
-    for stem, suffix in _WEIGHT_FILES:
-        for file in (folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.index.json"):
+    for name in WEIGHT_FILES:
+        for file in (folder / name, folder / f"{name}.index.json"):
             if file.is_file():
                 return [file]
-        if shards := sorted(folder.glob(f"{stem}-*-of-*{suffix}")):
+        stem, suffix = name.rsplit(".", 1)
+        if shards := sorted(folder.glob(f"{stem}-*-of-*.{suffix}")):
+            if len(shards) != int(re.findall(r"-of-(\d+)", shards[0].name)[0]):
+                raise DeltaLlavaError(
+                    f"shards are missing: {folder.name} has only {format_names(s.name for s in shards)}"
+                )
             return shards
     return []
 
 
-def _describe_missing_weights(folder: Path) -> str:
-    if any(folder.glob("global_step*")) or any(folder.rglob("*_model_states.pt")):
-        return (
-            f"{folder.name} holds DeepSpeed's own files, with parts of tensors; consolidate them with "
-            "zero_to_fp32.py into a pytorch_model.bin."
-        )
-    return (
-        f"No weights in {folder.name}: expected model.safetensors, pytorch_model.bin or .pt, their shards, "
-        "mm_projector.bin, or adapter_model.safetensors or .bin."
-    )
+def open_weights(file: Path) -> dict[str, LazyTensor]:
+    """The tensors of a safetensors file, or of one that `torch.save` wrote, without the prefix of DDP and DeepSpeed.
 
-
-def _read_index(index: Path) -> dict[str, str]:
-    """Which tensor is in which file; DeltaLlavaError unless these are files beside the index."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise DeltaLlavaError(f"{index.name} has no weight_map.")
-    names = weight_map.values()
-    outside = {str(name) for name in names if not isinstance(name, str) or Path(name).name != name or len(name) > 255}
-    if outside:
-        raise DeltaLlavaError(f"{index.name} names files outside its own folder: {format_names(outside)}.")
-    if missing := {name for name in names if not (index.parent / name).is_file()}:
-        raise DeltaLlavaError(f"{index.name} names missing files: {format_names(missing)}.")
-    return weight_map
-
-
-def _check_complete(shards: list[Path]) -> None:
-    """Refuse shards that are not 1-of-n to n-of-n."""
-    matches = [re.search(r"-(\d{1,9})-of-(\d{1,9})\.", shard.name) for shard in shards]
-    numbers = [(int(match[1]), int(match[2])) for match in matches if match]
-    if numbers != [(i, len(shards)) for i in range(1, len(shards) + 1)]:
+    Raises:
+        DeltaLlavaError: the file is damaged, holds anything but tensors, or holds an empty one.
+        OSError: it cannot be opened.
+    """
+    try:
+        tensors = _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds, and none of them names the file
+        raise DeltaLlavaError(f"{file.name} cannot be read as tensors: {one_line(error, 300)}") from error
+    if empty := [name for name, tensor in tensors.items() if not tensor.numel()]:
         raise DeltaLlavaError(
-            f"Shards are missing: {format_names(shard.name for shard in shards)} is not a complete set."
+            f"{file.name} holds empty tensors, as DeepSpeed ZeRO-3 leaves without consolidation: {format_names(empty)}; save "
+            "with stage3_gather_16bit_weights_on_model_save, or consolidate with zero_to_fp32.py"
         )
+    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 
 
 def _open_safetensors(file: Path) -> dict[str, LazyTensor]:
-    try:
-        handle = safe_open(file, framework="pt")
-        entries = {name: handle.get_slice(name) for name in handle.keys()}
-        types = {name: entry.get_dtype() for name, entry in entries.items()}
-        shapes = {name: tuple(entry.get_shape()) for name, entry in entries.items()}
-    except SafetensorError as error:
-        raise DeltaLlavaError(f"{file.name} is not a readable safetensors file: {error}.") from error
-    _refuse_dtypes(file, {name: dtype for name, dtype in types.items() if dtype not in _DTYPES})
-    return {n: LazyTensor(shapes[n], _DTYPES[types[n]], partial(handle.get_tensor, n)) for n in entries}
-
-
-def _refuse_dtypes(file: Path, unsupported: Mapping[str, object]) -> None:
-    if unsupported:
-        names = format_names(f"{name} ({dtype})" for name, dtype in unsupported.items())
-        raise DeltaLlavaError(f"{file.name} holds tensors of unsupported dtypes: {names}.")
-
-
-def _open_pickle(file: Path) -> dict[str, LazyTensor]:
-    mapped = is_archive(file)
-    contents = open_pickle(file) if mapped else _read_old_pickle(file)
-    _refuse_dtypes(file, {n: value.dtype for n, value in contents.items() if value.dtype not in _DTYPES.values()})
+    handle = safe_open(file, framework="pt")
+    slices = {name: handle.get_slice(name) for name in handle.keys()}
     return {
-        name: LazyTensor(
-            tuple(value.shape), value.dtype, value.detach if mapped else partial(_load_old_pickle, file, name)
-        )
-        for name, value in contents.items()
+        name: LazyTensor(tuple(s.get_shape()), _DTYPES[s.get_dtype()], partial(handle.get_tensor, name))
+        for name, s in slices.items()
     }
 
 
-# Files older than PyTorch 1.6 cannot be mapped. One at a time is in memory, since tensors are mostly read file by file.
-_read_old_pickle = lru_cache(maxsize=1)(open_pickle)
-
-
-def _load_old_pickle(file: Path, name: str) -> torch.Tensor:
-    return _read_old_pickle(file)[name].detach()
+def _open_pickle(file: Path) -> dict[str, LazyTensor]:
+    contents = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    contents = next((contents[key] for key in _WRAPPERS if key in contents), contents)
+    if others := [str(name) for name, value in contents.items() if not isinstance(value, torch.Tensor)]:
+        raise DeltaLlavaError(f"not tensors: {format_names(others)}")
+    return {name: LazyTensor(tuple(t.shape), t.dtype, t.detach) for name, t in contents.items()}
 
 
 def verify_archives(files: Iterable[Path]) -> None:
-    """Read all of the `.bin` files among `files` and compare it with the checksums in them; PyTorch does not.
+    """Read the files of `torch.save` among `files` and compare them with the checksums in them, which PyTorch does not.
 
     Raises:
         DeltaLlavaError: naming the first file that is damaged.
     """
     for file in files:
-        if file.suffix in (".bin", ".pt") and is_archive(file):
-            check_archive(file, values=True)
-
-
-# Called with the bytes written so far and the bytes in all.
-Progress = Callable[[int, int], None]
+        if file.suffix in (".bin", ".pt") and zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                if damaged := archive.testzip():
+                    raise DeltaLlavaError(f"{file.name} is damaged: wrong CRC-32 of {damaged}")
 
 
 def split_shards(tensors: Mapping[str, LazyTensor], max_shard_size: int | str) -> dict[str, list[str]]:
@@ -240,17 +188,13 @@ def split_shards(tensors: Mapping[str, LazyTensor], max_shard_size: int | str) -
     Args:
         tensors: what to write, in their order.
         max_shard_size: most bytes of tensors per file, as a number or as `2GB`; a larger tensor gets its own file.
-
-    Raises:
-        DeltaLlavaError: `max_shard_size` is not a size.
     """
-    with explain_errors(f"max_shard_size={max_shard_size!r} is not a size such as 2GB or 500MB"):
-        return split_state_dict_into_shards_factory(
-            tensors,  # type: ignore[arg-type]
-            get_storage_size=lambda tensor: tensor.num_bytes,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        ).filename_to_tensors
+    return split_state_dict_into_shards_factory(
+        tensors,  # type: ignore[arg-type]
+        get_storage_size=lambda tensor: tensor.num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    ).filename_to_tensors
 
 
 def write_shards(
@@ -260,23 +204,36 @@ def write_shards(
 
     Raises:
         DeltaLlavaError: naming a tensor that holds NaN or Inf.
-        OSError: a file cannot be written.
     """
     total, done = sum(tensor.num_bytes for tensor in tensors.values()), 0
     for file_name, names in shards.items():
         contents: dict[str, torch.Tensor] = {}
         for name in names:
             contents[name] = _separate(tensors[name].load(), contents.values())
-            _refuse_non_finite(name, contents[name])
+            # The extremes take one pass without a copy, and NaN propagates to them.
+            if not all(torch.isfinite(extreme) for extreme in torch.aminmax(contents[name])):
+                raise DeltaLlavaError(
+                    f"{name} holds NaN or Inf, or has values beyond {dtype_name(contents[name].dtype)}"
+                )
             done += tensors[name].num_bytes
             if progress is not None:
                 progress(done, total)
-        write_tensors(contents, folder / file_name, file_name)
+        (folder / file_name).touch()
+        mode = (folder / file_name).stat().st_mode
+        save_file(contents, folder / file_name, metadata={"format": "pt"})
+        (folder / file_name).chmod(mode)  # safetensors lets only the owner read
     if len(shards) > 1:
-        parameters = sum(tensor.numel() for tensor in tensors.values())
         weight_map = {name: file_name for file_name, names in shards.items() for name in names}
-        index = {"metadata": {"total_parameters": parameters, "total_size": total}, "weight_map": weight_map}
-        write_json(index, folder / "model.safetensors.index.json")
+        metadata = {"total_parameters": sum(tensor.numel() for tensor in tensors.values()), "total_size": total}
+        write_json({"metadata": metadata, "weight_map": weight_map}, folder / "model.safetensors.index.json")
+
+
+def _separate(tensor: torch.Tensor, others: Iterable[torch.Tensor]) -> torch.Tensor:
+    """`tensor` contiguous and without memory shared with `others`, as safetensors needs it; copied only if it must be."""
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    if whole and all(tensor.data_ptr() != other.data_ptr() for other in others):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def verify_shards(tensors: Mapping[str, LazyTensor], folder: Path, progress: Progress | None = None) -> None:
@@ -286,14 +243,10 @@ def verify_shards(tensors: Mapping[str, LazyTensor], folder: Path, progress: Pro
         DeltaLlavaError: naming the first tensor that differs.
     """
     written = read_checkpoint(folder).tensors
-    if written.keys() != tensors.keys():
-        raise DeltaLlavaError(
-            f"Verification failed: the files differ in {format_names(written.keys() ^ tensors.keys())}."
-        )
     total, done = sum(tensor.num_bytes for tensor in tensors.values()), 0
     for name, tensor in tensors.items():
-        if not same_bits(tensor.load(), written[name].load()):
-            raise DeltaLlavaError(f"Verification failed: {name} differs from its source.")
+        if name not in written or not same_bits(tensor.load(), written[name].load()):
+            raise DeltaLlavaError(f"verification failed: {name} differs from its source")
         done += tensor.num_bytes
         if progress is not None:
             progress(done, total)
@@ -308,17 +261,6 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     )
 
 
-def _separate(tensor: torch.Tensor, others: Iterable[torch.Tensor]) -> torch.Tensor:
-    """`tensor`, contiguous and without memory that it shares with `others`; copied only where it must be."""
-    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    if whole and all(tensor.data_ptr() != other.data_ptr() for other in others):
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _refuse_non_finite(name: str, tensor: torch.Tensor) -> None:
-    # The extremes are one pass without a copy, and NaN goes through to them.
-    if tensor.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
-        raise DeltaLlavaError(
-            f"{name} holds NaN or Inf: a run that diverged, a damaged file, or a cast to a dtype of too small a range."
-        )
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` of `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")

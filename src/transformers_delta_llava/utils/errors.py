@@ -8,13 +8,11 @@ from contextlib import contextmanager
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from pydantic import ValidationError
 
+from ..errors import DeltaLlavaError
+
 
 # Errors of the HTTP library that huggingface_hub uses, whichever it is.
 CONNECTION_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], ConnectionError, TimeoutError)
-
-
-class DeltaLlavaError(ValueError):
-    """Bad input. The text is one sentence: what is wrong, where, and what to do instead."""
 
 
 def one_line(error: BaseException | str, limit: int = 500) -> str:
