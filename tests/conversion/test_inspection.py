@@ -55,8 +55,8 @@ def test_wrong_tensors(changed):
     text = "\n".join(inspect_model(changed).problems)
     assert "The delta of query is zero." in text
     assert "query.norm.bias holds NaN or Inf." in text
-    assert "Missing tensors: model.language_model.norm.weight." in text
-    assert "does not have: model.extra." in text
+    assert "missing tensors: model.language_model.norm.weight" in text
+    assert "does not have: model.extra" in text
     assert "lm_head.weight is (319, 32) instead of (320, 32)" in text
 
 

@@ -95,7 +95,7 @@ def convert_checkpoint(
         chat_template=chat_template,
     )
     config = _plan_config(opened, scale_factor)
-    plan = plan_tensors(opened.checkpoint, opened.names, opened.tower.checkpoint, config, cast_to)
+    plan = plan_tensors(opened.checkpoint, opened.tower.checkpoint, config, cast_to)
     config.dtype = plan.tensors[EMBEDDINGS].dtype
     generation_config, warnings = _plan_generation(opened, config)
     shards = split_shards(plan.tensors, max_shard_size)

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from ..hub.repo_files import TEMPLATE_FILE, TOKENIZER_FILES
 from ..modeling import DeltaLlavaConfig
 from ..modeling.delta_repo_delta_llava import dtype_name
-from ..utils.errors import DeltaLlavaError, explain_errors, format_names, show
+from ..utils.errors import DeltaLlavaError, explain_errors, show
 from ..utils.files import (
     EXPORTED_FROM,
     REPORT_FILE,
@@ -28,13 +28,13 @@ from ..utils.validation import check_sizes, validate
 from .config import DEFAULTS, EXTRA_PREFIX
 from .language_models import LANGUAGE_MODELS, language_models_of
 from .names import (
+    CONV_1X1,
     EMBEDDINGS,
     HEAD,
-    RULES,
     SOURCE_PROJECTOR,
-    Rule,
     new_rows,
     published_name,
+    released_name,
     tower_part,
 )
 from .report import ConversionReport
@@ -48,7 +48,6 @@ _FILES = ("*.json", TEMPLATE_FILE, "model*.safetensors*", "tokenizer.model", "me
 # Written into config.json by transformers or for a repo of ours; the authors' trainer has other values for them.
 _REPO_KEYS = ("architectures", "auto_map", "dtype", "transformers_version", "_name_or_path")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_EXPORT_RULES = tuple(Rule(rule.target, rule.source, rule.conv_1x1) for rule in RULES)
 
 
 @dataclass(frozen=True)
@@ -163,21 +162,14 @@ def read_repo_config(folder: Path) -> DeltaLlavaConfig:
 def _released_tensors(checkpoint: Checkpoint, vocab_size: int, with_tower: bool) -> dict[str, LazyTensor]:
     """A repo's tensors under the authors' names and in their shapes, embeddings and head cut to `vocab_size` rows."""
     tensors: dict[str, LazyTensor] = {}
-    unknown = []
     for given, tensor in checkpoint.tensors.items():
         name = published_name(given)
-        match = next(((rule, source) for rule in _EXPORT_RULES if (source := rule.rename(name)) is not None), None)
-        if match is None:
-            unknown.append(name)
-            continue
-        rule, source = match
+        source = released_name(name)
         if name in (EMBEDDINGS, HEAD):
             shape = (vocab_size, *tensor.shape[1:])
             tensors[source] = tensor.map(lambda value: value[:vocab_size], shape)
         elif with_tower or tower_part(name) is None:
-            tensors[source] = tensor.reshape((*tensor.shape, 1, 1)) if rule.conv_1x1 else tensor
-    if unknown:
-        raise DeltaLlavaError(f"The released layout has no name for {format_names(unknown)}.")
+            tensors[source] = tensor.reshape((*tensor.shape, 1, 1)) if name in CONV_1X1 else tensor
     return tensors
 
 

@@ -18,11 +18,12 @@ from .export import read_repo_config
 from .names import (
     EMBEDDINGS,
     PROJECTOR,
+    check_projector,
     compare_shapes,
-    describe_other_projector,
     expected_shapes,
     find_delta_rank,
     map_names,
+    rename,
     tower_part,
 )
 from .prompts import QUESTION, choose_chat_template, exported_template, recognise_template, render
@@ -136,10 +137,12 @@ def _inspect_repo(folder: Path, checkpoint: Checkpoint) -> Inspection:
 def _inspect_checkpoint(folder: Path, settings: dict, checkpoint: Checkpoint) -> Inspection:
     is_projector = not has_weights(folder)
     result = Inspection(folder.name, "projector" if is_projector else "checkpoint", _components(checkpoint.tensors))
-    if other := describe_other_projector(checkpoint.tensors, folder.name):
-        result.problems.append(other)
+    try:
+        check_projector(checkpoint.tensors, folder.name)
+    except DeltaLlavaError as error:
+        result.problems.append(str(error))
         return result
-    tensors = map_names(checkpoint.tensors).rename(checkpoint.tensors)
+    tensors = rename(checkpoint.tensors, map_names(checkpoint.tensors))
     result.components = _components(tensors)
     _describe_deltas(result, tensors)
     try:

@@ -17,7 +17,7 @@ from pydantic import Field
 from ..utils.errors import DeltaLlavaError, format_names, show
 from ..utils.files import read_json
 from ..utils.validation import FileModel, validate
-from .names import HEAD, SOURCE_EMBEDDINGS, SOURCE_PROJECTOR, SOURCE_TOWER
+from .names import HEAD, SOURCE_EMBEDDINGS, SOURCE_PROJECTOR, TOWER
 from .weights import LazyTensor, same_bits
 
 
@@ -159,9 +159,7 @@ def merge_lora(
             raise DeltaLlavaError(f"The adapter's {name} is of an unknown kind; {_MERGE_WITH_PEFT}.")
         elif ".original_module." not in name:  # what `modules_to_save` replaces
             _add_whole(whole, name, tensor)
-    unexpected = [
-        n for n in whole.keys() - base.keys() if n != HEAD and not n.startswith((SOURCE_PROJECTOR, SOURCE_TOWER))
-    ]
+    unexpected = [n for n in whole.keys() - base.keys() if n != HEAD and not n.startswith((SOURCE_PROJECTOR, TOWER))]
     if unexpected:
         raise DeltaLlavaError(
             f"The adapter holds tensors that the base model does not have: {format_names(unexpected)}."

@@ -16,8 +16,7 @@ from .lora import ADAPTER_CONFIG, merge_lora, read_lora_settings
 from .names import (
     SOURCE_EMBEDDINGS,
     SOURCE_PROJECTOR,
-    NameMap,
-    describe_other_projector,
+    check_projector,
     map_names,
     tower_part,
 )
@@ -55,7 +54,6 @@ class Source:
         folder: of the checkpoint.
         config: its `config.json`.
         checkpoint: all tensors by the authors' names, the base model's included, and the weight files of `folder`.
-        names: where the tensors go.
         base: the model that a projector or a LoRA run was trained on.
         untied: whether a LoRA run gives the model a head of its own although its config ties it to the embeddings.
         tower: the vision tower.
@@ -66,7 +64,6 @@ class Source:
     folder: Path
     config: SourceConfig
     checkpoint: Checkpoint
-    names: NameMap
     base: BaseModel | None
     untied: bool
     tower: VisionTower
@@ -103,16 +100,11 @@ def read_source_config(folder: Path) -> SourceConfig:
     """Read `config.json` of a checkpoint.
 
     Raises:
-        DeltaLlavaError: it cannot be used; where the tensors show a model of another kind, the error names that.
+        DeltaLlavaError: it cannot be used.
     """
     if not (folder / "config.json").is_file():
         raise DeltaLlavaError(f"The source {folder} is not a folder with a config.json.")
-    try:
-        return read_config(read_json(folder / "config.json"))
-    except DeltaLlavaError as error:
-        trained = open_trained(folder)
-        other = describe_other_projector(trained.tensors, public_name(str(folder))) if trained else None
-        raise DeltaLlavaError(other or str(error)) from error
+    return read_config(read_json(folder / "config.json"))
 
 
 def read_source(
@@ -136,11 +128,9 @@ def read_source(
     checkpoint, base, untied = _read_tensors(folder, base_model, config)
     if untied:
         config.text_config.tie_word_embeddings = False
-    if other := describe_other_projector(checkpoint.tensors, public_name(str(folder))):
-        raise DeltaLlavaError(other)
-    names = map_names(checkpoint.tensors)
+    check_projector(checkpoint.tensors, public_name(str(folder)))
     check_embeddings(checkpoint)
-    inner = [part for name, _ in names.rules.values() if (part := tower_part(name)) is not None]
+    inner = [part for name in map_names(checkpoint.tensors).values() if (part := tower_part(name)) is not None]
     tower_id = vision_tower or find_vision_tower(config.keys.mm_vision_tower, folder, with_weights=not inner)
     tower = load_vision_tower(tower_id, with_weights=not inner)
     adapt_to_weights(tower.config, tower.checkpoint.tensors if tower.checkpoint else inner)
@@ -160,7 +150,7 @@ def read_source(
     template = None if chat_template else exported_template(folder, loaded)
     if template is None:
         template = choose_chat_template(chat_template, config, base.name if base else None, loaded, own_template)
-    return Source(folder, config, checkpoint, names, base, untied, tower, loaded, token_ids, template)
+    return Source(folder, config, checkpoint, base, untied, tower, loaded, token_ids, template)
 
 
 def open_trained(folder: Path) -> Checkpoint | None:

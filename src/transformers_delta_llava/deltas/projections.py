@@ -122,7 +122,7 @@ def _read_checkpoint(folder: Path, name: str) -> Projections:
     source = {n: tensor for n, tensor in checkpoint.tensors.items() if n.startswith(SOURCE_PROJECTOR)}
     if not source:
         raise ValueError(f"{name} is not a Delta-LLaVA: no tensor in it is called {SOURCE_PROJECTOR}...")
-    tensors = {target.removeprefix(PROJECTOR): source[n] for n, (target, _) in map_names(source).rules.items()}
+    tensors = {target.removeprefix(PROJECTOR): source[n] for n, target in map_names(source).items()}
     count = _count_levels(tensors, "released")
     settings = read_optional_json(folder / "config.json")
     levels = settings.get("mm_vision_feature_levels", list(DEFAULTS["vision_feature_levels"]))
