@@ -80,7 +80,7 @@ def test_the_prompt_of_a_repo_is_its_own(changed):
     assert result.first_prompt == "<s>Q: What is in this image? A:"
     assert (result.chat_template, result.chat_template_reason) == ("its own", "what chat_template.jinja holds")
     (changed / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
-    assert inspect_model(changed).problems == ["The chat template does not render a conversation: no."]
+    assert inspect_model(changed).problems == ["the chat template does not render a question: no"]
     (changed / "chat_template.jinja").write_text(load_chat_template("phi_3", bos=True))
     result = inspect_model(changed)
     assert (result.chat_template, result.first_prompt) == (

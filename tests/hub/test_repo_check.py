@@ -9,7 +9,6 @@ import pytest
 from transformers_delta_llava.analysis.inference import load_repo
 from transformers_delta_llava.conversion import convert, convert_checkpoint, export_checkpoint, inspect_model, sources
 from transformers_delta_llava.hub.repo_files import check_repo, repo_files
-from transformers_delta_llava.utils import templates
 from transformers_delta_llava.utils.errors import DeltaLlavaError
 
 
@@ -60,23 +59,9 @@ def test_a_source_whose_repo_would_not_load(source, tmp_path, file, change):
         pytest.fail(str(check_repo(tmp_path / "out")))
 
 
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("no image here", "out does not load: .*(0 placeholders|image)"),
-        (
-            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-            "takes more than 0.2 seconds",
-        ),
-        ("{{ 9 ** 9 ** 9 }}", r"computes powers \(\*\*\)"),
-        ("{% for %}", "is not a template: "),
-        (1_000_001 * " ", "has more than 1,000,000 characters"),
-    ],
-)
-def test_a_template_whose_repo_would_not_load(source, tmp_path, monkeypatch, template, message):
-    monkeypatch.setattr(templates, "MAX_SECONDS", 0.2)
-    (tmp_path / "x.jinja").write_text(template)
-    with pytest.raises(DeltaLlavaError, match=message):
+def test_a_template_whose_repo_would_not_load(source, tmp_path):
+    (tmp_path / "x.jinja").write_text("no image here")
+    with pytest.raises(ValueError, match="out does not load: .*(0 placeholders|image)"):
         convert_checkpoint(source, tmp_path / "out", chat_template=str(tmp_path / "x.jinja"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["given", "x.jinja"]
 
@@ -117,16 +102,6 @@ def test_a_tokenizer_that_panics_or_cannot_be_written(source, tmp_path, monkeypa
     with pytest.raises(DeltaLlavaError, match="The tokenizer of llava-tiny cannot be used: No space left"):
         convert_checkpoint(source, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["given"]
-
-
-def test_a_repo_whose_template_loops(repo, tmp_path, monkeypatch):
-    monkeypatch.setattr(templates, "MAX_SECONDS", 0.2)
-    copied = shutil.copytree(repo, tmp_path / "copied")
-    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    (copied / "chat_template.jinja").write_text(loop)
-    for load in (check_repo, lambda folder: load_repo(str(folder))):
-        with pytest.raises(DeltaLlavaError, match="The chat template of .*copied takes more than 0.2 seconds"):
-            load(copied)
 
 
 @pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors"])

@@ -12,7 +12,7 @@ from ..modeling import DeltaLlavaConfig
 from ..modeling.configuration_delta_llava import SELECT_STRATEGIES
 from ..utils.errors import DeltaLlavaError, explain_errors, show
 from ..utils.validation import check_sizes, validate
-from .language_models import LanguageModel, find_language_model
+from .prompts import LanguageModel, find_language_model
 
 
 # Settings that every transformers config has; none of them describes a model's weights or its computation.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from ..errors import read_json
 from ..hub.model_card import Conversion, ModelCard
 from ..hub.repo_files import TEMPLATE_FILE, check_repo, write_code, write_config, write_processor
 from ..modeling import DeltaLlavaConfig
@@ -17,9 +18,8 @@ from ..utils.errors import explain_errors
 from ..utils.files import REPORT_FILE, atomic_folder, check_output, public_name, sha256_of, write_json
 from ..utils.validation import torch_dtype
 from .config import Vocabulary, convert_config, padded_vocab_size
-from .generation_config import fit_generation_config, read_generation_config
 from .names import EMBEDDINGS, TensorPlan, find_delta_rank, plan_tensors
-from .prompts import chat_template_warnings
+from .prompts import chat_template_warnings, fit_generation_config, keep_valid_flags
 from .report import ConfigKeysReport, ConversionReport, ReadCheckpoint, ReadFiles, TensorReport
 from .sources import Source, read_source, read_source_config
 from .tokenizer import save_tokenizer
@@ -146,11 +146,12 @@ def _plan_config(source: Source, scale_factor: int | None) -> DeltaLlavaConfig:
 
 def _plan_generation(source: Source, config: DeltaLlavaConfig) -> tuple[GenerationConfig, list[str]]:
     """The generation settings, and everything about the source that is worth a warning."""
-    generation_config, warning = read_generation_config(source.folder)
+    path = source.folder / "generation_config.json"
+    generation_config, dropped = keep_valid_flags(read_json(path) if path.is_file() else {})
     fit_generation_config(
         generation_config, source.tokenizer, source.token_ids, config.text_config, source.chat_template.text
     )
-    warnings = [warning] if warning else []
+    warnings = [f"left out {name}={value}: it has no effect without do_sample" for name, value in dropped.items()]
     warnings += chat_template_warnings(source.chat_template, source.tokenizer)
     if source.untied:
         warnings.append("the adapter has a head or embeddings of its own, so the two are no longer tied")

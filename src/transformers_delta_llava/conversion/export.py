@@ -14,7 +14,6 @@ from ..modeling import DeltaLlavaConfig
 from ..modeling.delta_repo_delta_llava import dtype_name
 from ..utils.errors import DeltaLlavaError, explain_errors, show
 from ..utils.files import (
-    EXPORTED_FROM,
     REPORT_FILE,
     atomic_folder,
     check_output,
@@ -26,7 +25,6 @@ from ..utils.files import (
 )
 from ..utils.validation import check_sizes, validate
 from .config import DEFAULTS, EXTRA_PREFIX
-from .language_models import LANGUAGE_MODELS, language_models_of
 from .names import (
     CONV_1X1,
     EMBEDDINGS,
@@ -37,6 +35,7 @@ from .names import (
     released_name,
     tower_part,
 )
+from .prompts import EXPORTED_FROM, LANGUAGE_MODELS, language_models_of
 from .report import ConversionReport
 from .sources import PROJECTOR_FILE
 from .tokenizer import WORD_MARK_RULE

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
+from ..errors import one_line
 from ..hub.repo_files import TEMPLATE_FILE, read_code
 from ..modeling import DeltaLlavaConfig
 from ..modeling.delta_repo_delta_llava import dtype_name
@@ -26,7 +27,7 @@ from .names import (
     rename,
     tower_part,
 )
-from .prompts import QUESTION, choose_chat_template, exported_template, recognise_template, render
+from .prompts import QUESTION, choose_chat_template, recognise_template, render
 from .sources import check_embeddings, open_trained
 from .tokenizer import has_tokenizer, load_tokenizer, read_own_template
 from .vision_tower import adapt_to_weights, find_vision_tower, load_vision_tower
@@ -197,11 +198,10 @@ def _describe_prompt(
         if source is None:
             template = recognise_template(own or "", read_optional_json(folder / REPORT_FILE))
         else:
-            exported = exported_template(folder, tokenizer)
-            template = exported or choose_chat_template(None, source, None, tokenizer, own)
+            template = choose_chat_template(None, source.settings, None, tokenizer, own, folder)
         result.first_prompt = render(template.text, tokenizer, QUESTION)
-    except DeltaLlavaError as error:
-        result.problems.append(str(error))
+    except Exception as error:  # a template raises what it likes
+        result.problems.append(f"the chat template does not render a question: {one_line(error)}")
     else:
         result.chat_template, result.chat_template_reason = template.name, template.reason
 

@@ -11,7 +11,6 @@ from ..hub.repo_files import TOKENIZER_FILES
 from ..utils.errors import DeltaLlavaError, explain_errors, format_names, show
 from ..utils.files import hub_id_of, local_folder, public_name, read_json
 from .config import SourceConfig, read_config
-from .language_models import LANGUAGE_MODELS
 from .lora import ADAPTER_CONFIG, merge_lora, read_lora_settings
 from .names import (
     SOURCE_EMBEDDINGS,
@@ -20,7 +19,7 @@ from .names import (
     map_names,
     tower_part,
 )
-from .prompts import ChatTemplate, choose_chat_template, exported_template
+from .prompts import LANGUAGE_MODELS, ChatTemplate, choose_chat_template
 from .tokenizer import TokenIds, add_tokens, has_tokenizer, load_tokenizer, read_own_template
 from .vision_tower import VisionTower, adapt_to_weights, find_vision_tower, load_vision_tower
 from .weights import Checkpoint, LazyTensor, has_weights, open_weights, read_checkpoint
@@ -147,9 +146,8 @@ def read_source(
             f"The tokenizer has ids up to {token_ids.count - 1:,}, but the checkpoint was trained with {rows:,} rows: it is "
             "not the tokenizer of this checkpoint; pass the right one as `tokenizer=...`."
         )
-    template = None if chat_template else exported_template(folder, loaded)
-    if template is None:
-        template = choose_chat_template(chat_template, config, base.name if base else None, loaded, own_template)
+    base_name = base.name if base else None
+    template = choose_chat_template(chat_template, config.settings, base_name, loaded, own_template, folder)
     return Source(folder, config, checkpoint, base, untied, tower, loaded, token_ids, template)
 
 
