@@ -6,8 +6,8 @@ from transformers import CLIPVisionConfig
 
 from examples.make_checkpoint import LLAVA_KEYS, TEXT, TOWER, Recipe, checkpoint_tensors, projector_shapes, write_tower
 from tests.reference.names import package_state_dict
-from transformers_delta_llava.conversion import convert_config, convert_state_dict
-from transformers_delta_llava.conversion.config import Vocabulary
+from transformers_delta_llava.conversion import convert_state_dict
+from transformers_delta_llava.conversion.config import convert_config, read_config
 from transformers_delta_llava.conversion.names import (
     EMBEDDINGS,
     HEAD,
@@ -120,9 +120,16 @@ def make_lazy(tensors):
 
 def plan(tensors, tower=None, dtype=None, vocabulary=None, vision=None, **config):
     source = make_lazy(tensors)
-    settings = {**TEXT, **LLAVA_KEYS, "mm_hidden_size": None, "model_type": "llava_llama", **config}
-    vocabulary = vocabulary or Vocabulary(320, 319)
-    config = convert_config(settings, CLIPVisionConfig(**{**TOWER, **(vision or {})}), vocabulary)
+    settings = {**TEXT, **LLAVA_KEYS, "model_type": "llava_llama", **config}
+    rows, image, *pad = vocabulary or (320, 319)
+    tower_config = CLIPVisionConfig(**{**TOWER, **(vision or {})})
+    config = convert_config(
+        read_config(settings),
+        tower_config,
+        vocab_size=rows,
+        image_token_id=image,
+        pad_token_id=pad[0] if pad else None,
+    )
     return plan_tensors(source, tower and make_lazy(tower), config, dtype)
 
 
@@ -140,7 +147,7 @@ def test_all_tensors_bit_for_bit(tensors, tower, tower_inside, dtype):
 
 
 def test_shapes_and_dtypes_are_known_before_reading(tensors):
-    for tensor in plan(tensors, vocabulary=Vocabulary(384, 320), dtype=torch.float16).tensors.values():
+    for tensor in plan(tensors, vocabulary=(384, 320), dtype=torch.float16).tensors.values():
         value = tensor.load()
         assert (tensor.shape, tensor.dtype, tensor.num_bytes) == (tuple(value.shape), value.dtype, value.nbytes)
 
@@ -166,7 +173,7 @@ def test_shapes_and_dtypes_are_known_before_reading(tensors):
 )
 def test_tensors_that_do_not_fit_are_named(tensors, changes, options, message):
     source = {**tensors, **{n: torch.ones(v) if isinstance(v, tuple) else v for n, v in changes.items()}}
-    options = {"vocabulary": Vocabulary(384, 320), **options}
+    options = {"vocabulary": (384, 320), **options}
     with pytest.raises((DeltaLlavaError, KeyError), match=message):
         plan({name: tensor for name, tensor in source.items() if tensor is not None}, **options)
 
@@ -176,7 +183,7 @@ def test_tensors_that_do_not_fit_are_named(tensors, changes, options, message):
 def test_new_tokens_never_win_an_argmax(tensors, tied, dtype):
     """Also where a row that was trained, row 0 above all, wins often."""
     source = {name: tensor.to(dtype) for name, tensor in tensors.items() if not (tied and name == "lm_head.weight")}
-    result = load(source, vocabulary=Vocabulary(384, 320, 321), tie_word_embeddings=tied)
+    result = load(source, vocabulary=(384, 320, 321), tie_word_embeddings=tied)
     old, new = source["model.embed_tokens.weight"], result[EMBEDDINGS]
     assert new.shape == (384, 32)
     assert torch.equal(new[:320], old)
@@ -194,7 +201,7 @@ def test_new_tokens_never_win_an_argmax(tensors, tied, dtype):
 
 
 def test_rows_that_exist_stay(tensors):
-    result = load(tensors, vocabulary=Vocabulary(320, 300))
+    result = load(tensors, vocabulary=(320, 300))
     assert torch.equal(result[EMBEDDINGS], tensors["model.embed_tokens.weight"])
 
 

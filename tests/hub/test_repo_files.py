@@ -120,7 +120,7 @@ def test_inspect_reports_the_version_and_older_code(versioned, repo):
     assert inspect_model(repo).code_version == CODE_VERSION
     inspection = inspect_model(versioned)
     assert inspection.code_version == "0.0.9"
-    assert inspection.problems == ["projector_delta_llava.py is older code; update the repo."]
+    assert inspection.problems == ["projector_delta_llava.py is older code; update the repo"]
 
 
 def test_a_saved_model_notes_the_version_of_its_code(tmp_path):

@@ -103,13 +103,13 @@ def convert(
         )
     for warning in report.warnings:
         say(f"warning: {warning}")
-    for name, reason in report.tensors.ignored.items():
+    for name, reason in report.ignored.items():
         say(f"left out {name}: {reason}")
     say(
-        f"{report.tensors.written} tensors ({report.tensors.used} from {report.source.name}), "
+        f"{report.tensors_written} tensors ({report.tensors_read} from {source.name}), "
         f"{report.num_visual_tokens} visual tokens per image"
     )
-    say(f"chat template: {report.chat_template} ({report.chat_template_reason})")
+    say(f"chat template: {report.chat_template.name} ({report.chat_template.reason})")
     typer.echo(report.output)
     if push_to_hub is not None:
         try:

@@ -1,6 +1,5 @@
-"""From a trained checkpoint in the authors' layout to a Hub repo, and back."""
+"""From a trained checkpoint in the released layout to a Hub repo, and back."""
 
-from .config import convert_config
 from .convert import ConversionReport, convert_checkpoint
 from .export import ExportReport, export_checkpoint
 from .inspection import Inspection, inspect_model
@@ -12,7 +11,6 @@ __all__ = [
     "ExportReport",
     "Inspection",
     "convert_checkpoint",
-    "convert_config",
     "convert_state_dict",
     "export_checkpoint",
     "inspect_model",

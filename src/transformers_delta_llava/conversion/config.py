@@ -1,17 +1,25 @@
-"""Builds the config of a repo from a checkpoint's `config.json`, and lists the keys that it ignored or does not know."""
+"""Configs: a released checkpoint's `config.json`, its vision tower's, and the repo's, which is made of both."""
 
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from inspect import signature
-from typing import Annotated
+from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
 
+from ..errors import DeltaLlavaError, read_json
 from ..modeling import DeltaLlavaConfig
-from ..modeling.configuration_delta_llava import SELECT_STRATEGIES
-from ..utils.errors import DeltaLlavaError, explain_errors, show
-from ..utils.validation import check_sizes, validate
+from ..modeling.configuration_delta_llava import DEFAULT_VISION_CONFIG, SELECT_STRATEGIES
 from .prompts import LanguageModel, find_language_model
 
 
@@ -19,56 +27,42 @@ from .prompts import LanguageModel, find_language_model
 _GENERIC = set(PreTrainedConfig().to_dict()) - {"model_type"}
 # Older spellings that transformers' own configs still translate.
 _TRANSLATED = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
-
-
-def build_config(model_type: str, **values: object) -> tuple[PreTrainedConfig, list[str]]:
-    """A config of `model_type` from the `values` that it has a field for, and the names of the others.
-
-    Raises:
-        DeltaLlavaError: on a value that transformers refuses.
-    """
-    where = f"A setting of the {model_type} config is not usable"
-    check_sizes(values, where)
-    known = (set(AutoConfig.for_model(model_type).to_dict()) - _GENERIC) | _TRANSLATED
-    with explain_errors(where):
-        config = AutoConfig.for_model(model_type, **{name: values[name] for name in values.keys() & known})
-    return config, sorted(values.keys() - known - _GENERIC)
-
-
 # Vocabularies are padded to a multiple of this, as is usual on the Hub.
-VOCABULARY_MULTIPLE = 64
-# Prefix of config keys for settings that the released code fixes. Only checkpoints that this package exports have them.
+_VOCABULARY_MULTIPLE = 64
+# What the released code fixes and `DeltaLlavaConfig` leaves open, with the released values. Checkpoints that this package
+# exports have these settings in their config.json, with the prefix.
+DEFAULTS: dict[str, Any] = {
+    name: parameter.default
+    for name, parameter in signature(DeltaLlavaConfig).parameters.items()
+    if name.startswith(("projector_", "use_", "vision_feature_levels")) and name != "projector_layout"
+}
 EXTRA_PREFIX = "mm_"
 
-# Keys that have no effect on the result, by the reason.
-_REASONS = {
-    "only the authors' training reads it": """
-        freeze_backbone freeze_mm_mlp_adapter freeze_mm_vision_resampler mm_projector_lr mm_vision_tower_lr
-        tune_mm_mlp_adapter tune_mm_vision_resampler unfreeze_mm_vision_tower""",
-    "only images cut into tiles need it, which the released projector does not support": """
-        image_crop_resolution image_grid_pinpoints image_split_resolution""",
-    "every tensor keeps the dtype that it is stored in": "dtype torch_dtype",
-    "a second name of hidden_act in older Gemma configs": "hidden_activation",
-    "the released code builds one projector whatever this says": "mm_projector_type",
-    "the released code has no resampler": "mm_resampler_type",
-    "the token is never put into a prompt": "mm_use_im_patch_token",
-    "generation needs padding on the left": "tokenizer_padding_side",
-    "a Delta-LLaVA checkpoint always has a projector": "use_mm_proj",
-    "a generation setting of transformers 4; those that count are in generation_config.json": """
-        bad_words_ids begin_suppress_tokens decoder_start_token_id diversity_penalty do_sample early_stopping
-        encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id
-        length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
-        output_scores remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens temperature top_k
-        top_p typical_p""",
-    "transformers 4 wrote it into every config; none of these language models reads it": """
-        add_cross_attention cross_attention_hidden_size finetuning_task is_decoder prefix pruned_heads sep_token_id
-        task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class torchscript use_bfloat16""",
-    "how the model was run, not what it is": """
-        _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled attn_implementation""",
+# Keys of released checkpoints that are read here, in the tokenizer or in the tower.
+_READ_KEYS = {
+    *("model_type", "scale_factor", "vocab_size", "image_aspect_ratio", "tokenizer_model_max_length", "_name_or_path"),
+    *("mm_hidden_size", "mm_vision_select_layer", "mm_vision_tower"),
+    *(EXTRA_PREFIX + name for name in DEFAULTS),
 }
-IGNORED_KEYS = {key: reason for reason, keys in _REASONS.items() for key in keys.split()}
+# Keys without effect on the result: of training, of tiles (which the released projector does not have), second names, what
+# the released code does not look at, generation settings and defaults that transformers 4 wrote into every config, and how
+# the model was run.
+_IGNORED = """
+    freeze_backbone freeze_mm_mlp_adapter freeze_mm_vision_resampler mm_projector_lr mm_vision_tower_lr
+    tune_mm_mlp_adapter tune_mm_vision_resampler unfreeze_mm_vision_tower tokenizer_padding_side
+    image_crop_resolution image_grid_pinpoints image_split_resolution
+    dtype torch_dtype hidden_activation
+    mm_projector_type mm_resampler_type mm_use_im_patch_token use_mm_proj
+    bad_words_ids begin_suppress_tokens decoder_start_token_id diversity_penalty do_sample early_stopping
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty
+    max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores
+    remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p
+    add_cross_attention cross_attention_hidden_size finetuning_task is_decoder prefix pruned_heads sep_token_id
+    task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class torchscript use_bfloat16
+    _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled attn_implementation
+"""
 # Settings that change what the model computes in ways this package does not follow: key -> supported values.
-_REQUIRED_VALUES: dict[str, tuple] = {
+_REQUIRED_VALUES: dict[str, tuple[object, ...]] = {
     "mm_patch_merge_type": (None, "flat"),
     "mm_use_im_start_end": (None, False),
     "mm_vision_select_feature": (None, "patch"),
@@ -77,199 +71,180 @@ _REQUIRED_VALUES: dict[str, tuple] = {
     "s2": (None, False),
 }
 
-
-def _refuse_bool(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("it must be a number, not true or false")
-    return value
-
-
-# A number that may also be written as text, as some tools do.
-_Int = Annotated[int, BeforeValidator(_refuse_bool)]
-_Float = Annotated[float, BeforeValidator(_refuse_bool)]
-
-
-class SourceKeys(BaseModel):
-    """The keys of a checkpoint's `config.json` that say what the model computes beyond its language model."""
-
-    model_config = ConfigDict(frozen=True, protected_namespaces=())
-
-    image_aspect_ratio: str | None = None
-    mm_hidden_size: _Int | None = None
-    mm_vision_select_layer: _Int | None = None
-    mm_vision_tower: str | None = None
-    scale_factor: _Int | None = None
-    tokenizer_model_max_length: _Int | None = None
-    vocab_size: _Int | None = None
-
-    # Extra keys: the released code fixes these settings.
-    mm_projector_drop_path: _Float | None = None
-    mm_projector_head_dim: _Int | None = None
-    mm_projector_hidden_act: str | None = None
-    mm_projector_mix_ratio: _Float | None = None
-    mm_projector_mlp_ratio: _Float | None = None
-    mm_projector_num_attention_heads: _Int | None = None
-    mm_projector_sr_ratio: _Int | None = None
-    mm_use_delta_projection: bool | None = None
-    mm_use_emhsa: bool | None = None
-    mm_use_transformer_block: bool | None = None
-    mm_vision_feature_levels: list[_Int] | None = None
-
-    @property
-    def extras(self) -> dict[str, object]:
-        """Settings of `DeltaLlavaConfig` that the extra keys give."""
-        values = ((field, getattr(self, EXTRA_PREFIX + field)) for field in DEFAULTS)
-        return {field: value for field, value in values if value is not None}
-
-
-# What the released code fixes, as the defaults of our config have it.
-DEFAULTS = {
-    field: signature(DeltaLlavaConfig).parameters[field].default
-    for name in SourceKeys.model_fields
-    if (field := name.removeprefix(EXTRA_PREFIX)).startswith(("projector_", "use_", "vision_feature_"))
+# Towers that checkpoints name, so that one that holds its tower's weights converts without a download.
+KNOWN_TOWERS: dict[str, dict[str, Any]] = {
+    "openai/clip-vit-large-patch14-336": DEFAULT_VISION_CONFIG,
+    "openai/clip-vit-large-patch14": {**DEFAULT_VISION_CONFIG, "image_size": 224},
+    "google/siglip-so400m-patch14-384": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "image_size": 384,
+    },
 }
+# Whole image-text models, and the type of the tower inside them.
+_TOWER_OF = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """Rows of the embeddings, and the ids of the two tokens that a released checkpoint lacks."""
-
-    size: int
-    image_token_id: int
-    pad_token_id: int | None = None
+def build_config(model_type: str, **values: Any) -> tuple[PreTrainedConfig, list[str]]:
+    """A config of `model_type` from the `values` that it has a field for, and the names of the others."""
+    known = (set(AutoConfig.for_model(model_type).to_dict()) - _GENERIC) | _TRANSLATED
+    config = AutoConfig.for_model(model_type, **{name: values[name] for name in values.keys() & known})
+    return config, sorted(values.keys() - known - _GENERIC)
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """`config.json` of a checkpoint, read once.
+    """`config.json` of a checkpoint.
 
     Attributes:
         settings: the file's content.
-        keys: the authors' own keys.
         language_model: what its `model_type` stands for.
         text_config: config of the language model, with the vocabulary that the file states.
-        ignored: keys that have no effect on the result, with the reason.
         unknown: keys that this package does not know.
     """
 
-    settings: dict
-    keys: SourceKeys
+    settings: dict[str, Any]
     language_model: LanguageModel
     text_config: PreTrainedConfig
-    ignored: dict[str, str]
     unknown: list[str]
 
 
-def read_config(settings: dict) -> SourceConfig:
-    """Check a checkpoint's `config.json`: the language model's settings, `scale_factor` and the `mm_*` keys.
+def read_config(settings: dict[str, Any]) -> SourceConfig:
+    """Check a checkpoint's `config.json`.
 
     Raises:
-        DeltaLlavaError: an unknown language model, a value of the wrong type, or a setting that asks for something the
-            released projector does not do.
+        DeltaLlavaError: an unknown language model, or a setting that asks for something the released projector does not do.
     """
     language_model = find_language_model(settings.get("model_type"))
     for key, allowed in _REQUIRED_VALUES.items():
         if settings.get(key) not in allowed:
             supported = " or ".join(repr(value) for value in allowed if value is not None) or "absent"
             raise DeltaLlavaError(
-                f"config.json has {key}={show(settings[key])}, which is not supported; it must be {supported}."
+                f"config.json has {key}={settings[key]!r}, which is not supported; it must be {supported}"
             )
-    keys = validate(SourceKeys, settings, "config.json")
     text_config, others = build_config(**{**deepcopy(settings), "model_type": language_model.text_model_type})
-    known = SourceKeys.model_fields.keys() | IGNORED_KEYS.keys() | _REQUIRED_VALUES.keys()
-    return SourceConfig(
-        settings=settings,
-        keys=keys,
-        language_model=language_model,
-        text_config=text_config,
-        ignored={key: IGNORED_KEYS[key] for key in sorted(settings.keys() & IGNORED_KEYS)},
-        unknown=[key for key in others if key not in known],
-    )
+    known = {*_READ_KEYS, *_IGNORED.split(), *_REQUIRED_VALUES}
+    return SourceConfig(settings, language_model, text_config, [key for key in others if key not in known])
 
 
 def convert_config(
-    config: dict | SourceConfig,
+    source: SourceConfig,
     vision_config: PreTrainedConfig,
-    vocabulary: Vocabulary | None = None,
     *,
+    vocab_size: int,
+    image_token_id: int,
+    pad_token_id: int | None = None,
     scale_factor: int | None = None,
     delta_rank: int | None = None,
 ) -> DeltaLlavaConfig:
     """The config of a released checkpoint as a `DeltaLlavaConfig`.
 
     Args:
-        config: what the checkpoint's `config.json` holds, or the result of `read_config`.
+        source: the checkpoint's `config.json`.
         vision_config: geometry of the vision tower.
-        vocabulary: the vocabulary with its image token; by default that token is the first one after the
-            language model's own.
-        scale_factor: the one that the checkpoint was trained with, where `config` does not say.
+        vocab_size: rows of the embeddings, those for new tokens included.
+        image_token_id: which a released checkpoint lacks.
+        pad_token_id: of the tokenizer; by default what `source` says.
+        scale_factor: the one that the checkpoint was trained with, where `source` does not say.
         delta_rank: rank of the projector's updates; by default that of the released code, 16.
 
     Raises:
-        DeltaLlavaError: a setting is missing, asks for something the released projector does not do, or disagrees with
-            the vision tower.
-        ValueError: from `DeltaLlavaConfig`, for instance where `scale_factor` does not divide the tower's grid.
+        DeltaLlavaError: there is no scale factor, or there are two.
+        ValueError: from `DeltaLlavaConfig`, for instance where the scale factor does not divide the tower's grid.
     """
-    source = config if isinstance(config, SourceConfig) else read_config(config)
-    keys = source.keys
-    _check_tower(keys, vision_config)
-    vocabulary = vocabulary or _default_vocabulary(keys)
+    settings = source.settings
+    stated = settings.get("scale_factor")
+    if stated is None and scale_factor is None:
+        raise DeltaLlavaError(
+            "config.json has no scale_factor; pass the one that the checkpoint was trained with (2 gives 144 of 576 tokens)"
+        )
+    if stated is not None and scale_factor not in (None, stated):
+        raise DeltaLlavaError(
+            f"config.json has scale_factor={stated}, not {scale_factor}; choose another number of visual tokens at each call "
+            "(num_visual_tokens)"
+        )
     text_config = deepcopy(source.text_config)
-    text_config.vocab_size = vocabulary.size
-    if vocabulary.pad_token_id is not None:
-        text_config.pad_token_id = vocabulary.pad_token_id
-    fields = {
-        "vision_config": vision_config,
-        "text_config": text_config,
-        "image_token_id": vocabulary.image_token_id,
-        "vision_feature_select_strategy": SELECT_STRATEGIES.get(vision_config.model_type, "default"),
-        "projector_layout": "released",
-        **keys.extras,
-    }
-    if keys.mm_vision_select_layer is not None:
-        fields["vision_feature_layer"] = keys.mm_vision_select_layer
-    if delta_rank is not None:
-        fields["delta_rank"] = delta_rank
-    return DeltaLlavaConfig(**fields, scale_factor=_scale_factor(keys, scale_factor, fields))
-
-
-def _scale_factor(keys: SourceKeys, given: int | None, fields: dict) -> int:
-    """The scale factor of the config, or the `given` one where the config has none."""
-    if keys.scale_factor is None:
-        if given is not None:
-            return given
-        config = DeltaLlavaConfig(**deepcopy(fields), scale_factor=1)
-        choices = [f"{config.scale_factor_for(tokens)} ({tokens})" for tokens in config.visual_token_budgets]
-        raise DeltaLlavaError(
-            "config.json has no scale_factor; pass `scale_factor=...`, the one that the checkpoint was trained with. "
-            f"Possible values, with the visual tokens per image that they give: {', '.join(choices)}."
-        )
-    if given not in (None, keys.scale_factor):
-        raise DeltaLlavaError(
-            f"config.json has scale_factor={keys.scale_factor}, which differs from {given}; do not pass `scale_factor=...`, "
-            "and choose another number of visual tokens at each call (num_visual_tokens)."
-        )
-    return keys.scale_factor
+    text_config.vocab_size = vocab_size
+    if pad_token_id is not None:
+        text_config.pad_token_id = pad_token_id
+    extras = {name: settings.get(EXTRA_PREFIX + name) for name in DEFAULTS}
+    extras |= {"vision_feature_layer": settings.get("mm_vision_select_layer"), "delta_rank": delta_rank}
+    return DeltaLlavaConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_id=image_token_id,
+        scale_factor=scale_factor if stated is None else stated,
+        vision_feature_select_strategy=SELECT_STRATEGIES.get(vision_config.model_type, "default"),
+        projector_layout="released",
+        **{name: value for name, value in extras.items() if value is not None},
+    )
 
 
 def padded_vocab_size(rows: int, needed: int) -> int:
-    """Rows of the embeddings for `needed` token ids: `rows` where they suffice, else rounded up to `VOCABULARY_MULTIPLE`."""
-    return rows if needed <= rows else -(-needed // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    """Rows of the embeddings for `needed` token ids: `rows` where they suffice, else rounded up to a multiple of 64."""
+    return rows if needed <= rows else -(-needed // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
 
 
-def _default_vocabulary(keys: SourceKeys) -> Vocabulary:
-    rows = keys.vocab_size
-    if rows is None:
-        raise DeltaLlavaError("config.json has no vocab_size.")
-    return Vocabulary(padded_vocab_size(rows, rows + 1), image_token_id=rows)
+def read_tower_config(folder: Path) -> PreTrainedConfig:
+    """The config of the vision tower in `folder`, which may hold a whole CLIP or SigLIP.
+
+    Raises:
+        DeltaLlavaError: it is a tower of an unsupported kind.
+        OSError: there is no config.json.
+    """
+    values = read_json(folder / "config.json")
+    model_type = values.get("model_type")
+    if model_type in _TOWER_OF:
+        values, model_type = values.get("vision_config", {}), _TOWER_OF[model_type]
+    if model_type not in SELECT_STRATEGIES:
+        known = ", ".join([*_TOWER_OF, *SELECT_STRATEGIES])
+        raise DeltaLlavaError(f"the vision tower {folder.name} has model_type={model_type!r}; choose one of {known}")
+    return build_config(**{**values, "model_type": model_type})[0]
 
 
-def _check_tower(keys: SourceKeys, vision_config: PreTrainedConfig) -> None:
-    width, claimed = vision_config.hidden_size, keys.mm_hidden_size
-    levels = keys.mm_vision_feature_levels or DEFAULTS["vision_feature_levels"]
-    # Some training scripts write the width of one level, others that of all levels side by side.
-    if claimed not in (None, width, width * len(levels)):
-        raise DeltaLlavaError(
-            f"config.json says mm_hidden_size={claimed}, but the vision tower is {width} wide; "
-            "pass `vision_tower=...`, the tower that the checkpoint was trained with."
-        )
+def adapt_to_weights(config: PreTrainedConfig, names: Collection[str]) -> None:
+    """SigLIP's pooling head is optional: no visual token reads it, and some checkpoints drop it."""
+    if config.model_type == "siglip_vision_model" and names:
+        config.vision_use_head = any(name.startswith("head.") for name in names)
+
+
+def image_processor_settings(config: PreTrainedConfig, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The preprocessing of a tower's family, with what the tower's `own` preprocessor_config.json says differently.
+
+    Raises:
+        DeltaLlavaError: `own` makes images of another size than the tower reads.
+    """
+    side = {"height": config.image_size, "width": config.image_size}
+    settings: dict[str, Any] = {
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+    }
+    if config.model_type == "siglip_vision_model":
+        mean, std = IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
+        settings |= {"image_processor_type": "SiglipImageProcessor", "size": side}
+    else:
+        # DINOv2's own, BitImageProcessor, does the same as CLIP's with ImageNet's numbers.
+        is_clip = config.model_type == "clip_vision_model"
+        mean, std = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD) if is_clip else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        settings |= {"image_processor_type": "CLIPImageProcessor", "crop_size": side, "do_center_crop": True}
+        settings["size"] = {"shortest_edge": config.image_size}
+    settings |= {"image_mean": list(mean), "image_std": list(std)}
+    for name in settings.keys() & own.keys() - {"image_processor_type"}:
+        if name not in ("size", "crop_size"):
+            settings[name] = own[name]
+            continue
+        sides = own[name].values() if isinstance(own[name], dict) else [own[name]]
+        if any(side != config.image_size for side in sides):
+            raise DeltaLlavaError(
+                f"the vision tower disagrees with itself: config.json says image_size={config.image_size}, "
+                f"preprocessor_config.json {name}={own[name]}"
+            )
+    return settings

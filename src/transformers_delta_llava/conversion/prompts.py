@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..errors import REPORT_FILE, DeltaLlavaError, read_json
+from ..errors import REPORT_FILE, DeltaLlavaError, read_optional_json
 from ..hub.repo_files import TEMPLATE_FILE
 from ..processing import CHAT_TEMPLATES, load_chat_template
 from ..processing.chat_templates import adapt_template, find_conversation
@@ -141,9 +141,8 @@ def choose_chat_template(
 
 def _exported_template(folder: Path) -> ChatTemplate | None:
     """The template that `export` wrote into a folder; None in any other folder."""
-    report, template = folder / REPORT_FILE, folder / TEMPLATE_FILE
-    origin = read_json(report) if report.is_file() and template.is_file() else {}
-    if EXPORTED_FROM not in origin:
+    origin, template = read_optional_json(folder / REPORT_FILE), folder / TEMPLATE_FILE
+    if EXPORTED_FROM not in origin or not template.is_file():
         return None
     reason = origin.get("chat_template_reason", "that of the repo that was exported")
     return ChatTemplate(origin.get("chat_template", TEMPLATE_FILE), template.read_text(encoding="utf-8"), reason)

@@ -10,7 +10,7 @@ import transformers
 from tokenizers import AddedToken, Regex, normalizers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..errors import DeltaLlavaError, one_line, read_json, write_json
+from ..errors import DeltaLlavaError, one_line, read_json, read_optional_json, write_json
 from ..hub.repo_files import IMAGE_TOKEN, TEMPLATE_FILE, TOKENIZER_FILES
 from ..loading import local_folder
 
@@ -77,8 +77,7 @@ def read_own_template(model_id: str | Path) -> str | None:
     folder = local_folder(model_id, TOKENIZER_FILES)
     if (folder / TEMPLATE_FILE).is_file():
         return (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
-    settings = folder / "tokenizer_config.json"
-    template = read_json(settings).get("chat_template") if settings.is_file() else None
+    template = read_optional_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template or None
@@ -87,7 +86,7 @@ def read_own_template(model_id: str | Path) -> str | None:
 def _write_settings(folder: Path, sentencepiece_class: str | None) -> None:
     """Write out the defaults of the transformers that the authors used, which later ones changed."""
     path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.is_file() else {}
+    settings = read_optional_json(path)
     for name in _DROPPED_SETTINGS:
         settings.pop(name, None)
     if sentencepiece_class:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from transformers.utils import logging
 
@@ -69,6 +71,46 @@ _MAX_TEXT_BYTES = 10 * 2**20
 # {version: {file: sha256}} of code that was published before.
 _RELEASED = Path(__file__).with_name("released_code.json")
 _CODE_VERSION = re.compile(r'("code_version":\s*)"[^"]*"')
+
+
+# Where the Hub's client keeps downloads.
+_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]")
+# First parts of paths on the machine that trained a model, which look like owners on the Hub.
+_FOLDER = re.compile(
+    r"(.*[_-])?(cache|checkpoint|ckpt|data|exp|experiment|home|llm|local|mnt|model|out|output|pretrained|result|root|run|save"
+    r"|saved|scratch|share|tmp|trained|user|weight|work|workspace)s?",
+    re.IGNORECASE,
+)
+
+
+def is_repo_id(text: str) -> bool:
+    """Whether `text` has the form of a Hub id, `owner/name`."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return "/" in text  # names without an owner are ids to huggingface_hub
+
+
+def public_name(model_id: str | Path) -> str:
+    """A name that may be published: a Hub id, also of a path in the Hub's cache; of another path only its last part."""
+    path = str(Path(model_id).resolve() if Path(model_id).exists() else model_id)
+    if cached := _CACHED.search(path):
+        return f"{cached[1]}/{cached[2]}"
+    return path if is_repo_id(path) else Path(path).name
+
+
+def hub_id_of(name: str | None, folder: Path) -> str | None:
+    """The Hub id that the config in `folder` names, in a form that may be published.
+
+    None where it is a path, or may be one of the machine that trained the checkpoint: a wrong Hub id would lead readers to
+    somebody else's model.
+    """
+    if not name or any((place / name).exists() for place in (Path(), folder, folder.parent)):
+        return None
+    found = public_name(name)
+    is_path = _FOLDER.fullmatch(found.partition("/")[0]) or found.rpartition("/")[2].startswith("checkpoint-")
+    return found if is_repo_id(found) and not is_path else None
 
 
 def write_config(config: DeltaLlavaConfig, folder: Path) -> None:
