@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-real test test-oldest test-newest test-engines lint format bench gpu-rehearsal gpu-report cards release clean
+.PHONY: help demo demo-real test test-oldest test-newest test-engines lint format bench gpu-rehearsal gpu-report release clean
 
 export PYTHON
 BIN := .venv/bin
@@ -65,9 +65,6 @@ gpu-rehearsal: .venv/.ready  ## Rehearse the run on a GPU on the CPU, with tiny 
 
 gpu-report: .venv/.ready  ## Put what benchmarks/on_gpu.py wrote into FOLDER into docs/performance.md
 	@$(BIN)/python benchmarks/write_performance_page.py --gpu "$(FOLDER)"
-
-cards: .venv/.ready  ## Render model_cards/ from the facts beside them
-	@$(BIN)/python tools/render_cards.py
 
 release: .venv/.ready  ## Build sdist and wheel in dist/, install the wheel in an empty environment, run the quickstart with it
 	@rm -rf dist

@@ -18,7 +18,7 @@ from transformers_delta_llava.conversion import (
     inspect_model,
 )
 from transformers_delta_llava.errors import DeltaLlavaError
-from transformers_delta_llava.hub.repo_files import HUB_FILES
+from transformers_delta_llava.hub import HUB_FILES
 
 
 def assert_holds(repo, source: Tensors, dtype: torch.dtype | None = None) -> None:

@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from tests.checkpoints import edit_json
-from transformers_delta_llava.hub.repo_files import repo_files
+from transformers_delta_llava.hub import repo_files
 from transformers_delta_llava.onnx_export import export_onnx, settings
 from transformers_delta_llava.onnx_export.settings import patch_size
 

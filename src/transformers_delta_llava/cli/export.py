@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from ..conversion import export_checkpoint
+from ..errors import DeltaLlavaError
 from ..onnx_export import export_onnx
-from ..utils.errors import DeltaLlavaError
 from .options import say
 
 

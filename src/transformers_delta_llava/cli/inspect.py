@@ -1,14 +1,17 @@
 """`delta-llava inspect`."""
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..conversion import Inspection, inspect_model
 from .options import Json, cell, print_json, say
+
+
+if TYPE_CHECKING:
+    from ..conversion import Inspection
 
 
 def inspect(
@@ -16,6 +19,8 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Print what a repo or checkpoint holds and what is wrong with it; exits with code 1 where something is."""
+    from ..conversion import inspect_model
+
     result = inspect_model(model)
     if as_json:
         print_json(asdict(result))
@@ -25,7 +30,7 @@ def inspect(
         raise typer.Exit(1)
 
 
-def _print(result: Inspection) -> None:
+def _print(result: "Inspection") -> None:
     console = Console(soft_wrap=True, highlight=False)
     table = Table("part", "parameters", "tensors", "bytes", "dtypes", title=cell(f"{result.name} ({result.kind})"))
     for name, part in result.components.items():

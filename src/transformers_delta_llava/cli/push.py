@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..hub import PushReport, push_folder
-from ..utils.errors import printable
 from .options import say
+
+
+if TYPE_CHECKING:
+    from ..hub import PushReport
 
 
 Private = Annotated[bool, typer.Option("--private", help="Create the repo private.")]
@@ -35,7 +37,7 @@ def push(
     """Publish a repo folder on the Hub in one commit, and print the commit's URL.
 
     Only what a model repo has is published: weights, settings, the model's code, README.md and licences.
-    The login is that of `hf auth login` or of HF_TOKEN. After a broken connection, run it again: what arrived stays.
+    The login is that of `hf auth login` or of HF_TOKEN. After a broken connection, run it again: files that arrived are not sent twice.
     """
     push_and_tell(
         folder,
@@ -58,7 +60,9 @@ def push_and_tell(
     dry_run: bool,
     include: Sequence[str] = (),
 ) -> None:
-    """Push, with sentences on stderr and the URL on stdout; after a dry run the list of files there."""
+    """Push, with warnings on stderr and the URL on stdout; after a dry run the list of files there."""
+    from ..hub import push_folder
+
     report = push_folder(
         folder,
         repo_id,
@@ -67,17 +71,18 @@ def push_and_tell(
         create_pr=create_pr,
         dry_run=dry_run,
         include=include,
-        on_message=say,
     )
+    for warning in report.warnings:
+        say(f"warning: {warning}")
     if not dry_run:
         typer.echo(report.url)
         return
     for name, size in report.files.items():
-        typer.echo(f"{size:>14,} {printable(name)}")
+        typer.echo(f"{size:>14,} {name}")
     say(_plan(report, private, revision, create_pr))
 
 
-def _plan(report: PushReport, private: bool, revision: str | None, create_pr: bool) -> str:
+def _plan(report: "PushReport", private: bool, revision: str | None, create_pr: bool) -> str:
     size = f"{len(report.files)} files, {sum(report.files.values()) / 1e6:,.1f} MB"
     how = "a pull request against" if create_pr else "one commit to"
     visibility = " (private, if it is new)" if private else ""

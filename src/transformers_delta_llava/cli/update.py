@@ -4,8 +4,6 @@ from typing import Annotated
 
 import typer
 
-from ..hub import update_code
-from ..utils.errors import printable
 from .options import say
 from .push import CreatePr, Revision
 
@@ -22,11 +20,13 @@ def update(
     Repos carry the code that was current when they were written, and a later transformers may need newer code. On the Hub the
     files change in one commit.
     """
+    from ..hub import update_code
+
     result = update_code(repo, revision=revision, create_pr=create_pr, dry_run=dry_run, force=force)
     for name in result.changed:
-        typer.echo(printable(name))
+        typer.echo(name)
     for name in result.deleted:
-        typer.echo(f"{printable(name)} (deleted)")
+        typer.echo(f"{name} (deleted)")
     if not (result.changed or result.deleted):
         say(f"The code of {repo} is up to date.")
     elif dry_run:

@@ -13,9 +13,9 @@ import transformers
 
 from .. import __version__
 from ..errors import REPORT_FILE, DeltaLlavaError, check_output, output_folder, read_optional_json, write_json
-from ..hub.model_card import Conversion, ModelCard
-from ..hub.repo_files import (
+from ..hub import (
     TEMPLATE_FILE,
+    ModelCard,
     check_repo,
     describe_code,
     hub_id_of,
@@ -133,16 +133,13 @@ def convert_checkpoint(
     if opened.config.unknown:
         warnings.append(f"config.json has unknown keys: {', '.join(opened.config.unknown)}")
     base_models = _base_models(opened)
-    card = ModelCard.from_config(
-        config,
+    new_rows = config.text_config.vocab_size - opened.vocab_size
+    card = ModelCard(
         name=repo_id or output.resolve().name,
+        config=config,
         vision_tower=opened.tower.name,
         base_models=base_models,
-        conversion=Conversion(
-            cast_to=dtype_name(cast_to) if cast_to else None,
-            new_rows=config.text_config.vocab_size - opened.vocab_size,
-            new_tokens=ids.added,
-        ),
+        conversion=(dtype_name(cast_to) if cast_to else None, new_rows, ids.added),
     )
     shards = split_shards(plan.tensors, max_shard_size)
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..errors import REPORT_FILE, DeltaLlavaError, check_output, output_folder, read_optional_json, write_json
-from ..hub.repo_files import TEMPLATE_FILE, TOKENIZER_FILES, is_repo_id
+from ..hub import TEMPLATE_FILE, TOKENIZER_FILES, is_repo_id
 from ..loading import load_config, local_folder
 from ..modeling import DeltaLlavaConfig
 from .config import DEFAULTS, EXTRA_PREFIX

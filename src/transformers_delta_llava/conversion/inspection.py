@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import REPORT_FILE, format_names, one_line, read_json, read_optional_json
-from ..hub.repo_files import TEMPLATE_FILE, read_code
+from ..hub import TEMPLATE_FILE, read_code
 from ..loading import load_config, local_folder
 from ..modeling import DeltaLlavaConfig
 from .config import SourceConfig, adapt_to_weights, convert_config, read_config

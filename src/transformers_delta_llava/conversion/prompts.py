@@ -9,7 +9,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import REPORT_FILE, DeltaLlavaError, read_optional_json
-from ..hub.repo_files import TEMPLATE_FILE
+from ..hub import TEMPLATE_FILE
 from ..processing import CHAT_TEMPLATES, load_chat_template
 from ..processing.chat_templates import adapt_template, find_conversation
 from .tokenizer import TokenIds

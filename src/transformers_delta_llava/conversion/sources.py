@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import DeltaLlavaError, format_names, read_json, read_optional_json
-from ..hub.repo_files import TOKENIZER_FILES, is_repo_id, public_name
+from ..hub import TOKENIZER_FILES, is_repo_id, public_name
 from ..loading import local_folder
 from .config import (
     KNOWN_TOWERS,

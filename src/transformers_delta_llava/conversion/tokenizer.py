@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, normalizers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import DeltaLlavaError, one_line, read_json, read_optional_json, write_json
-from ..hub.repo_files import IMAGE_TOKEN, TEMPLATE_FILE, TOKENIZER_FILES
+from ..hub import IMAGE_TOKEN, TEMPLATE_FILE, TOKENIZER_FILES
 from ..loading import local_folder
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ..conversion.names import PROJECTOR
 from ..conversion.weights import Checkpoint, LazyTensor, read_checkpoint, split_shards, write_shards
-from ..hub.repo_files import WEIGHTS, is_published, write_code, write_config
+from ..hub import WEIGHTS, is_published, write_code, write_config
 from ..loading import load_config
 from ..modeling.delta_projection_delta_llava import FACTORS, DeltaProjection, Factors, Update
 from ..modeling.delta_repo_delta_llava import describe_deltas, hashes_of_base, is_base, write_delta_repo
