@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-real test test-oldest test-newest test-engines lint format bench cards release clean
+.PHONY: help demo demo-real test test-oldest test-newest test-engines lint format bench release clean
 
 export PYTHON
 BIN := .venv/bin
@@ -57,9 +57,6 @@ format: .venv/.ready  ## Format the code and fix what can be fixed
 bench: .venv/.ready  ## Measure speed side by side (BENCH="projector deltas" for some); over an hour
 	@for name in $(BENCH); do echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py; done
 	@$(BIN)/python -m benchmarks.write_performance_page
-
-cards: .venv/.ready  ## Render model_cards/ from the facts beside them
-	@$(BIN)/python tools/render_cards.py
 
 release: .venv/.ready  ## Build sdist and wheel in dist/, install the wheel in an empty environment, run the quickstart with it
 	@rm -rf dist

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from examples.make_tokenizer import KINDS, write_tokenizer
-from transformers_delta_llava.conversion.weight_mapping import published_name
+from transformers_delta_llava.conversion.names import published_name
 
 
 Shapes = dict[str, tuple[int, ...]]

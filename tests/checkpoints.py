@@ -1,5 +1,6 @@
 """Checkpoints that the tests of the conversion start from."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from huggingface_hub.utils import _http, close_session
 
 from examples.make_checkpoint import Tensors, write_checkpoint
 from transformers_delta_llava.conversion import convert_checkpoint
-from transformers_delta_llava.conversion.checkpoint import read_checkpoint
+from transformers_delta_llava.conversion.weights import read_checkpoint
 from transformers_delta_llava.utils.files import write_json
 
 
@@ -38,6 +39,12 @@ def edit_json(path: Path, **keys: object) -> None:
 def contents(folder: Path) -> dict[str, bytes]:
     """The bytes of every file in a folder, by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file below `folder`, by path."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ from transformers import pipeline
 
 from examples.make_checkpoint import write_checkpoint
 from tests.checkpoints import SHALLOW, read_tensors
-from transformers_delta_llava.conversion.checkpoint import same_bits
-from transformers_delta_llava.conversion.language_models import LANGUAGE_MODELS
+from transformers_delta_llava.conversion.prompts import LANGUAGE_MODELS
+from transformers_delta_llava.conversion.weights import same_bits
 
 
 QUESTION = "What is in this image?"

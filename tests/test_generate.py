@@ -83,7 +83,7 @@ def test_input_is_an_image_a_folder_a_glob_or_jsonl(images, tmp_path):
                 {
                     "role": "user",
                     "content": [
-                        {"type": "image_url", "image_url": {"url": "file:///x.png"}},
+                        {"type": "image_url", "image_url": {"url": "http://host/x.png"}},
                         {"type": "text", "text": "what?"},
                     ],
                 }
@@ -115,7 +115,7 @@ def test_input_is_an_image_a_folder_a_glob_or_jsonl(images, tmp_path):
     ]
     assert read[0].images() == [str(tmp_path / "1.png")]
     assert read[1].images() == [str(tmp_path / "1.png"), "https://host/2.png"]
-    assert read[4].images() == ["file:///x.png"] and read[4].max_new_tokens == 3 and read[2].max_new_tokens == 9
+    assert read[4].images() == ["http://host/x.png"] and read[4].max_new_tokens == 3 and read[2].max_new_tokens == 9
 
 
 @pytest.mark.parametrize("batch_format", [False, True])

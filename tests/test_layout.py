@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import transformers_delta_llava
-from transformers_delta_llava.hub.repo_files import write_code
+from transformers_delta_llava.hub import write_code
 
 
 ROOT = Path(__file__).parents[1]

@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.hub_server import TOKEN, HubServer, Repo
+from tests.hub_server import TOKEN, HubServer
 from tests.tiny import noise, prompt, tiny_config, tiny_processor
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
-from transformers_delta_llava.hub.repo_files import HUB_FILES
+from transformers_delta_llava.hub import HUB_FILES
 
 
 def load_all(folder: str, saved: str) -> None:
@@ -133,8 +133,7 @@ def fresh(saved: tuple[Path, dict], repo: Path, tmp_path_factory: pytest.TempPat
     parts = [absent, inspect.getsource(load_all), inspect.getsource(ask_on_the_hub), calls, *snippets]
     paths = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
     with HubServer() as server:
-        server.repos["org/tiny"] = Repo(private=False)
-        server.repos["org/tiny"].commit("main", {file.name: file.read_bytes() for file in repo.iterdir()})
+        server.repos["org/tiny"] = repo
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
         environment |= {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
         environment["HF_HOME"] = str(folder / "home")

@@ -57,6 +57,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """As `read_json`; empty where there is no such file."""
+    return read_json(path) if path.is_file() else {}
+
+
 def write_json(value: dict[str, Any], path: Path) -> None:
     """Write `value` in the same bytes every time."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

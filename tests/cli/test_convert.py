@@ -15,16 +15,16 @@ def test_convert_and_export(call, source, tmp_path):
     code, out, err = call("convert", source, repo, *options)
     assert (code, out) == (0, f"{repo}\n")
     assert "137 tensors (137 from llava-tiny), 16 visual tokens per image\n" in err
-    assert "chat template: chatml (as requested)\n" in err and "warning: generation_config.json: left out" in err
+    assert "chat template: chatml (as requested)\n" in err and "warning: left out temperature=0.9" in err
     assert len(list(repo.glob("model-*.safetensors"))) > 1
     code, out, err = call("convert", source, repo)
-    assert (code, out) == (2, "") and "--overwrite" in err
+    assert (code, out) == (2, "") and "overwrite" in err
     assert call("convert", source, repo, "--overwrite")[0] == 0
 
     code, out, err = call("export", repo, back, "--format", "released")
     assert (code, out) == (0, f"{back}\n") and "137 tensors in 1 files, layout released, 320 rows" in err
     code, out, err = call("export", repo, back)
-    assert (code, out) == (2, "") and "--overwrite" in err
+    assert (code, out) == (2, "") and "overwrite" in err
     assert call("export", repo, back, "--overwrite", "--projector-only")[0] == 0
     assert (back / "mm_projector.bin").is_file()
 
@@ -32,9 +32,9 @@ def test_convert_and_export(call, source, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--dtype", "int8"], "dtype='int8': use one of float32, bfloat16, float16."),
-        (["--tokenizer", "/no/tokenizer"], "The tokenizer /no/tokenizer is not a folder"),
-        (["--max-shard-size", "0"], "max_shard_size='0' is not a size"),
+        (["--dtype", "int8"], "dtype=int8"),
+        (["--tokenizer", "/no/tokenizer"], "/no/tokenizer"),
+        (["--max-shard-size", "0"], "Got '0'"),
     ],
 )
 def test_bad_options(call, pristine, tmp_path, options, message):
@@ -45,7 +45,7 @@ def test_bad_options(call, pristine, tmp_path, options, message):
 
 def test_a_bad_source_or_output(call, pristine, tmp_path):
     code, out, err = call("convert", tmp_path, tmp_path / "out")
-    assert (code, out) == (2, "") and str(tmp_path) in err and "config.json" in err
+    assert (code, out) == (2, "") and err.startswith("delta-llava convert: ") and "config.json" in err
     (tmp_path / "file").touch()
     code, out, err = call("convert", pristine / "llava-tiny", tmp_path / "file" / "out")
     assert (code, out) == (2, "") and err.splitlines()[-1].startswith("delta-llava convert: ") and "file" in err

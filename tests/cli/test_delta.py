@@ -57,7 +57,7 @@ def test_warns_of_what_deltas_cannot_hold(delta, tmp_path):
         (("extract", "nowhere", "out"), "not a folder"),
         (("truncate", "repo", "out", "--rank", "9"), "rank=9"),
         (("apply", "repo", "other", "out"), "--force"),
-        (("merge", "repo", "out", "--max-shard-size", "big"), "max_shard_size"),
+        (("merge", "repo", "out", "--max-shard-size", "big"), "big"),
     ],
 )
 def test_bad_input_is_one_sentence(delta, tmp_path, monkeypatch, arguments, words):

@@ -1,105 +1,74 @@
-"""`delta-llava push` and `convert --push-to-hub`, against the tests' Hub."""
+"""`delta-llava push`, `convert --push-to-hub` and `update`."""
+
+import json
 
 import pytest
-from huggingface_hub import constants
 
-from tests.hub_server import TOKEN, HubServer
+from tests.checkpoints import contents
+from tests.test_hub import REPO, FakeHub, copied, folder, older  # noqa: F401
 from transformers_delta_llava import hub
-from transformers_delta_llava.utils.errors import DeltaLlavaError
-
-
-REPO = "org/delta-llava-tiny"
-WRONG_TOKEN = "hf_" + "w" * 34
 
 
 @pytest.fixture
-def checkpoint(pristine):
-    return pristine / "llava-tiny"
-
-
-@pytest.fixture
-def server(hub_client, tmp_path, monkeypatch):
-    """A Hub, to which the environment has a login; the working directory is empty."""
+def api(monkeypatch, tmp_path):
+    """A Hub to which the environment has a login; the working directory is empty."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with HubServer() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        yield server
+    api = FakeHub()
+    monkeypatch.setattr(hub, "HfApi", lambda: api)
+    return api
 
 
-def test_a_checkpoint_becomes_a_repo_on_the_hub(call, server, checkpoint, tmp_path, monkeypatch):
-    code, out, err = call("convert", checkpoint, "--push-to-hub", REPO, "--private")
-    url = f"{server.url}/{REPO}/commit/{server.repos[REPO].heads['main']}"
-    assert (code, out) == (0, f"delta-llava-tiny\n{url}\n")
-    assert TOKEN not in out + err
-    assert server.repos[REPO].private
-    readme = server.files(REPO)["README.md"].decode()
+def test_a_checkpoint_becomes_a_repo_on_the_hub(call, api, pristine, tmp_path):
+    code, out, _ = call("convert", pristine / "llava-tiny", "--push-to-hub", REPO, "--private")
+    assert (code, out) == (0, "delta-llava-tiny\ncommit\n") and api.private
+    assert contents(tmp_path / "delta-llava-tiny") == api.files["main"]
+    readme = api.files["main"]["README.md"].decode()
     assert f'model="{REPO}"' in readme and "# delta-llava-tiny\n" in readme
-    written = tmp_path / "delta-llava-tiny"
-    assert {path.name: path.read_bytes() for path in written.iterdir()} == server.files(REPO)
-    assert TOKEN.encode() not in b"".join(server.files(REPO).values())
-
-    monkeypatch.setenv("HF_TOKEN", WRONG_TOKEN)
-    code, out, err = call("push", written, "org/other")
-    assert (code, out) == (2, "")
-    assert "`hf auth login`" in err.splitlines()[-1]
-    assert "Traceback" not in err and "hf_" not in err
 
 
-def test_a_missing_login_is_reported_before_the_conversion(call, server, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", WRONG_TOKEN)
-    refused = call("convert", checkpoint, "--push-to-hub", REPO)
-    assert refused == (
-        2, "", "delta-llava convert: The Hub needs a login for an upload: run `hf auth login`, or set HF_TOKEN.\n"
-    )  # fmt: skip
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
-    code, out, err = call("convert", checkpoint, "--push-to-hub", REPO)
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("delta-llava convert: The Hub cannot be asked whether you may upload; try again (")
-    assert not any(tmp_path.iterdir())
+def test_a_missing_login_is_reported_before_the_conversion(call, api, pristine, tmp_path, monkeypatch):
+    def refuse():
+        raise OSError("no login")
+
+    monkeypatch.setattr(api, "whoami", refuse)
+    code, out, err = call("convert", pristine / "llava-tiny", "--push-to-hub", REPO)
+    assert (code, out) == (2, "") and "no login" in err and not any(tmp_path.iterdir())
 
 
-def test_a_dry_run(call, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    options = ["--push-to-hub", REPO, "--dry-run", "--create-pr", "--revision", "v1"]
-    code, out, err = call("convert", checkpoint, "out", *options)
-    assert code == 0
-    lines = out.splitlines()
-    assert lines[0] == "out"
-    assert [line.split()[1] for line in lines[1:]] == sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert f"a pull request against v1 of {REPO}; nothing was sent." in err
-    (tmp_path / "out" / "notes.txt").touch()
-    code, out, err = call("push", "out", "org/another", "--dry-run", "--private")
-    assert (code, len(out.splitlines())) == (0, len(lines) - 1)
-    assert "one commit to main of org/another (private, if it is new); nothing was sent." in err
-    assert "README.md does not name org/another" in err
-    assert "no such files: notes.txt;" in err
-
-    (tmp_path / "out" / "tokenizer.json").unlink()
-    code, out, err = call("push", "out", REPO, "--dry-run")
-    assert (code, out) == (2, "")
-    assert "out does not load: " in err.splitlines()[-1]
+def test_a_push_that_fails_after_the_conversion_names_the_repo(call, api, pristine, tmp_path, monkeypatch):
+    monkeypatch.setattr(api, "upload_folder", lambda **_: 1 / 0)
+    code, out, err = call("convert", pristine / "llava-tiny", "--push-to-hub", REPO)
+    assert code and out == "delta-llava-tiny\n" and f"delta-llava push delta-llava-tiny {REPO}" in err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["out", "--private"], "--private, --revision, --create-pr and --dry-run belong to --push-to-hub."),
-        ([], "Name the folder to write the repo to, or publish it with --push-to-hub ORG/NAME."),
-        (["--push-to-hub", "name"], "name is not a Hub id of the form owner/name."),
-    ],
-)
-def test_wrong_options(call, checkpoint, arguments, message):
-    assert call("convert", checkpoint, *arguments) == (2, "", f"delta-llava convert: {message}\n")
+def test_a_dry_run(call, api, copied, tmp_path):  # noqa: F811
+    (copied / "notes.txt").touch()
+    code, out, err = call("push", copied, REPO, "--dry-run", "--create-pr", "--revision", "v1")
+    assert code == 0 and not api.calls
+    assert [line.split()[1] for line in out.splitlines()] == sorted(contents(copied).keys() - {"notes.txt"})
+    assert "a pull request against v1" in err and "notes.txt" in err
+    (copied / "tokenizer.json").unlink()
+    code, out, err = call("push", copied, REPO, "--dry-run")
+    assert (code, out) == (2, "") and "does not load" in err
 
 
-def test_a_push_that_fails_after_the_conversion_says_where_the_repo_is(call, checkpoint, tmp_path, monkeypatch):
-    def fail(*arguments, **options):
-        raise DeltaLlavaError("The Hub is down.")
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["out", "--private"], "--push-to-hub"),
+    ([], "--push-to-hub"),
+    (["--push-to-hub", "name"], "owner/name"),
+])  # fmt: skip
+def test_wrong_options(call, pristine, arguments, message):
+    code, out, err = call("convert", pristine / "llava-tiny", *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1) and message in err
 
-    monkeypatch.setattr(hub, "push_folder", fail)
-    monkeypatch.chdir(tmp_path)
-    code, out, err = call("convert", checkpoint, "--push-to-hub", REPO, "--dry-run")
-    assert (code, out) == (2, "delta-llava-tiny\n")
-    assert "The Hub is down; the converted repo is in delta-llava-tiny" in err
-    assert f"`delta-llava push delta-llava-tiny {REPO}` publishes it." in err
+
+def test_update_prints_the_files_that_change(call, older):  # noqa: F811
+    changed = "projector_delta_llava.py\nconfig.json\nconversion.json\nformer_delta_llava.py (deleted)\n"
+    assert call("update", older, "--dry-run")[:2] == (0, changed)
+    assert json.loads((older / "config.json").read_text())["code_version"] == "0.0.9"
+    assert call("update", older)[:2] == (0, changed)
+    assert call("update", older)[:2] == (0, "")
+    (older / "modeling_delta_llava.py").write_text("# by hand\n")
+    code, out, err = call("update", older)
+    assert (code, out) == (2, "") and "force" in err
+    assert call("update", older, "--force")[:2] == (0, "modeling_delta_llava.py\n")

@@ -14,9 +14,9 @@ from tests.checkpoints import SHALLOW, edit_json, read_tensors
 from tests.tiny import tiny_config, tiny_processor
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.conversion import convert_checkpoint, export_checkpoint
-from transformers_delta_llava.conversion.checkpoint import same_bits
-from transformers_delta_llava.conversion.weight_mapping import published_name
-from transformers_delta_llava.utils.errors import DeltaLlavaError
+from transformers_delta_llava.conversion.names import published_name
+from transformers_delta_llava.conversion.weights import same_bits
+from transformers_delta_llava.errors import DeltaLlavaError
 
 
 def assert_same(one: Tensors, other: Tensors) -> None:
@@ -98,38 +98,20 @@ def change_tensors(repo: Path, **changes: torch.Tensor | None) -> None:
     save_file(kept, repo / "model.safetensors", metadata={"format": "pt"})
 
 
-EMBEDDINGS = "model.language_model.embed_tokens.weight"
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda repo: (repo / "config.json").unlink(), "has no config.json"),
-        (
-            lambda repo: edit_json(repo / "config.json", model_type="llava_llama"),
-            "not a Delta-LLaVA repo: .*'llava_llama'",
-        ),
-        (
-            lambda repo: edit_json(repo / "config.json", projector_layout="paper"),
-            "projector_layout='paper', for which",
-        ),
-        (
-            lambda repo: edit_json(repo / "config.json", vision_feature_levels="x"),
-            r"config\.json of other is not usable",
-        ),
+        (lambda repo: edit_json(repo / "config.json", model_type="llava"), "is a llava, not a delta_llava"),
+        (lambda repo: edit_json(repo / "config.json", projector_layout="paper"), "projector_layout=paper"),
         (
             lambda repo: edit_json(repo / "config.json", text_config={"model_type": "opt", "vocab_size": 320}),
-            "no language model of type opt; it has gemma, llama",
+            "no language model opt; it has gemma, llama",
         ),
-        (lambda repo: edit_json(repo / "conversion.json", trained_vocab_size="many"), r"trained_vocab_size='many'"),
         (lambda repo: change_tensors(repo, extra=torch.ones(1)), "released layout has no name for extra"),
-        (lambda repo: change_tensors(repo, **{EMBEDDINGS: None, "lm_head.weight": None}), f"holds no {EMBEDDINGS}"),
     ],
 )
 def test_a_repo_that_cannot_be_exported(repo, tmp_path, damage, message):
     other = shutil.copytree(repo, tmp_path / "other")
-    with pytest.raises(DeltaLlavaError, match="one folder"):
-        export_checkpoint(other, other, overwrite=True)
     damage(other)
     with pytest.raises(DeltaLlavaError, match=message):
         export_checkpoint(other, tmp_path / "out")

@@ -46,9 +46,9 @@ def test_smollm2_gives_the_same_answers_in_a_converted_model(tmp_path: Path) -> 
     for path in (checkpoint, tmp_path / "repo"):
         if not path.exists():
             report = convert_checkpoint(checkpoint, path)
-            assert report.chat_template == "tokenizer" and any("is a guess" in text for text in report.warnings)
+            assert report.chat_template.name == "tokenizer" and any("is a guess" in text for text in report.warnings)
         result = inspect_model(path)
-        assert (result.chat_template, result.problems) == ("tokenizer", [])
+        assert (result.chat_template.name, result.problems) == ("tokenizer", [])
         assert result.first_prompt == (
             "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
             "<|im_start|>user\n<image>\nWhat is in this image?<|im_end|>\n<|im_start|>assistant\n"

@@ -256,7 +256,7 @@ def test_bad_input_is_one_error_and_no_output(released_repo, checkpoint, tmp_pat
             r"query.weight is \(64, 64\) in repo and \(128, 128\) in llava-tiny",
         ),
         (lambda: extract_deltas(released_repo, out, base=released_repo, rank=99), "rank=99"),
-        (lambda: extract_deltas(tmp_path, out), "holds neither deltas nor a model"),
+        (lambda: extract_deltas(tmp_path, out), "has no weights"),
         (lambda: truncate_deltas(deltas, out), "either a rank or an energy"),
         (lambda: truncate_deltas(deltas, out, rank=1, energy=0.5), "either a rank or an energy"),
         (lambda: truncate_deltas(deltas, out, rank=5), "rank=5: the deltas of deltas have rank 4"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from tests.hub_server import TOKEN, HubServer, Repo
+from tests.hub_server import TOKEN, HubServer
 from tests.modeling.delta_cases import assert_same, inputs, is_delta, logits, make, other_deltas, snapshot, write_repo
 
 
@@ -148,19 +148,10 @@ def test_from_the_hub_and_back(hub_client, tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         url_template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants._HF_DEFAULT_ENDPOINT, server.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url_template)
-        repo = server.repos["someone/deltas"] = Repo(private=False)
-        repo.commit("main", {file.name: file.read_bytes() for file in (tmp_path / "deltas").iterdir()})
+        server.repos["someone/deltas"] = tmp_path / "deltas"
         for options in ({"model_id": "someone/nothing"}, {"model_id": "someone/deltas", "revision": "nowhere"}):
             with pytest.raises(OSError, match=list(options.values())[-1]):
                 model.load_deltas(**options, **cache)
         assert model.load_deltas("someone/deltas", **cache) == "deltas"
         assert_same(model.delta_state_dict(), other_deltas(source))
-        with pytest.raises(ValueError, match="no deltas named 'nothing'"):
-            model.push_deltas_to_hub("someone/mine", "nothing", token=TOKEN)
-        assert list(server.repos) == ["someone/deltas"]
-        url = model.push_deltas_to_hub("someone/mine", "default", private=True, token=TOKEN)
-        assert "someone/mine" in url and server.repos["someone/mine"].private
-        assert b'load_deltas("mine")' in server.files("someone/mine")["README.md"]
-        model.load_deltas("someone/mine", **cache)
-    assert model.delta_names == ["default", "deltas", "mine"]
-    assert_same(model.delta_state_dict("mine"), model.delta_state_dict("default"))
+    assert model.delta_names == ["default", "deltas"]

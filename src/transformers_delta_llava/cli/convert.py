@@ -63,16 +63,16 @@ def convert(
     With --push-to-hub the repo is then published, and the commit's URL printed too; --dry-run converts and sends nothing.
     """
     from ..conversion import convert_checkpoint
-    from ..hub.push import check_login
-    from ..utils.files import check_repo_id
+    from ..hub import check_login, is_repo_id
 
     if push_to_hub is None:
         if private or revision is not None or create_pr or dry_run:
-            raise DeltaLlavaError("--private, --revision, --create-pr and --dry-run belong to --push-to-hub.")
+            raise DeltaLlavaError("--private, --revision, --create-pr and --dry-run belong to --push-to-hub")
         if output is None:
-            raise DeltaLlavaError("Name the folder to write the repo to, or publish it with --push-to-hub ORG/NAME.")
+            raise DeltaLlavaError("name the folder to write the repo to, or publish it with --push-to-hub ORG/NAME")
     else:
-        check_repo_id(push_to_hub)
+        if not is_repo_id(push_to_hub):
+            raise DeltaLlavaError(f"--push-to-hub {push_to_hub}: not a Hub id of the form owner/name")
         if not dry_run:
             check_login()  # not after an hour of conversion
     output = output or Path(str(push_to_hub).rpartition("/")[2])
@@ -104,19 +104,19 @@ def convert(
         )
     for warning in report.warnings:
         say(f"warning: {warning}")
-    for name, reason in report.tensors.ignored.items():
+    for name, reason in report.ignored.items():
         say(f"left out {name}: {reason}")
     say(
-        f"{report.tensors.written} tensors ({report.tensors.used} from {report.source.name}), "
+        f"{report.tensors_written} tensors ({report.tensors_read} from {source.name}), "
         f"{report.num_visual_tokens} visual tokens per image"
     )
-    say(f"chat template: {report.chat_template} ({report.chat_template_reason})")
+    say(f"chat template: {report.chat_template.name} ({report.chat_template.reason})")
     typer.echo(report.output)
     if push_to_hub is not None:
         try:
             push_and_tell(
                 output, push_to_hub, private=private, revision=revision, create_pr=create_pr, dry_run=dry_run
             )
-        except DeltaLlavaError as error:
-            again = f"the converted repo is in {output}, and `delta-llava push {output} {push_to_hub}` publishes it."
-            raise DeltaLlavaError(f"{str(error).rstrip('.')}; {again}") from error
+        except Exception:
+            say(f"the converted repo is in {output}; `delta-llava push {output} {push_to_hub}` publishes it")
+            raise

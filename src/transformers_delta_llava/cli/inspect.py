@@ -41,20 +41,15 @@ def _print(result: "Inspection") -> None:
     if result.visual_token_budgets:
         budgets = ", ".join(map(str, result.visual_token_budgets))
         say(f"visual tokens per image: {result.num_visual_tokens} by default, of {budgets}", console)
-    if result.first_prompt is not None:
-        say(f"chat template: {result.chat_template} ({result.chat_template_reason}), which asks", console)
+    if result.chat_template and result.first_prompt:
+        say(f"chat template: {result.chat_template.name} ({result.chat_template.reason}), which asks", console)
         for line in result.first_prompt.split("\n"):
             say(f"    {line}", console)
     if result.kind == "repo":
-        state = "as released" if result.code_is_current else "see below; `delta-llava update` brings today's"
-        say(f"code: version {result.code_version or 'unknown (before 0.1.0)'}, {state}", console)
-    if result.deltas:
-        deltas = Table("delta", "rank", "norm", "norm of its base", "ratio")
-        for delta in result.deltas:
-            ratio = f"{delta.norm / delta.base_norm:.3g}" if delta.base_norm else "-"
-            deltas.add_row(cell(delta.name), str(delta.rank), f"{delta.norm:.4g}", f"{delta.base_norm:.4g}", ratio)
-        console.print(deltas)
+        say(f"code: version {result.code_version}", console)
+    if result.delta_rank is not None:
+        say(f"deltas: rank {result.delta_rank}", console)
     for problem in result.problems:
-        say(f"wrong: {problem}", console)
+        say(f"problem: {problem}", console)
     if not result.problems:
-        say("nothing wrong was found", console)
+        say("OK", console)

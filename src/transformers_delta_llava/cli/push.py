@@ -37,7 +37,7 @@ def push(
     """Publish a repo folder on the Hub in one commit, and print the commit's URL.
 
     Only what a model repo has is published: weights, settings, the model's code, README.md and licences.
-    The login is that of `hf auth login` or of HF_TOKEN. After a broken connection, run it again: what arrived stays.
+    The login is that of `hf auth login` or of HF_TOKEN. After a broken connection, run it again: files that arrived are not sent twice.
     """
     push_and_tell(
         folder,
@@ -60,7 +60,7 @@ def push_and_tell(
     dry_run: bool,
     include: Sequence[str] = (),
 ) -> None:
-    """Push, with sentences on stderr and the URL on stdout; after a dry run the list of files there."""
+    """Push, with warnings on stderr and the URL on stdout; after a dry run the list of files there."""
     from ..hub import push_folder
 
     report = push_folder(
@@ -71,8 +71,9 @@ def push_and_tell(
         create_pr=create_pr,
         dry_run=dry_run,
         include=include,
-        on_message=say,
     )
+    for warning in report.warnings:
+        say(f"warning: {warning}")
     if not dry_run:
         typer.echo(report.url)
         return

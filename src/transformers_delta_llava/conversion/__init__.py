@@ -1,10 +1,9 @@
-"""From a trained checkpoint in the authors' layout to a Hub repo, and back."""
+"""From a trained checkpoint in the released layout to a Hub repo, and back."""
 
-from .config_mapping import convert_config
 from .convert import ConversionReport, convert_checkpoint
 from .export import ExportReport, export_checkpoint
 from .inspection import Inspection, inspect_model
-from .weight_mapping import convert_state_dict
+from .names import convert_state_dict
 
 
 __all__ = [
@@ -12,7 +11,6 @@ __all__ = [
     "ExportReport",
     "Inspection",
     "convert_checkpoint",
-    "convert_config",
     "convert_state_dict",
     "export_checkpoint",
     "inspect_model",

@@ -1,33 +1,60 @@
-"""Convert a trained checkpoint in the authors' layout to a Hub repo."""
+"""Convert a trained checkpoint in the released layout to a Hub repo."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+import transformers
 
-from ..hub.model_card import Conversion, ModelCard
-from ..hub.repo_files import check_repo, write_code, write_config, write_processor
-from ..hub.tokenizer import TEMPLATE_FILE, save_tokenizer
-from ..modeling import DeltaLlavaConfig
-from ..modeling.delta_repo_delta_llava import dtype_name
-from ..utils.errors import explain_errors
-from ..utils.files import REPORT_FILE, atomic_folder, check_output, public_name, sha256_of, write_json
-from ..utils.validation import torch_dtype
-from .chat_templates import chat_template_warnings
-from .checkpoint import Progress, split_shards, verify_archives, verify_shards, write_shards
-from .config_mapping import Vocabulary, convert_config, padded_vocab_size
-from .generation_config import fit_generation_config, read_generation_config
-from .report import ConfigKeysReport, ConversionReport, ReadCheckpoint, ReadFiles, TensorReport
-from .sources import Source, read_source, read_source_config
-from .vision_tower import find_vision_tower
-from .weight_mapping import EMBEDDINGS, TensorPlan, find_delta_rank, plan_tensors
+from .. import __version__
+from ..errors import REPORT_FILE, DeltaLlavaError, check_output, output_folder, read_optional_json, write_json
+from ..hub import (
+    TEMPLATE_FILE,
+    ModelCard,
+    check_repo,
+    describe_code,
+    hub_id_of,
+    public_name,
+    write_code,
+    write_config,
+    write_processor,
+)
+from ..loading import DTYPES
+from .config import convert_config, padded_vocab_size
+from .names import EMBEDDINGS, TensorPlan, find_delta_rank, plan_tensors
+from .prompts import ChatTemplate, chat_template_warnings, fit_generation_config, keep_valid_flags
+from .sources import Source, open_source
+from .tokenizer import save_tokenizer
+from .weights import Progress, dtype_name, split_shards, verify_archives, verify_shards, write_shards
 
 
-_THREADS = 4
+@dataclass(frozen=True)
+class ConversionReport:
+    """Result of `convert_checkpoint`.
+
+    Attributes:
+        output: the repo folder.
+        weight_files: names of its weight files.
+        num_visual_tokens: visual tokens per image by default.
+        tensors_read: how many of the source's tensors were used; `ignored` maps the others to reasons.
+        tensors_written: how many tensors the repo has, those of the vision tower included.
+        chat_template: the chosen one, with the reason.
+        warnings: what the user should know.
+    """
+
+    output: Path
+    weight_files: list[str]
+    num_visual_tokens: int
+    tensors_read: int
+    tensors_written: int
+    ignored: dict[str, str]
+    chat_template: ChatTemplate
+    warnings: list[str]
 
 
 def convert_checkpoint(
@@ -71,129 +98,140 @@ def convert_checkpoint(
         progress: called with the bytes of tensors written so far, and in all; `verify_progress` the same while verifying.
         repo_id: Hub id that the model card's examples name. By default they name the output folder.
 
-    Returns:
-        What was done, as in the output's `conversion.json`.
-
     Raises:
-        DeltaLlavaError: one sentence on why there is no output.
+        DeltaLlavaError: the source or an option cannot be used, or the output exists.
         ValueError: from `DeltaLlavaConfig`, on settings that no Delta-LLaVA model can have.
         OSError: reading or writing failed.
     """
-    folder, output = Path(source), Path(output)
-    cast_to = None if dtype is None else torch_dtype(dtype if isinstance(dtype, str) else dtype_name(dtype))
-    source_config = read_source_config(folder)
-    tower = vision_tower or find_vision_tower(source_config.keys.mm_vision_tower, folder)
-    inputs = [Path(path) for path in (folder, tower, tokenizer, base_model) if path]
-    check_output(output, [path for path in inputs if path.is_dir()], overwrite)
-
-    opened = read_source(
-        folder,
-        source_config,
+    output = Path(output)
+    check_output(output, overwrite)
+    cast_to = _cast_to(dtype)
+    opened = open_source(
+        Path(source),
         base_model=str(base_model) if base_model else None,
         vision_tower=str(vision_tower) if vision_tower else None,
         tokenizer=str(tokenizer) if tokenizer else None,
         chat_template=chat_template,
     )
-    config = _plan_config(opened, scale_factor)
-    plan = plan_tensors(opened.checkpoint, opened.names, opened.tower.checkpoint, config, cast_to)
+    ids, rank = opened.token_ids, find_delta_rank(opened.checkpoint.tensors)
+    config = convert_config(
+        opened.config,
+        opened.tower.config,
+        vocab_size=padded_vocab_size(opened.vocab_size, ids.count),
+        image_token_id=ids.image,
+        pad_token_id=ids.pad,
+        scale_factor=scale_factor,
+        delta_rank=rank,
+    )
+    plan = plan_tensors(opened.checkpoint, opened.tower.checkpoint, config, cast_to)
     config.dtype = plan.tensors[EMBEDDINGS].dtype
-    generation_config, warnings = _plan_generation(opened, config)
+    generation_config, dropped = keep_valid_flags(read_optional_json(opened.folder / "generation_config.json"))
+    template = opened.chat_template
+    fit_generation_config(generation_config, opened.tokenizer, ids, config.text_config, template.text)
+    warnings = [f"left out {name}={value}: it has no effect without do_sample" for name, value in dropped.items()]
+    warnings += chat_template_warnings(template, opened.tokenizer)
+    if opened.config.unknown:
+        warnings.append(f"config.json has unknown keys: {', '.join(opened.config.unknown)}")
+    base_models = _base_models(opened)
+    new_rows = config.text_config.vocab_size - opened.vocab_size
+    card = ModelCard(
+        name=repo_id or output.resolve().name,
+        config=config,
+        vision_tower=opened.tower.name,
+        base_models=base_models,
+        conversion=(dtype_name(cast_to) if cast_to else None, new_rows, ids.added),
+    )
     shards = split_shards(plan.tensors, max_shard_size)
 
     # The source is hashed while the output is written: both take about as long, and use different threads.
-    with ThreadPoolExecutor(1) as pool, atomic_folder(output, overwrite) as tmp_dir:
-        hashes = pool.submit(hash_files, opened.files)
-        write_shards(plan.tensors, shards, tmp_dir, progress)
+    with ThreadPoolExecutor(1) as pool, output_folder(output, overwrite) as folder:
+        hashes = pool.submit(_hash_files, opened.files)
+        write_shards(plan.tensors, shards, folder, progress)
         if verify:
             verify_archives(opened.weight_files)
-            verify_shards(plan.tensors, tmp_dir, verify_progress or progress)
-        write_code(tmp_dir)
-        write_config(config, tmp_dir)
-        write_processor(config, opened.tower.image_processor, opened.config.keys.image_aspect_ratio == "pad", tmp_dir)
-        with explain_errors("The tokenizer cannot be written"):
-            save_tokenizer(opened.tokenizer, tmp_dir, opened.config.keys.tokenizer_model_max_length)
-        (tmp_dir / TEMPLATE_FILE).write_text(opened.chat_template.text, encoding="utf-8")
-        generation_config.save_pretrained(tmp_dir)
-        card = _model_card(opened, config, repo_id or output.resolve().name, cast_to)
-        (tmp_dir / "README.md").write_text(card.render(), encoding="utf-8")
-        report = _report(
-            opened,
-            plan,
-            hashes.result(),
-            output=output,
-            weight_files=list(shards),
-            num_visual_tokens=config.num_visual_tokens,
-            warnings=warnings,
-        )
-        write_json(report.model_dump(), tmp_dir / REPORT_FILE)
-        check_repo(tmp_dir, output.name)
-    return report
-
-
-def hash_files(files: Iterable[Path]) -> dict[str, str]:
-    """The sha256 of each file, by its name; several at a time, since hashing is slower than a disk."""
-    files = list(files)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return dict(zip((file.name for file in files), pool.map(sha256_of, files)))
-
-
-def _plan_config(source: Source, scale_factor: int | None) -> DeltaLlavaConfig:
-    ids = source.token_ids
-    vocabulary = Vocabulary(padded_vocab_size(source.vocab_size, ids.count), ids.image, ids.pad)
-    rank = find_delta_rank(source.checkpoint.tensors)
-    return convert_config(source.config, source.tower.config, vocabulary, scale_factor=scale_factor, delta_rank=rank)
-
-
-def _plan_generation(source: Source, config: DeltaLlavaConfig) -> tuple[GenerationConfig, list[str]]:
-    """The generation settings, and everything about the source that is worth a warning."""
-    generation_config, warning = read_generation_config(source.folder)
-    fit_generation_config(
-        generation_config, source.tokenizer, source.token_ids, config.text_config, source.chat_template.text
-    )
-    warnings = [warning] if warning else []
-    warnings += chat_template_warnings(source.chat_template, source.tokenizer)
-    if source.untied:
-        warnings.append("the adapter has a head or embeddings of its own, so the two are no longer tied")
-    if source.config.unknown:
-        warnings.append(f"config.json has unknown keys: {', '.join(source.config.unknown)}")
-    return generation_config, warnings
-
-
-def _model_card(source: Source, config: DeltaLlavaConfig, name: str, cast_to: torch.dtype | None) -> ModelCard:
-    return ModelCard.from_config(
-        config,
-        name=name,
-        vision_tower=source.tower.name,
-        base_models=source.base_models,
-        conversion=Conversion(
-            cast_to=dtype_name(cast_to) if cast_to is not None else None,
-            new_rows=config.text_config.vocab_size - source.vocab_size,
-            new_tokens=source.token_ids.added,
-        ),
-    )
-
-
-def _report(source: Source, plan: TensorPlan, source_hashes: dict[str, str], **results: Any) -> ConversionReport:
-    tower, base = source.tower, source.base
+            verify_shards(plan.tensors, folder, verify_progress or progress)
+        write_code(folder)
+        write_config(config, folder)
+        pads = opened.config.settings.get("image_aspect_ratio") == "pad"
+        write_processor(config, opened.tower.image_processor, pads, folder)
+        save_tokenizer(opened.tokenizer, folder, opened.config.settings.get("tokenizer_model_max_length"))
+        (folder / TEMPLATE_FILE).write_text(template.text, encoding="utf-8")
+        generation_config.save_pretrained(folder)
+        (folder / "README.md").write_text(card.render(), encoding="utf-8")
+        noted = _describe(opened, plan, hashes.result())
+        write_json({**noted, "base_models": base_models, "warnings": warnings}, folder / REPORT_FILE)
+        check_repo(folder, output.name)
     return ConversionReport(
-        source=ReadCheckpoint(
-            name=public_name(str(source.folder)),
-            model_type=source.config.settings["model_type"],
-            sha256=source_hashes,
-        ),
-        vision_tower=ReadFiles(name=tower.name, sha256=hash_files(tower.checkpoint.files if tower.checkpoint else [])),
-        base_model=ReadFiles(name=base.name, sha256=hash_files(base.checkpoint.files)) if base else None,
-        base_models=source.base_models,
-        trained_vocab_size=source.vocab_size,
-        tokens_added=source.token_ids.added,
-        chat_template=source.chat_template.name,
-        chat_template_reason=source.chat_template.reason,
-        tensors=TensorReport(
-            used=len(source.checkpoint.tensors) - len(plan.ignored),
-            ignored=plan.ignored,
-            written=len(plan.tensors),
-            dtypes=dict(Counter(dtype_name(tensor.dtype) for tensor in plan.tensors.values())),
-        ),
-        config_keys=ConfigKeysReport(ignored=source.config.ignored, unknown=source.config.unknown),
-        **results,
+        output=output,
+        weight_files=list(shards),
+        num_visual_tokens=config.num_visual_tokens,
+        tensors_read=len(opened.checkpoint.tensors) - len(plan.ignored),
+        tensors_written=len(plan.tensors),
+        ignored=plan.ignored,
+        chat_template=template,
+        warnings=warnings,
     )
+
+
+def _cast_to(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or dtype in DTYPES.values():
+        return dtype
+    if dtype not in DTYPES:
+        raise DeltaLlavaError(f"dtype={dtype}: choose from {', '.join(DTYPES)}")
+    return DTYPES[str(dtype)]
+
+
+def _base_models(source: Source) -> list[str]:
+    """Hub ids of the language model and the vision tower, as far as the checkpoint states them."""
+    language_model = source.base.name if source.base else source.config.settings.get("_name_or_path")
+    ids = (hub_id_of(name, source.folder) for name in (language_model, source.tower.name))
+    return [name for name in ids if name is not None]
+
+
+def _describe(source: Source, plan: TensorPlan, source_hashes: dict[str, str]) -> dict[str, Any]:
+    """Where a repo comes from, for its `conversion.json`."""
+    tower, base = source.tower, source.base
+    return {
+        "source": {
+            "name": public_name(source.folder),
+            "model_type": source.config.settings["model_type"],
+            "sha256": source_hashes,
+        },
+        # No files where the checkpoint holds the tower's weights.
+        "vision_tower": {
+            "name": tower.name,
+            "sha256": _hash_files(tower.checkpoint.files if tower.checkpoint else ()),
+        },
+        "base_model": {"name": base.name, "sha256": _hash_files(base.checkpoint.files)} if base else None,
+        "trained_vocab_size": source.vocab_size,
+        "tokens_added": source.token_ids.added,
+        "chat_template": source.chat_template.name,
+        "chat_template_reason": source.chat_template.reason,
+        "tensors": {
+            "used": len(source.checkpoint.tensors) - len(plan.ignored),
+            "ignored": plan.ignored,
+            "written": len(plan.tensors),
+            "dtypes": dict(Counter(dtype_name(tensor.dtype) for tensor in plan.tensors.values())),
+        },
+        "code": describe_code(),
+        "versions": {
+            "transformers_delta_llava": __version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+        },
+    }
+
+
+def _hash_files(files: Iterable[Path]) -> dict[str, str]:
+    """The sha256 of each file, by its name; several at a time, since hashing is slower than a disk."""
+    with ThreadPoolExecutor(4) as pool:
+        files = list(files)
+        return dict(zip((file.name for file in files), pool.map(_sha256, files)))
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Export a repo of ours as a checkpoint in the authors' layout, bit for bit."""
+"""Export a repo of ours as a checkpoint in the released layout, bit for bit."""
 
 import json
 import shutil
@@ -9,36 +9,33 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from ..hub.tokenizer import TEMPLATE_FILE, TOKENIZER_FILES, WORD_MARK_RULE
+from ..errors import REPORT_FILE, DeltaLlavaError, check_output, output_folder, read_optional_json, write_json
+from ..hub import TEMPLATE_FILE, TOKENIZER_FILES, is_repo_id
+from ..loading import load_config, local_folder
 from ..modeling import DeltaLlavaConfig
-from ..modeling.delta_repo_delta_llava import dtype_name
-from ..utils.errors import DeltaLlavaError, explain_errors, format_names, show
-from ..utils.files import (
-    EXPORTED_FROM,
-    REPORT_FILE,
-    atomic_folder,
-    check_output,
-    is_repo_id,
-    local_folder,
-    read_json,
-    read_optional_json,
-    write_json,
-)
-from ..utils.validation import check_sizes, validate
-from .checkpoint import Checkpoint, LazyTensor, Progress, read_checkpoint, same_bits, split_shards, write_shards
-from .config_mapping import DEFAULTS, EXTRA_PREFIX
-from .language_models import LANGUAGE_MODELS, language_models_of
-from .report import ConversionReport
-from .sources import PROJECTOR_FILE
-from .weight_mapping import (
+from .config import DEFAULTS, EXTRA_PREFIX
+from .names import (
+    CONV_1X1,
     EMBEDDINGS,
     HEAD,
-    RULES,
     SOURCE_PROJECTOR,
-    Rule,
     new_rows,
     published_name,
+    released_name,
     tower_part,
+)
+from .prompts import EXPORTED_FROM, LANGUAGE_MODELS, language_models_of
+from .sources import PROJECTOR_FILE
+from .tokenizer import PAD_TOKEN, WORD_MARK_RULE
+from .weights import (
+    Checkpoint,
+    LazyTensor,
+    Progress,
+    dtype_name,
+    read_checkpoint,
+    same_bits,
+    split_shards,
+    write_shards,
 )
 
 
@@ -47,7 +44,6 @@ _FILES = ("*.json", TEMPLATE_FILE, "model*.safetensors*", "tokenizer.model", "me
 # Written into config.json by transformers or for a repo of ours; the authors' trainer has other values for them.
 _REPO_KEYS = ("architectures", "auto_map", "dtype", "transformers_version", "_name_or_path")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_EXPORT_RULES = tuple(Rule(rule.target, rule.source, rule.conv_1x1) for rule in RULES)
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ def export_checkpoint(
     max_shard_size: int | str = "2GB",
     progress: Progress | None = None,
 ) -> ExportReport:
-    """Write a repo as the authors' code reads and writes checkpoints; every value stays as it is, bit for bit.
+    """Write a repo as the released code reads and writes checkpoints; every value stays as it is, bit for bit.
 
     A converted checkpoint gets its tensors' names, shapes, dtypes and values back, and converting the result gives the
     repo's tensors again. Rows that conversion added for new tokens are left out unless they have changed since; a head
@@ -88,112 +84,80 @@ def export_checkpoint(
     Args:
         repo: folder or Hub id of a repo of the released layout.
         output: folder to write.
-        projector_only: write `mm_projector.bin` and `config.json` alone.
+        projector_only: write only `mm_projector.bin` and `config.json`.
         vocab_size: rows of the embeddings and the head to keep; by default those that were trained.
         overwrite: replace an output that an earlier export wrote.
         max_shard_size: most bytes of tensors per weight file, as a number or as `2GB`.
         progress: called with the bytes of tensors written so far, and in all.
 
     Raises:
-        DeltaLlavaError: one sentence on why there is no output.
+        DeltaLlavaError: the repo has no counterpart in the released layout, or the output exists.
         OSError: reading or writing failed.
     """
     output = Path(output)
-    folder = local_folder(str(repo), "repo", _FILES)
-    check_output(output, [folder], overwrite)
-    config = read_repo_config(folder)
+    check_output(output, overwrite)
+    folder = local_folder(repo, _FILES)
+    config = load_config(folder)
     if config.projector_layout != "released":
         raise DeltaLlavaError(
-            f"The repo has projector_layout={config.projector_layout!r}, for which the authors' layout has no names; only "
-            "'released' can be exported."
+            f"the repo has projector_layout={config.projector_layout}; only released has names in the released layout"
         )
-    conversion = validate(ConversionReport, read_optional_json(folder / REPORT_FILE), REPORT_FILE)
+    noted = read_optional_json(folder / REPORT_FILE)
     checkpoint = read_checkpoint(folder)
-    rows = _vocab_size(checkpoint, config, conversion, vocab_size)
+    rows = _vocab_size(checkpoint, config, noted.get("trained_vocab_size"), vocab_size)
     # Where conversion read the tower's weights from elsewhere, they stay there.
-    tensors = _released_tensors(checkpoint, rows, with_tower=not conversion.vision_tower.sha256)
+    tower = noted.get("vision_tower", {})
+    tensors = _released_tensors(checkpoint, rows, with_tower=not tower.get("sha256"))
     if projector_only:
         tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(SOURCE_PROJECTOR)}
         shards = {PROJECTOR_FILE: list(tensors)}
     else:
         shards = split_shards(tensors, max_shard_size)
     extras = _extra_settings(config)
-    with atomic_folder(output, overwrite) as tmp_dir:
+    with output_folder(output, overwrite) as new:
         if projector_only:
-            torch.save({name: tensor.load().clone() for name, tensor in tensors.items()}, tmp_dir / PROJECTOR_FILE)
+            torch.save({name: tensor.load().clone() for name, tensor in tensors.items()}, new / PROJECTOR_FILE)
         else:
-            write_shards(tensors, shards, tmp_dir, progress)
-            _write_tokenizer(folder, tmp_dir, rows, conversion.tokens_added)
-            _write_generation_config(folder, tmp_dir, rows)
+            write_shards(tensors, shards, new, progress)
+            _write_tokenizer(folder, new, rows, noted.get("tokens_added", ["<image>", PAD_TOKEN]))
+            _write_generation_config(folder, new, rows)
         settings = {
             **_text_settings(config.text_config, rows),
-            **_released_settings(folder, config, conversion),
+            **_released_settings(folder, config, noted),
             **extras,
-            "mm_vision_tower": _write_tower(folder, config, conversion.vision_tower.name, tmp_dir),
+            "mm_vision_tower": _write_tower(folder, config, tower.get("name"), new),
             "torch_dtype": dtype_name(checkpoint.tensors[EMBEDDINGS].dtype),
             "vocab_size": rows,
         }
-        write_json(json.loads(json.dumps(settings, default=str)), tmp_dir / "config.json")
-        # Marks the folder as one that may be overwritten, and keeps what the authors' layout has no place for.
-        origin = {
-            EXPORTED_FROM: conversion.source.name or folder.name,
-            "chat_template": conversion.chat_template,
-            "chat_template_reason": conversion.chat_template_reason,
-        }
-        write_json({key: value for key, value in origin.items() if value is not None}, tmp_dir / REPORT_FILE)
+        write_json(json.loads(json.dumps(settings, default=str)), new / "config.json")
+        # Marks the folder as one that may be overwritten, and keeps what the released layout has no place for.
+        origin = {name: noted[name] for name in ("chat_template", "chat_template_reason") if noted.get(name)}
+        write_json({EXPORTED_FROM: noted.get("source", {}).get("name", folder.name), **origin}, new / REPORT_FILE)
     return ExportReport(output, list(shards), len(tensors), rows, sorted(extras))
 
 
-def read_repo_config(folder: Path) -> DeltaLlavaConfig:
-    """The config of a repo; DeltaLlavaError where there is none or it is not a Delta-LLaVA repo's."""
-    if not (folder / "config.json").is_file():
-        raise DeltaLlavaError(f"The repo {folder.name} has no config.json.")
-    values = read_json(folder / "config.json")
-    if values.get("model_type") != "delta_llava":
-        raise DeltaLlavaError(
-            f"{folder.name} is not a Delta-LLaVA repo: its config.json has model_type={show(values.get('model_type'))}."
-        )
-    what = f"The config.json of {folder.name} is not usable"
-    check_sizes(values, what)
-    with explain_errors(what):
-        return DeltaLlavaConfig.from_dict(values)
-
-
 def _released_tensors(checkpoint: Checkpoint, vocab_size: int, with_tower: bool) -> dict[str, LazyTensor]:
-    """A repo's tensors under the authors' names and in their shapes, embeddings and head cut to `vocab_size` rows."""
+    """A repo's tensors in the released names and shapes, embeddings and head cut to `vocab_size` rows."""
     tensors: dict[str, LazyTensor] = {}
-    unknown = []
     for given, tensor in checkpoint.tensors.items():
         name = published_name(given)
-        match = next(((rule, source) for rule in _EXPORT_RULES if (source := rule.rename(name)) is not None), None)
-        if match is None:
-            unknown.append(name)
-            continue
-        rule, source = match
         if name in (EMBEDDINGS, HEAD):
             shape = (vocab_size, *tensor.shape[1:])
-            tensors[source] = tensor.map(lambda value: value[:vocab_size], shape)
+            tensors[released_name(name)] = tensor.map(lambda value: value[:vocab_size], shape)
         elif with_tower or tower_part(name) is None:
-            tensors[source] = tensor.reshape((*tensor.shape, 1, 1)) if rule.conv_1x1 else tensor
-    if unknown:
-        raise DeltaLlavaError(f"The released layout has no name for {format_names(unknown)}.")
+            tensors[released_name(name)] = tensor.reshape((*tensor.shape, 1, 1)) if name in CONV_1X1 else tensor
     return tensors
 
 
-def _vocab_size(
-    checkpoint: Checkpoint, config: DeltaLlavaConfig, conversion: ConversionReport, requested: int | None
-) -> int:
-    """Rows of the vocabulary to keep: those that were trained, if the others are still as conversion wrote them."""
+def _vocab_size(checkpoint: Checkpoint, config: DeltaLlavaConfig, trained: int | None, requested: int | None) -> int:
+    """Rows of the vocabulary to keep: those that were `trained`, if the others are still as conversion wrote them."""
     tables = [checkpoint.tensors[name] for name in (EMBEDDINGS, HEAD) if name in checkpoint.tensors]
-    if not tables or any(len(table.shape) != 2 for table in tables):
-        raise DeltaLlavaError(f"The repo holds no {EMBEDDINGS} with a row for each token.")
     size = tables[0].shape[0]
     if requested is not None:
         if not 0 < requested <= size:
-            raise DeltaLlavaError(f"vocab_size={requested} is not between 1 and the repo's {size} rows.")
+            raise DeltaLlavaError(f"vocab_size={requested} is not between 1 and the repo's {size} rows")
         return requested
-    trained = conversion.trained_vocab_size
-    if trained is None or not 0 < trained < size:
+    if trained is None or trained >= size:
         return size
     for table, mean_row in zip(tables, (config.image_token_id, None)):
         values = table.load()
@@ -202,29 +166,29 @@ def _vocab_size(
     return trained
 
 
-def _text_settings(text: PreTrainedConfig, rows: int) -> dict:
-    """The language model's config as transformers 4 wrote it, which the authors' code runs on."""
+def _text_settings(text: PreTrainedConfig, rows: int) -> dict[str, Any]:
+    """The language model's config as transformers 4 wrote it, which the released code runs on."""
     values = {key: value for key, value in text.to_dict().items() if key not in _REPO_KEYS}
     # nn.Embedding refuses a padding row that it does not have.
     for key in _TOKEN_IDS:
         values[key] = _known_ids(values.get(key), rows)
     rope = values.pop("rope_parameters", None)
-    if isinstance(rope, dict):
+    if rope is not None:
         values["rope_theta"] = rope.pop("rope_theta", None)
         rotary = rope.pop("partial_rotary_factor", 1)
         if rotary != 1:
             values["partial_rotary_factor"] = rotary
         kind = rope.get("rope_type", "default")
-        if "original_max_position_embeddings" in values:  # Phi-3 keeps it outside, and its two factors alone inside
+        if "original_max_position_embeddings" in values:  # Phi-3 keeps it outside, and only its two factors inside
             rope = {"type": kind, **{key: rope[key] for key in ("short_factor", "long_factor") if key in rope}}
         values["rope_scaling"] = None if kind == "default" else rope
     return values
 
 
-def _known_ids(ids: object, rows: int) -> object:
+def _known_ids(ids: int | list[int] | None, rows: int) -> int | list[int] | None:
     if isinstance(ids, list):
-        return [i for i in ids if type(i) is int and i < rows] or None
-    return ids if type(ids) is int and ids < rows else None
+        return [i for i in ids if i < rows] or None
+    return ids if ids is not None and ids < rows else None
 
 
 def _extra_settings(config: DeltaLlavaConfig) -> dict[str, Any]:
@@ -234,21 +198,21 @@ def _extra_settings(config: DeltaLlavaConfig) -> dict[str, Any]:
     return {EXTRA_PREFIX + field: value for field, value in values.items() if value != DEFAULTS[field]}
 
 
-def _released_settings(folder: Path, config: DeltaLlavaConfig, conversion: ConversionReport) -> dict[str, Any]:
+def _released_settings(folder: Path, config: DeltaLlavaConfig, noted: dict[str, Any]) -> dict[str, Any]:
     """The authors' own keys, except for the vision tower."""
     families = language_models_of(config.text_config.model_type)
     if not families:
         known = ", ".join(sorted({model.text_model_type for model in LANGUAGE_MODELS.values()}))
         raise DeltaLlavaError(
-            f"The authors' code has no language model of type {config.text_config.model_type}; it has {known}."
+            f"the released code has no language model {config.text_config.model_type}; it has {known}"
         )
-    source_type = conversion.source.model_type
+    source_type = noted.get("source", {}).get("model_type")
     model_type = source_type if source_type in families else next(iter(families))
-    length = read_optional_json(folder / "tokenizer_config.json").get("model_max_length")
-    do_pad = read_optional_json(folder / "processor_config.json").get("do_pad", True)
     values = {
         "architectures": [families[model_type].architecture],
-        "image_aspect_ratio": "pad" if do_pad else "square",
+        "image_aspect_ratio": "pad"
+        if read_optional_json(folder / "processor_config.json").get("do_pad", True)
+        else "square",
         "mm_hidden_size": config.vision_config.hidden_size,
         "mm_patch_merge_type": "flat",
         "mm_projector_type": "delatallava",
@@ -261,79 +225,59 @@ def _released_settings(folder: Path, config: DeltaLlavaConfig, conversion: Conve
         "tie_word_embeddings": config.tie_word_embeddings,
         "use_mm_proj": True,
     }
-    if conversion.base_models and conversion.base_models[0] != conversion.vision_tower.name:
-        values["_name_or_path"] = conversion.base_models[0]
+    base_models = noted.get("base_models", [])
+    if base_models and base_models[0] != noted["vision_tower"]["name"]:
+        values["_name_or_path"] = base_models[0]
+    length = read_optional_json(folder / "tokenizer_config.json").get("model_max_length")
     # transformers writes a length that no tokenizer has where nobody set one.
-    if type(length) is int and length < 10**9:
+    if length is not None and length < 10**9:
         values["tokenizer_model_max_length"] = length
     return values
 
 
 def _write_tower(folder: Path, config: DeltaLlavaConfig, name: str | None, output: Path) -> str:
-    """The tower's name for `mm_vision_tower`: its Hub id, or a folder of its settings written beside the weights."""
+    """The tower's name for `mm_vision_tower`: its Hub id, or a folder of its settings, written next to the weights."""
     if name is not None and is_repo_id(name):
         return name
     tower = output / TOWER_FOLDER
     tower.mkdir()
     config.vision_config.to_json_file(tower / "config.json")
     settings = read_optional_json(folder / "processor_config.json").get("image_processor")
-    if isinstance(settings, dict):
+    if settings is not None:
         write_json(settings, tower / "preprocessor_config.json")
     return TOWER_FOLDER
 
 
 def _write_tokenizer(folder: Path, output: Path, rows: int, added: list[str]) -> None:
-    """Copy the tokenizer, without the tokens that conversion `added` and that have no row in the embeddings."""
+    """Copy the tokenizer, without the tokens that conversion `added` and that have no row in the embeddings.
+
+    The released code resizes the embeddings to the tokenizer's length when it loads a checkpoint: each token without a row
+    would get a random one.
+    """
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, output / name)
-    removed = _remove_tokens(output / "tokenizer.json", rows, added)
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-        if (output / name).is_file():
-            settings = _without_tokens(read_json(output / name), removed)
-            # transformers 5 writes a list where 4 expects a dictionary with names for the tokens.
-            if isinstance(settings.get("extra_special_tokens"), list):
-                settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-            write_json(settings, output / name)
-
-
-def _remove_tokens(path: Path, rows: int, added: list[str]) -> set[str]:
-    """Remove these tokens from a `tokenizer.json`, and with them the rule for text after an image; returns the tokens."""
+    path = output / "tokenizer.json"
     tokenizer = read_optional_json(path)
-    entries = tokenizer.get("added_tokens")
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        return set()
-    removed = {
-        entry.get("content")
-        for entry in entries
-        if entry.get("content") in added and isinstance(entry.get("id"), int) and entry["id"] >= rows
-    }
+    tokens = tokenizer.get("added_tokens", [])
+    removed = {token["content"] for token in tokens if token["content"] in added and token["id"] >= rows}
     if removed:
-        tokenizer["added_tokens"] = [entry for entry in entries if entry.get("content") not in removed]
-        match tokenizer.get("normalizer"):
+        tokenizer["added_tokens"] = [token for token in tokens if token["content"] not in removed]
+        match tokenizer.get("normalizer"):  # the rule for text after an image goes with the image token
             case {"normalizers": [{"pattern": {"Regex": rule}}, *rest]} if str(rule).startswith(WORD_MARK_RULE):
                 tokenizer["normalizer"] = rest[0] if rest else None
         path.write_text(json.dumps(tokenizer, ensure_ascii=False, indent=2), encoding="utf-8")
-    return removed
-
-
-def _without_tokens(settings: dict, tokens: set[str]) -> dict:
-    """A tokenizer's `settings` without some tokens, as keys, values and entries of lists."""
-
-    def is_kept(value: object) -> bool:
-        token = value.get("content") if isinstance(value, dict) else value
-        return not isinstance(token, str) or token not in tokens
-
-    kept: dict = {}
-    for key, value in settings.items():
-        if key in tokens or not is_kept(value):
-            continue
+    settings = read_optional_json(output / "tokenizer_config.json")
+    for key, value in list(settings.items()):
         if isinstance(value, list):
-            value = [entry for entry in value if is_kept(entry)]
-        elif key == "added_tokens_decoder" and isinstance(value, dict):
-            value = {number: entry for number, entry in value.items() if is_kept(entry)}
-        kept[key] = value
-    return kept
+            settings[key] = [token for token in value if str(token) not in removed]
+        elif str(value) in removed:
+            del settings[key]
+    # transformers 5 writes a list where 4 expects a dictionary with names for the tokens.
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    if settings:
+        write_json(settings, output / "tokenizer_config.json")
 
 
 def _write_generation_config(folder: Path, output: Path, rows: int) -> None:

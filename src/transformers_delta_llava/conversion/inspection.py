@@ -6,56 +6,45 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedTokenizerBase
 
-from ..hub.repo_files import read_code
-from ..hub.tokenizer import TEMPLATE_FILE, has_tokenizer, load_tokenizer, read_own_template
+from ..errors import REPORT_FILE, format_names, one_line, read_json, read_optional_json
+from ..hub import TEMPLATE_FILE, read_code
+from ..loading import load_config, local_folder
 from ..modeling import DeltaLlavaConfig
-from ..modeling.delta_repo_delta_llava import dtype_name
-from ..utils.errors import DeltaLlavaError, format_names
-from ..utils.files import REPORT_FILE, local_folder, read_json, read_optional_json
-from .chat_templates import QUESTION, choose_chat_template, exported_template, recognise_template, render
-from .checkpoint import Checkpoint, LazyTensor, has_weights
-from .config_mapping import SourceConfig, Vocabulary, convert_config, read_config
-from .export import read_repo_config
-from .sources import check_embeddings, open_trained
-from .vision_tower import adapt_to_weights, find_vision_tower, load_vision_tower
-from .weight_mapping import (
+from .config import SourceConfig, adapt_to_weights, convert_config, read_config
+from .names import (
     EMBEDDINGS,
     PROJECTOR,
+    SOURCE_EMBEDDINGS,
+    check_projector,
     compare_shapes,
-    describe_other_projector,
     expected_shapes,
     find_delta_rank,
     map_names,
+    rename,
     tower_part,
 )
+from .prompts import QUESTION, ChatTemplate, choose_chat_template, recognise_template, render
+from .sources import find_vision_tower, load_vision_tower, open_trained
+from .tokenizer import has_tokenizer, load_tokenizer, read_own_template
+from .weights import LazyTensor, dtype_name
 
 
 # Parts of the model, and words in the names of their tensors, in repos and in checkpoints; the rest is the language model.
 _COMPONENTS = {"vision tower": "vision_tower.", "projector": "projector.", "language model": "", "head": "lm_head."}
-_REPO_FILES = ("generation_config.json", "processor_config.json", "chat_template.jinja", "README.md")
+_REPO_FILES = ("generation_config.json", "processor_config.json", TEMPLATE_FILE, "README.md")
 _FILES = ("*.json", "*.py", "*.jinja", "README.md", "model*.safetensors*", "tokenizer.model", "merges.txt")
 
 
 @dataclass(frozen=True)
 class Component:
-    """A part of the model: how many numbers, in how many tensors and bytes, and of which dtypes (tensors by dtype)."""
+    """A part of the model: how many parameters, in how many tensors and bytes, and of which dtypes (tensors by dtype)."""
 
     parameters: int
     tensors: int
     num_bytes: int
     dtypes: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Delta:
-    """A low-rank update: Frobenius norms of it (all levels together) and of its base, and the rank it was given."""
-
-    name: str
-    rank: int
-    norm: float
-    base_norm: float
 
 
 @dataclass
@@ -67,11 +56,11 @@ class Inspection:
         kind: `repo`, `checkpoint` or `projector`.
         components: by the part of the model.
         visual_token_budgets: possible numbers of visual tokens per image; `num_visual_tokens`, the default.
-        code_version: of a repo's code, and `code_is_current`, whether it is today's.
-        deltas: of the projector.
-        chat_template: name of the one that a repo has or a conversion would choose, and `chat_template_reason`, why.
+        delta_rank: of the projector's updates; None where it has none.
+        code_version: of a repo's code.
+        chat_template: the one that a repo has or a conversion would choose.
         first_prompt: a question about an image, up to where the model answers.
-        problems: a sentence on each; empty where nothing is wrong.
+        problems: a line on each; empty where nothing is wrong.
     """
 
     name: str
@@ -79,161 +68,101 @@ class Inspection:
     components: dict[str, Component]
     visual_token_budgets: tuple[int, ...] = ()
     num_visual_tokens: int | None = None
+    delta_rank: int | None = None
     code_version: str | None = None
-    code_is_current: bool = True
-    deltas: list[Delta] = field(default_factory=list)
-    chat_template: str | None = None
-    chat_template_reason: str | None = None
+    chat_template: ChatTemplate | None = None
     first_prompt: str | None = None
     problems: list[str] = field(default_factory=list)
 
 
 def inspect_model(model_id: str | Path) -> Inspection:
-    """Look into a repo of ours, or a checkpoint in the authors' layout: a full one, or its projector alone.
+    """Look into a repo of ours, or a checkpoint in the released layout: a full one, or its projector alone.
 
     Args:
         model_id: folder or Hub id.
 
     Raises:
-        DeltaLlavaError: there is no config, or there are no weights that can be read.
+        DeltaLlavaError: there are no weights that can be read.
+        OSError: there is no config.json.
     """
-    folder = local_folder(str(model_id), "model", _FILES)
-    if not (folder / "config.json").is_file():
-        raise DeltaLlavaError(f"{folder.name} has no config.json.")
+    folder = local_folder(model_id, _FILES)
     settings = read_json(folder / "config.json")
-    checkpoint = open_trained(folder)
-    if checkpoint is None:
-        raise DeltaLlavaError(f"{folder.name} holds neither a model's weights nor a projector's.")
-    if settings.get("model_type") == "delta_llava":
-        return _inspect_repo(folder, checkpoint)
-    return _inspect_checkpoint(folder, settings, checkpoint)
-
-
-def _inspect_repo(folder: Path, checkpoint: Checkpoint) -> Inspection:
-    result = Inspection(folder.name, "repo", _components(checkpoint.tensors))
-    try:
-        config = read_repo_config(folder)
-        result.visual_token_budgets, result.num_visual_tokens = config.visual_token_budgets, config.num_visual_tokens
-        _describe_deltas(result, checkpoint.tensors)
-        _describe_prompt(result, folder, config.text_config)
-        result.problems += _tensor_problems(config, checkpoint.tensors)
-    except DeltaLlavaError as error:
-        result.problems.append(str(error))
-    missing = [name for name in _REPO_FILES if not (folder / name).is_file()]
-    result.problems += [f"There is no {name}." for name in missing]
-    if not has_tokenizer(folder):
-        result.problems.append("There is no tokenizer.")
-    code = read_code(folder)
-    result.code_version, result.code_is_current = code.version, code.is_current
-    result.problems += [
-        f"There is no {name}, so the repo does not load without this package." for name in code.missing
-    ]
-    result.problems += [f"{name} is older code; update the repo." for name in code.outdated]
-    result.problems += [f"{name} was changed by hand." for name in code.edited]
-    return result
-
-
-def _inspect_checkpoint(folder: Path, settings: dict, checkpoint: Checkpoint) -> Inspection:
-    is_projector = not has_weights(folder)
-    result = Inspection(folder.name, "projector" if is_projector else "checkpoint", _components(checkpoint.tensors))
-    if other := describe_other_projector(checkpoint.tensors, folder.name):
-        result.problems.append(other)
-        return result
-    tensors = map_names(checkpoint.tensors).rename(checkpoint.tensors)
-    result.components = _components(tensors)
-    _describe_deltas(result, tensors)
-    try:
-        if not is_projector:
-            check_embeddings(checkpoint)
-        source = read_config(settings)
-        config = _config_of_checkpoint(folder, source, tensors)
-    except ValueError as error:
-        result.problems.append(str(error))
+    tensors = open_trained(folder).tensors
+    if settings.get("model_type") == DeltaLlavaConfig.model_type:
+        kind = "repo"
     else:
-        result.visual_token_budgets, result.num_visual_tokens = config.visual_token_budgets, config.num_visual_tokens
-        _describe_prompt(result, folder, source.text_config, source)
-        if source.unknown:
-            result.problems.append(f"config.json has unknown keys: {format_names(source.unknown)}.")
-        expected = expected_shapes(config)
-        if is_projector:
-            expected = {name: shape for name, shape in expected.items() if name.startswith(PROJECTOR)}
-        elif all(tower_part(name) is None for name in tensors):
-            expected = {name: shape for name, shape in expected.items() if tower_part(name) is None}
-        result.problems += compare_shapes(tensors, expected)
-    if not is_projector and not has_tokenizer(folder):
-        result.problems.append("There is no tokenizer.")
-    return result
-
-
-def _config_of_checkpoint(folder: Path, source: SourceConfig, tensors: dict[str, LazyTensor]) -> DeltaLlavaConfig:
-    """The config that a conversion would give, but for new rows of the embeddings."""
-    tower = find_vision_tower(source.keys.mm_vision_tower, folder)
-    vision_config = load_vision_tower(tower, with_weights=False).config
-    _adapt_tower(vision_config, tensors)
-    rows = tensors[EMBEDDINGS].shape[0] if EMBEDDINGS in tensors else None
-    vocabulary = Vocabulary(rows, image_token_id=rows - 1) if rows is not None else None
-    return convert_config(source, vision_config, vocabulary, delta_rank=find_delta_rank(tensors))
-
-
-def _adapt_tower(config: PreTrainedConfig, tensors: Mapping[str, LazyTensor]) -> None:
-    inner = [part for name in tensors if (part := tower_part(name)) is not None]
-    if inner:
-        adapt_to_weights(config, inner)
-
-
-def _describe_prompt(
-    result: Inspection, folder: Path, text_config: PreTrainedConfig, source: SourceConfig | None = None
-) -> None:
-    """Name the chat template and render a prompt: of a repo, or of a checkpoint (`source`) as conversion would choose it."""
-    if not has_tokenizer(folder) or (source is None and not (folder / TEMPLATE_FILE).is_file()):
-        return
-    sentencepiece_class = source.language_model.sentencepiece_class if source else None
+        kind = "checkpoint" if SOURCE_EMBEDDINGS in tensors else "projector"
+    result = Inspection(folder.name, kind, _components(tensors))
     try:
-        tokenizer = load_tokenizer(str(folder), text_config, sentencepiece_class)
-        own = read_own_template(str(folder))
-        if source is None:
-            template = recognise_template(own or "", read_optional_json(folder / REPORT_FILE))
+        if kind == "repo":
+            _inspect_repo(result, folder, tensors)
         else:
-            exported = exported_template(folder, tokenizer)
-            template = exported or choose_chat_template(None, source, None, tokenizer, own)
-        result.first_prompt = render(template.text, tokenizer, QUESTION)
-    except DeltaLlavaError as error:
-        result.problems.append(str(error))
-    else:
-        result.chat_template, result.chat_template_reason = template.name, template.reason
+            _inspect_checkpoint(result, folder, read_config(settings), tensors)
+    except ValueError as error:
+        result.problems.append(one_line(error))
+    if kind != "projector" and not has_tokenizer(folder):
+        result.problems.append("there is no tokenizer")
+    return result
 
 
-def _describe_deltas(result: Inspection, tensors: dict[str, LazyTensor]) -> None:
-    for name, tensor in sorted(tensors.items()):
+def _inspect_repo(result: Inspection, folder: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    code = read_code(folder)
+    result.code_version = code.version
+    result.problems += [f"there is no {name}" for name in _REPO_FILES if not (folder / name).is_file()]
+    result.problems += [f"there is no {name}, so the repo does not load without this package" for name in code.missing]
+    result.problems += [f"{name} is older code; update the repo" for name in code.outdated]
+    result.problems += [f"{name} was changed by hand" for name in code.edited]
+    config = load_config(folder)
+    _inspect_tensors(result, tensors, config)
+    if (folder / TEMPLATE_FILE).is_file() and has_tokenizer(folder):
+        text = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+        template = recognise_template(text, read_optional_json(folder / REPORT_FILE))
+        _render(result, template, load_tokenizer(folder, config.text_config, None))
+
+
+def _inspect_checkpoint(
+    result: Inspection, folder: Path, source: SourceConfig, released: Mapping[str, LazyTensor]
+) -> None:
+    check_projector(released, folder.name)
+    tensors = rename(released, map_names(released))
+    tower = load_vision_tower(find_vision_tower(source.settings.get("mm_vision_tower"), folder), with_weights=False)
+    rows = tensors[EMBEDDINGS].shape[0] if EMBEDDINGS in tensors else source.text_config.vocab_size
+    rank = find_delta_rank(tensors)
+    config = convert_config(source, tower.config, vocab_size=rows, image_token_id=rows - 1, delta_rank=rank)
+    _inspect_tensors(result, tensors, config)
+    if source.unknown:
+        result.problems.append(f"config.json has unknown keys: {format_names(source.unknown)}")
+    if has_tokenizer(folder):
+        tokenizer = load_tokenizer(folder, source.text_config, source.language_model.sentencepiece_class)
+        own = read_own_template(folder)
+        _render(result, choose_chat_template(None, source.settings, None, tokenizer, own, folder), tokenizer)
+
+
+def _inspect_tensors(result: Inspection, tensors: Mapping[str, LazyTensor], config: DeltaLlavaConfig) -> None:
+    result.visual_token_budgets, result.num_visual_tokens = config.visual_token_budgets, config.num_visual_tokens
+    result.delta_rank = find_delta_rank(tensors)
+    of_tower = [part for name in tensors if (part := tower_part(name)) is not None]
+    adapt_to_weights(config.vision_config, of_tower)
+    expected = expected_shapes(config)
+    if result.kind == "projector":
+        expected = {name: shape for name, shape in expected.items() if name.startswith(PROJECTOR)}
+    elif result.kind == "checkpoint" and not of_tower:  # its config names the tower
+        expected = {name: shape for name, shape in expected.items() if tower_part(name) is None}
+    result.problems += compare_shapes(tensors, expected)
+    for name, tensor in tensors.items():
         if name.startswith(PROJECTOR) and not torch.isfinite(tensor.load()).all():
-            result.problems.append(f"{name} holds NaN or Inf.")
-        if name.endswith(".delta_u"):
-            module = name.removesuffix(".delta_u")
-            parts = [tensors.get(f"{module}.{part}") for part in ("weight", "delta_u", "delta_v")]
-            if None in parts:
-                result.problems.append(f"{module} has delta_u, but not weight and delta_v with it.")
-                continue
-            weight, u, v = (part.load().double() for part in parts if part is not None)
-            if u.dim() != v.dim() or u.dim() < 2 or u.shape[:-2] != v.shape[:-2] or u.shape[-1] != v.shape[-2]:
-                result.problems.append(f"{name} {tuple(u.shape)} and delta_v {tuple(v.shape)} do not fit each other.")
-                continue
-            # The norm of u @ v from products of rank x rank: u @ v of an unknown file may not fit the memory.
-            norms = float(((u.mT @ u) * (v @ v.mT)).sum().sqrt()), float(weight.norm())
-            result.deltas.append(Delta(module.removeprefix(PROJECTOR), u.shape[-1], *norms))
-            if not u.any():  # a delta_v of zeros is where fresh deltas start after a merge
-                result.problems.append(f"The delta of {module.removeprefix(PROJECTOR)} is zero.")
+            result.problems.append(f"{name} holds NaN or Inf")
 
 
-def _tensor_problems(config: DeltaLlavaConfig, tensors: dict[str, LazyTensor]) -> list[str]:
-    _adapt_tower(config.vision_config, tensors)
-    problems = compare_shapes(tensors, expected_shapes(config))
-    (rows, *_) = tensors[EMBEDDINGS].shape or (0,) if EMBEDDINGS in tensors else (0,)
-    if config.image_token_id >= rows:
-        problems.append(f"image_token_id={config.image_token_id} is not one of the {rows} rows of the embeddings.")
-    return problems
+def _render(result: Inspection, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> None:
+    result.chat_template = template
+    try:
+        result.first_prompt = render(template.text, tokenizer, QUESTION)
+    except Exception as error:  # a template raises what it likes
+        result.problems.append(f"the chat template does not render a question: {one_line(error)}")
 
 
-def _components(tensors: dict[str, LazyTensor]) -> dict[str, Component]:
+def _components(tensors: Mapping[str, LazyTensor]) -> dict[str, Component]:
     parts: dict[str, list[LazyTensor]] = {component: [] for component in _COMPONENTS}
     for name, tensor in tensors.items():
         part = next((part for part, word in _COMPONENTS.items() if word and word in name), "language model")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from ..conversion.checkpoint import Checkpoint, LazyTensor, read_checkpoint, split_shards, write_shards
-from ..conversion.export import read_repo_config
-from ..conversion.weight_mapping import PROJECTOR
-from ..hub.repo_files import WEIGHTS, is_published, write_code, write_config
+from ..conversion.names import PROJECTOR
+from ..conversion.weights import Checkpoint, LazyTensor, read_checkpoint, split_shards, write_shards
+from ..hub import WEIGHTS, is_published, write_code, write_config
+from ..loading import load_config
 from ..modeling.delta_projection_delta_llava import FACTORS, DeltaProjection, Factors, Update
 from ..modeling.delta_repo_delta_llava import describe_deltas, hashes_of_base, is_base, write_delta_repo
 from ..utils.errors import format_names
@@ -349,7 +349,7 @@ def _write_model(
     output = Path(output)
     _refuse_existing(output)
     check_output(output, [model.folder, deltas_folder], overwrite=False)
-    config = read_repo_config(model.folder)
+    config = load_config(model.folder)
     checkpoint = read_checkpoint(model.folder)
     new = {f"{PROJECTOR}{name}.weight": weight for name, weight in weights.items()}
     new |= {f"{PROJECTOR}{name}.{f}": factor for name, pair in deltas.items() for f, factor in zip(FACTORS, pair)}

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from ..conversion.checkpoint import LazyTensor, open_weights, read_checkpoint
-from ..conversion.config_mapping import DEFAULTS
-from ..conversion.export import read_repo_config
+from ..conversion.config import DEFAULTS
+from ..conversion.names import PROJECTOR, SOURCE_PROJECTOR, map_names
 from ..conversion.sources import PROJECTOR_FILE, open_trained
-from ..conversion.weight_mapping import PROJECTOR, SOURCE_PROJECTOR, map_names
+from ..conversion.weights import LazyTensor, open_weights, read_checkpoint
+from ..loading import load_config
 from ..modeling.delta_projection_delta_llava import (
     FACTORS,
     Factors,
@@ -88,7 +88,7 @@ def read_projections(model_id: str | Path, need_deltas: bool = True) -> Projecti
     if (folder / DELTA_CONFIG).is_file():
         result = _read_delta_repo(folder, name)
     elif read_optional_json(folder / "config.json").get("model_type") == "delta_llava":
-        config = read_repo_config(folder)
+        config = load_config(folder)
         stored = read_checkpoint(folder).tensors
         tensors = {n.removeprefix(PROJECTOR): tensor for n, tensor in stored.items() if n.startswith(PROJECTOR)}
         levels = config.vision_feature_levels
@@ -115,14 +115,10 @@ def _read_delta_repo(folder: Path, name: str) -> Projections:
 
 def _read_checkpoint(folder: Path, name: str) -> Projections:
     checkpoint = open_trained(folder)
-    if checkpoint is None:
-        raise ValueError(
-            f"{name} holds neither deltas nor a model: no {DELTA_CONFIG}, no weights, no {PROJECTOR_FILE}."
-        )
     source = {n: tensor for n, tensor in checkpoint.tensors.items() if n.startswith(SOURCE_PROJECTOR)}
     if not source:
         raise ValueError(f"{name} is not a Delta-LLaVA: no tensor in it is called {SOURCE_PROJECTOR}...")
-    tensors = {target.removeprefix(PROJECTOR): source[n] for n, (target, _) in map_names(source).rules.items()}
+    tensors = {target.removeprefix(PROJECTOR): source[n] for n, target in map_names(source).items()}
     count = _count_levels(tensors, "released")
     settings = read_optional_json(folder / "config.json")
     levels = settings.get("mm_vision_feature_levels", list(DEFAULTS["vision_feature_levels"]))

@@ -20,10 +20,8 @@ from transformers import (
 )
 from transformers.image_processing_base import ImageProcessingMixin
 
-from ..conversion.chat_templates import read_chat_template
-from ..conversion.generation_config import fit_generation_config, keep_valid_flags
-from ..conversion.language_models import language_models_of
-from ..hub.tokenizer import TokenIds, add_tokens, load_tokenizer, read_own_template
+from ..conversion.prompts import fit_generation_config, keep_valid_flags, language_models_of, read_chat_template
+from ..conversion.tokenizer import TokenIds, add_tokens, load_tokenizer, read_own_template
 from ..modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
 from ..utils.errors import RecipeError, one_line, shorten

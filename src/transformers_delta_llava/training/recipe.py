@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from ..conversion.chat_templates import TOKENIZER_TEMPLATE
+from ..conversion.prompts import TOKENIZER_TEMPLATE
 from ..processing import CHAT_TEMPLATES
 from ..processing.chat_templates import find_conversation
 from ..utils.errors import RecipeError, one_line, shorten, suggestion

@@ -1,6 +1,5 @@
 """The tokenizer of a checkpoint, with the tokens that a vision-language model needs."""
 
-import importlib.util
 import re
 import shutil
 import tempfile
@@ -11,28 +10,14 @@ import transformers
 from tokenizers import AddedToken, Regex, normalizers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..utils.errors import DeltaLlavaError, one_line, show
-from ..utils.files import local_folder, read_json, read_optional_json, read_text, write_json
+from ..errors import DeltaLlavaError, one_line, read_json, read_optional_json, write_json
+from ..hub import IMAGE_TOKEN, TEMPLATE_FILE, TOKENIZER_FILES
+from ..loading import local_folder
 
 
-IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
-TEMPLATE_FILE = "chat_template.jinja"
-# Read from a source folder; everything else there, its code above all, stays unread.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    TEMPLATE_FILE,
-)
-# What transformers needs to read a `tokenizer.model`: modules and the packages they come in.
-_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-# The beginning of the rule that adds the word mark to text after an image.
+# How the rule begins that adds SentencePiece's word mark to text after an image.
 WORD_MARK_RULE = rf"(?:(?<={IMAGE_TOKEN})|"
 # Settings that would run a source's code, or that describe the loading of it, paths among them.
 _DROPPED_SETTINGS = (
@@ -47,7 +32,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(
-    model_id: str, text_config: PreTrainedConfig, sentencepiece_class: str | None
+    model_id: str | Path, text_config: PreTrainedConfig, sentencepiece_class: str | None
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or the Hub without running code from there.
 
@@ -57,17 +42,18 @@ def load_tokenizer(
         sentencepiece_class: tokenizer class for a folder that holds a `tokenizer.model` and does not say its class.
 
     Raises:
-        DeltaLlavaError: no tokenizer there, one that cannot be read, or a package for it is missing.
+        DeltaLlavaError: there is no tokenizer, or none that can be read.
+        ImportError: a `tokenizer.model` needs the packages sentencepiece and protobuf.
     """
-    folder = local_folder(model_id, "tokenizer", TOKENIZER_FILES)
+    folder = local_folder(model_id, TOKENIZER_FILES)
     if not has_tokenizer(folder):
         raise DeltaLlavaError(
             f"{folder.name} has no tokenizer ({', '.join(_VOCABULARY_FILES)}); pass the folder or Hub id of the language "
-            "model's tokenizer as `tokenizer=...`."
+            "model's as tokenizer"
         )
     bare_sentencepiece = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
-    if bare_sentencepiece:
-        _check_sentencepiece(folder)
+    if bare_sentencepiece:  # without these, transformers asks for other packages, in vain
+        import sentencepiece  # noqa: F401
     with tempfile.TemporaryDirectory() as copy:
         for name in TOKENIZER_FILES:
             if name != TEMPLATE_FILE and (folder / name).is_file():
@@ -79,41 +65,22 @@ def load_tokenizer(
                 tokenizer = getattr(transformers, sentencepiece_class).from_pretrained(copy)
             else:
                 tokenizer = AutoTokenizer.from_pretrained(copy, config=text_config)
-        except Exception as error:  # tokenizers raise bare exceptions of many kinds
-            reason = one_line(error).replace(copy, folder.name)
-            raise DeltaLlavaError(f"The tokenizer in {folder.name} cannot be read: {reason}.") from error
+        except Exception as error:  # of many kinds, and they name the copy
+            raise DeltaLlavaError(f"the tokenizer in {folder.name} cannot be read: {one_line(error, 300)}") from error
     if not tokenizer.is_fast:
-        raise DeltaLlavaError(f"The tokenizer in {folder.name} has no fast form (tokenizer.json), which engines need.")
+        raise DeltaLlavaError(f"the tokenizer in {folder.name} has no fast form (tokenizer.json), which engines need")
     return tokenizer
 
 
-def read_own_template(model_id: str) -> str | None:
+def read_own_template(model_id: str | Path) -> str | None:
     """The chat template that a tokenizer in a folder or on the Hub brings, or None."""
-    folder = local_folder(model_id, "tokenizer", TOKENIZER_FILES)
+    folder = local_folder(model_id, TOKENIZER_FILES)
     if (folder / TEMPLATE_FILE).is_file():
-        return read_text(folder / TEMPLATE_FILE)
+        return (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
     template = read_optional_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # several, by name
-        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
-        template = named[0].get("template") if named else None
-    return template if isinstance(template, str) and template.strip() else None
-
-
-def _check_sentencepiece(folder: Path) -> None:
-    """Name the packages that a SentencePiece model needs: without them transformers asks for others, in vain."""
-    missing = [package for module, package in _SENTENCEPIECE.items() if not _is_installed(module)]
-    if missing:
-        raise DeltaLlavaError(
-            f"The tokenizer in {folder.name} is a SentencePiece model (tokenizer.model), which needs a package that is not "
-            f"installed: pip install {' '.join(missing)}."
-        )
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # a parent package is missing
-        return False
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template or None
 
 
 def _write_settings(folder: Path, sentencepiece_class: str | None) -> None:
@@ -122,9 +89,6 @@ def _write_settings(folder: Path, sentencepiece_class: str | None) -> None:
     settings = read_optional_json(path)
     for name in _DROPPED_SETTINGS:
         settings.pop(name, None)
-    length = settings.get("model_max_length")
-    if length is not None and type(length) not in (int, float):
-        raise DeltaLlavaError(f"tokenizer_config.json has model_max_length={show(length)}; it must be a number.")
     if sentencepiece_class:
         settings = {"tokenizer_class": sentencepiece_class, "add_bos_token": True, **settings}
     written_by_v5 = "backend" in settings  # its tokenizers do not mention `legacy`, and are what they are
@@ -163,7 +127,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase) -> TokenIds:
 
 
 def _separates_at_images(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the text after an image encodes as a text of its own, as in the authors' code; and that after BOS, too."""
+    """Whether text after an image, and after BOS, encodes as a text of its own, as in the released code."""
     return all(
         tokenizer.encode(token + text, add_special_tokens=False)
         == [tokenizer.convert_tokens_to_ids(token), *tokenizer.encode(text, add_special_tokens=False)]
@@ -176,16 +140,16 @@ def _separates_at_images(tokenizer: PreTrainedTokenizerBase) -> bool:
 def _mark_first_words(tokenizer: PreTrainedTokenizerBase) -> None:
     """Begin the text after an image, and after BOS at the start, with SentencePiece's word mark.
 
-    The authors' code splits prompts at their images and encodes the pieces one by one, so each begins with the mark. A
+    The released code splits prompts at their images and encodes the pieces one by one, so each begins with the mark. A
     Llama tokenizer with `legacy=False` adds it only at the very start of a text, where templates write BOS. A rule before its
     normalizer adds the mark in these places and in no other: text after other special tokens stays as it is.
     """
     bos, eos = tokenizer.bos_token or IMAGE_TOKEN, tokenizer.eos_token or IMAGE_TOKEN
     start, end = re.escape(bos), re.escape(eos)
     pattern = WORD_MARK_RULE + rf"(?<=\A{start}))(?![ \u2581]|{IMAGE_TOKEN}|{start}|{end}|\z)"
+    rule = normalizers.Replace(Regex(pattern), "\u2581")
     backend = tokenizer.backend_tokenizer
-    rules = [normalizers.Replace(Regex(pattern), "\u2581")]
-    backend.normalizer = normalizers.Sequence([*rules, *([backend.normalizer] if backend.normalizer else [])])
+    backend.normalizer = normalizers.Sequence([rule, *([backend.normalizer] if backend.normalizer else [])])
     # Normalisation sees no token that is not itself normalised.
     tokens = [AddedToken(token, special=True, normalized=True) for token in dict.fromkeys((IMAGE_TOKEN, bos, eos))]
     tokenizer.add_tokens(tokens, special_tokens=True)
@@ -205,6 +169,6 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, max_length:
     for name in _DROPPED_SETTINGS:
         settings.pop(name, None)
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
-    if type(max_length) is int:
+    if max_length is not None:
         settings["model_max_length"] = max_length
     write_json(settings, path)

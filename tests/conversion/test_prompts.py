@@ -1,25 +1,25 @@
-"""Which chat template a conversion chooses, and the reason that it gives."""
+"""Which chat template a conversion chooses, with the reason, and the generation settings that go with it."""
 
 import copy
 from functools import cache
-from types import SimpleNamespace
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 
 from examples.make_checkpoint import write_tokenizer
 from tests.tiny import ANSWER_ENDS
-from transformers_delta_llava.conversion.chat_templates import (
+from transformers_delta_llava.conversion.prompts import (
     answer_end,
     answer_end_ids,
     chat_template_warnings,
     choose_chat_template,
+    fit_generation_config,
+    keep_valid_flags,
     read_chat_template,
 )
-from transformers_delta_llava.conversion.language_models import LANGUAGE_MODELS
-from transformers_delta_llava.hub.tokenizer import add_tokens, load_tokenizer, read_own_template
+from transformers_delta_llava.conversion.tokenizer import add_tokens, load_tokenizer, read_own_template
+from transformers_delta_llava.errors import DeltaLlavaError
 from transformers_delta_llava.processing import CHAT_TEMPLATES, load_chat_template
-from transformers_delta_llava.utils.errors import DeltaLlavaError
 
 
 OWN = (
@@ -52,8 +52,7 @@ def make_tokenizer(plain_tokenizer):
 
 def source(model_type, base=None):
     """What the choice needs of a checkpoint's config."""
-    settings = {"model_type": model_type, "_name_or_path": base}
-    return SimpleNamespace(settings=settings, language_model=LANGUAGE_MODELS[model_type])
+    return {"model_type": model_type, "_name_or_path": base}
 
 
 VICUNA = source("llava_llama", "lmsys/vicuna-7b-v1.5")
@@ -129,16 +128,9 @@ def test_the_choice_of_the_user_comes_first(make_tokenizer, tmp_path):
         chosen = choose_chat_template(requested, VICUNA, None, tokenizer, OWN)
         assert (chosen.name, chosen.reason, chosen.is_guess) == (name, "as requested", False)
     assert chosen.text == OWN
-    broken = "{{ raise_exception('no') }}"
-    for requested, template, message in (
-        ("tokenizer", None, "no chat template of its own; .* pass `chat_template="),
-        ("tokenizer", broken, "The tokenizer's own chat template does not render a conversation: no"),
-        ("llama_4", None, "llama_4 is neither a file nor one of vicuna_v1, .*, tokenizer"),
-    ):
-        with pytest.raises(DeltaLlavaError, match=message):
-            choose_chat_template(requested, VICUNA, None, tokenizer, template)
-    chosen = choose_chat_template(None, source("llava_seed_oss"), None, tokenizer, broken)
-    assert (chosen.name, chosen.is_guess) == ("hermes-4", True)
+    for requested in ("tokenizer", "llama_4"):
+        with pytest.raises(DeltaLlavaError, match="chat_template"):
+            choose_chat_template(requested, VICUNA, None, tokenizer, None)
 
 
 def test_a_format_without_its_tokens_gets_a_warning(make_tokenizer):
@@ -179,3 +171,63 @@ def test_where_a_tokenizer_keeps_its_own_template(tmp_path):
     assert read_own_template(str(tmp_path)) == "c"
     (tmp_path / "chat_template.jinja").write_text("d")
     assert read_own_template(str(tmp_path)) == "d"
+
+
+TEXT = AutoConfig.for_model("llama", vocab_size=384, eos_token_id=2, bos_token_id=1)
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """One that a test may change."""
+    write_tokenizer(tmp_path / "tokenizer")
+    return load_tokenizer(str(tmp_path / "tokenizer"), TEXT, None)
+
+
+VICUNA_FLAGS = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "max_length": 4096, "_from_model_config": True}
+QWEN_FLAGS = {"do_sample": True, "temperature": 0.7, "top_k": 20, "eos_token_id": [2, 7], "_name_or_path": "/a/base"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "dropped"),
+    [(VICUNA_FLAGS, ["temperature", "top_p"]), (QWEN_FLAGS, []), ({"num_beams": 2}, []), ({}, [])],
+)
+def test_flags_of_sampling_go_where_it_is_off(flags, dropped, tmp_path):
+    config, left_out = keep_valid_flags(flags)
+    assert list(left_out) == dropped
+    for name, value in flags.items():
+        assert getattr(config, name, None) == (None if name in dropped or name.startswith("_") else value)
+    config.save_pretrained(tmp_path)
+    assert "/a/base" not in config.to_json_string()
+
+
+def test_tokens(tokenizer):
+    ids = add_tokens(tokenizer)
+    config = GenerationConfig(suppress_tokens=[5])
+    fit_generation_config(config, tokenizer, ids, TEXT, load_chat_template("vicuna_v1"))
+    assert (config.eos_token_id, config.bos_token_id, config.pad_token_id) == (2, 1, ids.pad)
+    assert config.suppress_tokens == [5, ids.image, ids.pad]
+
+
+def test_a_padding_token_of_the_model_is_not_suppressed(tokenizer):
+    tokenizer.pad_token = "</s>"
+    ids = add_tokens(tokenizer)
+    config = GenerationConfig()
+    fit_generation_config(
+        config, tokenizer, ids, AutoConfig.for_model("llama", vocab_size=320), load_chat_template("vicuna_v1")
+    )
+    assert config.suppress_tokens == [ids.image]
+
+
+def test_the_end_of_a_turn_ends_an_answer(tokenizer):
+    tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
+    config = GenerationConfig(eos_token_id=9)
+    fit_generation_config(config, tokenizer, add_tokens(tokenizer), TEXT, load_chat_template("chatml"))
+    assert config.eos_token_id == [9, 2, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_no_end_at_all(tokenizer):
+    tokenizer.eos_token = None
+    config = GenerationConfig()
+    text = AutoConfig.for_model("llama", vocab_size=384, eos_token_id=None)
+    fit_generation_config(config, tokenizer, add_tokens(tokenizer), text, load_chat_template("gemma"))
+    assert config.eos_token_id is None
