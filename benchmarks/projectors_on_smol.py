@@ -26,14 +26,12 @@ from benchmarks.projectors import VARIANTS
 from benchmarks.projectors.sweep import read_runs, show_table, spread
 from examples.easy_vqa_questions import answer_questions
 from examples.smol.align import Captions, start, train
+from examples.smol.frozen_features import FrozenFeatures
 from examples.smol.nearest_words import nearest_words
 from examples.smol.test_set import MAX_NEW_TOKENS, load_test_set, score_tasks
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.modeling import modeling_delta_llava
-from transformers_delta_llava.training import Recipe, load_recipe
-from transformers_delta_llava.training.arguments import make_arguments
-from transformers_delta_llava.training.frozen_features import FrozenFeatures
-from transformers_delta_llava.training.run import make_trainer
+from transformers_delta_llava.training import Recipe, load_recipe, make_trainer
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,13 +85,13 @@ def measure(
     # Built anew, because no folder can hold a projector that is not ours.
     template = {"chat_template": first.data.chat_template}
     second = second.model_copy(update={"model": first.model, "data": second.data.model_copy(update=template)})
-    settings = make_arguments(first.arguments)
+    settings = first.training_arguments()
     with patch.object(modeling_delta_llava, "DeltaLlavaProjector", VARIANTS[variant][0]):
         model, processor = start(first, settings)
     if captions is None:
         captions = Captions.read(model, processor, first)
     else:  # reading the captions did it for the first model: features of the test's images come from the disk
-        FrozenFeatures(model, str(first.data.frozen_features))
+        FrozenFeatures(model, "smol-features")
     begin = time.process_time() if arguments.device == "cpu" else time.perf_counter()
     log = train(model, captions, processor.tokenizer, (budget,), settings)
     seconds = (time.process_time() if arguments.device == "cpu" else time.perf_counter()) - begin

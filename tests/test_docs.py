@@ -27,7 +27,7 @@ from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.cli.main import app, main, split_values
 from transformers_delta_llava.conversion import convert_checkpoint
 from transformers_delta_llava.training import load_recipe
-from transformers_delta_llava.training.conversations import to_messages
+from transformers_delta_llava.training.data import to_messages
 
 
 # Commands of ours that a page shows in full and a test runs with less: what is added.

@@ -22,15 +22,13 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from examples.smol.frozen_features import FrozenFeatures
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from transformers_delta_llava.training import Recipe, load_recipe
-from transformers_delta_llava.training.arguments import make_arguments
-from transformers_delta_llava.training.checkpoints import save_hub_folder
-from transformers_delta_llava.training.conversations import ConversationEncoder
-from transformers_delta_llava.training.dataset import TrainingDataset, open_rows
-from transformers_delta_llava.training.frozen_features import FrozenFeatures
-from transformers_delta_llava.training.models import build_model
-from transformers_delta_llava.training.run import calibrate_new_projector
+from transformers_delta_llava.training.data import ConversationEncoder, TrainingDataset, open_rows
+from transformers_delta_llava.training.model import build_model
+from transformers_delta_llava.training.train import calibrate_new_projector
+from transformers_delta_llava.training.trainer import save_hub_folder
 
 
 SHARPNESS = 20.0  # of cosines, as they become logits
@@ -87,17 +85,21 @@ class Captions(NamedTuple):
 
     @classmethod
     def read(
-        cls, model: DeltaLlavaForConditionalGeneration, processor: DeltaLlavaProcessor, recipe: Recipe
+        cls,
+        model: DeltaLlavaForConditionalGeneration,
+        processor: DeltaLlavaProcessor,
+        recipe: Recipe,
+        folder: str | Path,
     ) -> "Captions":
-        """The rows of a recipe; runs the tower on the images that are not in `data.frozen_features` yet."""
+        """The rows of a recipe; runs the tower on the images that are not in `folder` yet."""
         rows, encode = open_rows(recipe.data), ConversationEncoder(processor, recipe.data.max_length)
-        features = FrozenFeatures(model, str(recipe.data.frozen_features))
+        features = FrozenFeatures(model, folder)
         files: list[Path] = []
         texts, images, started = [], [], time.time()
         for index in range(len(rows)):
             messages = rows.messages(index)
             texts.append(messages[-1]["content"][0]["text"])
-            images.append(encode(messages, min(recipe.budgets))["pixel_values"])
+            images.append(encode(messages, min(recipe.budgets or (1,)))["pixel_values"])
             if len(images) == 16 or index == len(rows) - 1:
                 files += features.keep(torch.cat(images).to(model.device))
                 images = []
@@ -113,7 +115,8 @@ def start(
     torch.manual_seed(arguments.seed)
     model, processor = build_model(recipe, arguments)
     model.to(arguments.device)
-    dataset = TrainingDataset(open_rows(recipe.data), ConversationEncoder(processor, recipe.data.max_length))
+    encoder = ConversationEncoder(processor, recipe.data.max_length)
+    dataset = TrainingDataset(open_rows(recipe.data), encoder, budget=model.config.num_visual_tokens)
     calibrate_new_projector(model, recipe, dataset)
     return model, processor
 
@@ -168,11 +171,15 @@ def train(
     return log
 
 
-def align(recipe: Recipe) -> Path:
-    """Train what the recipe says (of its `arguments`: rate, decay, batch, epochs or steps, seed), and write its `output_dir`."""
-    arguments = make_arguments(recipe.arguments)
+def align(recipe: Recipe, features: str | Path = "smol-features") -> Path:
+    """Train what the recipe says (of its `arguments`: rate, decay, batch, epochs or steps, seed), and write its `output_dir`.
+
+    `features` is the folder that keeps what the tower computes of each image.
+    """
+    arguments = recipe.training_arguments()
     model, processor = start(recipe, arguments)
-    log = train(model, Captions.read(model, processor, recipe), processor.tokenizer, recipe.budgets, arguments)
+    captions = Captions.read(model, processor, recipe, features)
+    log = train(model, captions, processor.tokenizer, recipe.budgets or (1,), arguments)
     output = Path(str(arguments.output_dir))
     save_hub_folder(model, model.state_dict(), processor, output, torch.bfloat16)
     (output / "align_log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")

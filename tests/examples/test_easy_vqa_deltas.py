@@ -14,8 +14,7 @@ from examples.easy_vqa_questions import answer_questions, draw_test_questions, l
 from tests.training.tiny_run import write_data
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from transformers_delta_llava.deltas import extract_deltas, merge_into_base
-from transformers_delta_llava.training import load_recipe
-from transformers_delta_llava.training.run import make_trainer, train
+from transformers_delta_llava.training import load_recipe, make_trainer, train
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -33,7 +32,7 @@ def base(easy_vqa_repo: Path, tmp_path_factory) -> Path:
 def recipe_for(base: Path, tmp_path: Path, *changes: str):
     write_data(tmp_path / "data", 8)
     data = [f"data.path={tmp_path / 'data' / 'rows.json'}", f"data.images={tmp_path / 'data'}"]
-    run = [f"data.cache={tmp_path / 'cache'}", f"arguments.output_dir={tmp_path / 'out'}", "arguments.max_steps=2"]
+    run = [f"arguments.output_dir={tmp_path / 'out'}", "arguments.max_steps=2"]
     return load_recipe(
         RECIPE, [f"model.path={base}", *data, *run, "arguments.per_device_train_batch_size=2", *changes]
     )

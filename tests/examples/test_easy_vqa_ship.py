@@ -42,7 +42,6 @@ def runs(data: Path, tmp_path_factory) -> dict[str, Path]:
     output = tmp_path_factory.mktemp("runs")
     changes = {
         "data.images": data / "images",
-        "data.cache": output / "cache",
         "arguments.max_steps": 2,
         "arguments.logging_steps": 1,
         "arguments.per_device_train_batch_size": 4,

@@ -10,9 +10,9 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 from tests.training.tiny_run import assert_same_weights, modalities_with_gradients, recipe_for, run, weights
-from transformers_delta_llava.training import RecipeError, make_recipe
-from transformers_delta_llava.training.checkpoints import merge_adapter
-from transformers_delta_llava.training.run import make_trainer
+from transformers_delta_llava.errors import DeltaLlavaError
+from transformers_delta_llava.training import make_recipe, make_trainer
+from transformers_delta_llava.training.trainer import merge_adapter
 
 
 SMALL = {"r": 2, "lora_alpha": 8, "lora_dropout": 0.0}
@@ -82,28 +82,15 @@ def test_adapters_leave_the_projector_alone_and_have_gradients_in_every_step(
     assert any("vision_tower" in name for name in names) == bool(lora)
 
 
-@pytest.mark.parametrize(
-    ("lora", "message"),
-    [
-        ({"modules_to_save": ["embed_tokenz"]}, "lora.modules_to_save: this model has no module embed_tokenz"),
-        ({"modules_to_save": ["language_model"]}, "lora: No modules were targeted for adaptation"),
-        ({"target_modules": ["nothing"]}, "lora: No modules were targeted for adaptation"),
-        ({"target_modules": ["kv_proj"], "exclude_modules": "("}, "lora: "),
-        ({"r": 0}, "lora: .*r"),
-        ({"trainable_token_indices": [10**6]}, "lora: "),
-    ],
-)
-def test_what_cannot_be_trained_and_saved_is_refused(
-    folder: Path, tmp_path: Path, lora: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(RecipeError, match=message):
-        make_trainer(recipe_for(folder, tmp_path, train=["lora"], lora={**SMALL, **lora}))
+def test_what_peft_does_not_save_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="No modules were targeted"):
+        make_trainer(recipe_for(folder, tmp_path, train=["lora"], lora={**SMALL, "target_modules": ["nothing"]}))
 
 
 def test_lora_needs_a_model_to_adapt(folder: Path, tmp_path: Path) -> None:
     content = recipe_for(folder, tmp_path).to_dict()
     content |= {"model": {"vision": "org/clip", "language": "org/llama"}, "train": ["lora"]}
-    with pytest.raises(RecipeError, match="name it as model.path"):
+    with pytest.raises(DeltaLlavaError, match="model.path"):
         make_recipe(content)
 
 

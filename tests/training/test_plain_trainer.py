@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from tests.training.tiny_run import assert_same_weights, make_model
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
-from transformers_delta_llava.training.trainer import keep_labelled_logits
+from transformers_delta_llava.training.data import keep_labelled_logits
 
 
 def rows(count: int = 4) -> list[dict[str, Any]]:

@@ -12,8 +12,7 @@ from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from transformers import AutoModelForImageTextToText
 
 from tests.training.tiny_run import make_image_processor, make_model, make_processor, write_data, write_parts
-from transformers_delta_llava.training import load_recipe, train
-from transformers_delta_llava.training.run import make_trainer
+from transformers_delta_llava.training import load_recipe, make_trainer, train
 from transformers_delta_llava.training.sampler import Request
 
 
@@ -47,7 +46,6 @@ def changes(folder: Path, out: Path, file: Path) -> list[str]:
     data = [
         f"data.path={folder / 'data' / 'rows.json'}",
         f"data.images={folder / 'data'}",
-        f"data.cache={out / 'cache'}",
     ]
     run = [
         "max_steps=1",

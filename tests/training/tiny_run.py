@@ -14,7 +14,7 @@ from tests.tiny import TEXT, VISION, make_image_processor, make_tokenizer
 from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from transformers_delta_llava.processing import DeltaLlavaProcessor, load_chat_template
 from transformers_delta_llava.training import Recipe, make_recipe, train
-from transformers_delta_llava.training.metrics import COUNTS
+from transformers_delta_llava.training.trainer import COUNTS
 
 
 BUDGETS = (144, 36, 16, 9, 4, 1)  # of a 12 x 12 grid
@@ -107,7 +107,6 @@ def recipe_content(folder: Path, **changes: Any) -> dict[str, Any]:
         "data": {
             "path": str(folder / "data" / "rows.json"),
             "images": str(folder / "data"),
-            "cache": str(folder / "cache"),
         },
         "train": ["projector", "language_model"],
         "num_visual_tokens": 4,

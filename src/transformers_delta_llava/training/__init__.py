@@ -1,8 +1,16 @@
 """Training with transformers' Trainer: recipes, data in LLaVA's format, runs that can be resumed."""
 
-from ..utils.errors import DataError, RecipeError
 from .recipe import DataRecipe, ModelRecipe, Recipe, load_recipe, make_recipe
-from .run import train
+from .train import make_trainer, run_trainer, train
 
 
-__all__ = ["DataError", "DataRecipe", "ModelRecipe", "Recipe", "RecipeError", "load_recipe", "make_recipe", "train"]
+__all__ = [
+    "DataRecipe",
+    "ModelRecipe",
+    "Recipe",
+    "load_recipe",
+    "make_recipe",
+    "make_trainer",
+    "run_trainer",
+    "train",
+]

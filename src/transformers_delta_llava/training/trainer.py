@@ -1,28 +1,37 @@
 """A `Trainer` for Delta-LLaVA: its order of rows, learning rates, log entries and checkpoints."""
 
+import copy
+import hashlib
+import logging
 import math
-import os
+import resource
+import sys
 import tempfile
-from functools import partial
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
 
-from ..utils.errors import RecipeError
-from .checkpoints import is_peft, load_weights, merge_adapter, replace_files, save_hub_folder
-from .conversations import IGNORED
-from .dataset import TrainingDataset
-from .metrics import COUNTS, Throughput, VisualTokenLog
-from .models import PATTERNS, trained_names
+from ..errors import DeltaLlavaError, read_json, write_json
+from ..modeling import DeltaLlavaForConditionalGeneration, DeltaLlavaProjector
+from .data import TrainingDataset
+from .model import PATTERNS, trained_names
 from .sampler import StepSampler
 
 
+logger = logging.getLogger(__name__)
+COUNTS = ("num_tokens", "num_images", "num_skipped")
+# Of a checkpoint: what the order of its rows follows from.
+ORDER_FILE = "data_order.json"
+
+
 class SetEpochCallback(TrainerCallback):
-    """Sets the sampler's epoch, which accelerate does not when an epoch is resumed on several processes; notes the start."""
+    """Sets the sampler's epoch, which accelerate does not when an epoch is resumed on several processes."""
 
     def __init__(self, trainer: "DeltaLlavaTrainer"):
         self.trainer = trainer
@@ -34,17 +43,14 @@ class SetEpochCallback(TrainerCallback):
         if self.trainer.sampler is not None:
             self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer.started = True
-
 
 class DeltaLlavaTrainer(Trainer):
     """
     A `Trainer` for Delta-LLaVA.
 
-    It adds: steps of one modality and similar length, each with its budget of visual tokens (`StepSampler`); throughput
-    and memory in the log; checkpoints that are Hub folders, under FSDP too; and resuming that fails if a weight is
-    missing.
+    It adds: steps of one modality and similar length, each with its budget of visual tokens (`StepSampler`); throughput,
+    memory and the size of visual tokens in the log; checkpoints that are Hub folders, under FSDP and DeepSpeed too; and
+    resuming that fails if a weight is missing or the rows are others.
 
     Args:
         budgets: numbers of visual tokens per image that steps draw from.
@@ -55,11 +61,7 @@ class DeltaLlavaTrainer(Trainer):
 
     def __init__(self, *args: Any, budgets: tuple[int, ...], projector_lr: float | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if self.args.label_smoothing_factor:
-            # The Trainer's own smoothing depends on the class name, which FSDP and torch.compile change.
-            self.compute_loss_func = partial(smoothed_loss, factor=self.args.label_smoothing_factor)
         self.budgets, self.projector_lr = budgets, projector_lr
-        self.started = False  # whether a step was run, so that a checkpoint to resume from was read
         self.throughput = Throughput()
         self.visual_tokens = VisualTokenLog(self.model)
         self.sampler: StepSampler | None = None
@@ -73,22 +75,32 @@ class DeltaLlavaTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         assert isinstance(dataset, TrainingDataset)
-        index = dataset.rows.index
         args = self.args
         step_rows = args.train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
         seed = args.seed if args.data_seed is None else args.data_seed
-        self.sampler = StepSampler(
-            index.lengths, index.images, step_rows, self.budgets, seed, str(args.train_sampling_strategy)
-        )
+        rows, strategy = dataset.rows, str(args.train_sampling_strategy)
+        self.sampler = StepSampler(rows.lengths, rows.images, step_rows, self.budgets, seed, strategy)
         return self.sampler
+
+    def data_order(self) -> dict[str, Any]:
+        """What the order of rows follows from; two runs of which it differs see other rows in a step."""
+        sampler = self.sampler or self._get_train_sampler()
+        rows = self.train_dataset.rows
+        digest = hashlib.sha256(b"".join(array.tobytes() for array in (rows.numbers, rows.lengths, rows.images)))
+        return {
+            "rows": len(rows),
+            "sha256": digest.hexdigest(),
+            "rows_per_step": sampler.step_rows,
+            "seed": sampler.seed,
+            "strategy": sampler.strategy,
+            "budgets": list(sampler.budgets),
+        }
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As in transformers, with separate parameter groups for the projector if it has its own learning rate."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.projector_lr is None:
             return optimizer
-        if not getattr(optimizer, "param_groups", None):
-            raise RecipeError("projector_lr: this optimizer has no parameter groups; use one of PyTorch's.")
         model = args[0] if args and args[0] is not None else self.model
         projector = {id(p) for name, p in model.named_parameters() if PATTERNS["projector"].search(name)}
         optimizer.param_groups = [
@@ -100,16 +112,20 @@ class DeltaLlavaTrainer(Trainer):
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As in transformers; counts what the batch holds, and computes logits only where a label needs them."""
+        """As in transformers; counts what the batch holds."""
         counts = {name: inputs.pop(name) for name in COUNTS}
         self.throughput.add(counts)
         self.visual_tokens.shows_images = counts["num_images"] > 0
-        if not self.args.label_smoothing_factor:  # that needs logits and labels of one length
-            inputs.update(keep_labelled_logits(inputs["labels"]))
         return super().training_step(model, inputs, *args, **kwargs)
 
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in transformers."""
+        return super().prediction_step(
+            model, {name: value for name, value in inputs.items() if name not in COUNTS}, *args, **kwargs
+        )
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As in transformers, with throughput and memory."""
+        """As in transformers, with throughput, memory and the size of visual tokens."""
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
                 self.check_finite()
@@ -121,123 +137,303 @@ class DeltaLlavaTrainer(Trainer):
         Refuse to continue with, or save, trained weights that are nan or inf.
 
         Raises:
-            RecipeError: on all processes, if one of them has such a weight.
+            DeltaLlavaError: on all processes, if one of them has such a weight.
         """
         names = trained_names(self.model)
         weights = [self.model.get_parameter(name).detach() for name in names]
-        # Under FSDP each process checks its own shard.
-        finite = [(w.to_local() if hasattr(w, "to_local") else w).isfinite().all() for w in weights]
-        bad = torch.stack(finite).logical_not().to(self.accelerator.device, torch.float32)
+        # Under FSDP and ZeRO-3 each process checks its own shard.
+        shards = [getattr(w, "ds_tensor", w.to_local() if hasattr(w, "to_local") else w) for w in weights]
+        bad = torch.stack([shard.isfinite().all() for shard in shards])
+        bad = bad.logical_not().to(self.accelerator.device, torch.float32)
         bad = self.accelerator.reduce(bad, "sum").nonzero().flatten().tolist()
         if bad:
-            raise RecipeError(
-                f"At step {self.state.global_step} {len(bad)} of {len(names)} trained tensors hold values that are not "
-                f"finite numbers (first {names[bad[0]]}): the run has diverged, and is not saved. Lower "
-                "arguments.learning_rate or raise arguments.warmup_steps, and begin anew or from an earlier checkpoint."
+            raise DeltaLlavaError(
+                f"the run has diverged at step {self.state.global_step}: {len(bad)} of {len(names)} trained tensors hold "
+                f"NaN or Inf (first {names[bad[0]]}); lower arguments.learning_rate or raise arguments.warmup_steps"
             )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in transformers, but under FSDP always a complete Hub folder, whatever the type of its state dict."""
+        """As in transformers, but always a complete Hub folder, however the model is sharded."""
         self.check_finite()
-        if not self.is_fsdp_enabled:
-            return super().save_model(output_dir, _internal_call)
-        state_dict = self.accelerator.get_state_dict(self.model)
+        state_dict = self.gather_state_dict()
         if self.args.should_save:
-            self._save(output_dir, state_dict=state_dict)
+            folder = Path(output_dir or str(self.args.output_dir))
+            if self.is_adapter or state_dict is not None:
+                self._save(str(folder), state_dict=state_dict)
+            else:
+                self._save(str(folder))
+            write_json(self.data_order(), folder / ORDER_FILE)
+        self.accelerator.wait_for_everyone()
+
+    def gather_state_dict(self) -> dict[str, torch.Tensor] | None:
+        """All weights, on the main process, of a sharded model; `None` where they are in one place anyway."""
+        if self.is_deepspeed_enabled:
+            return self.accelerator.get_state_dict(self.model_wrapped)
+        if self.is_fsdp_enabled:
+            return self.accelerator.get_state_dict(self.model)
         return None
 
-    def save_final(self, output_dir: str, dtype: torch.dtype | None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if self.is_adapter:
+            super()._save(output_dir, state_dict)
+            return
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        save_hub_folder(model, state_dict or model.state_dict(), self.processing_class, Path(str(output_dir)))
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether a `PeftModel` is trained."""
+        return is_peft(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+
+    def save_final(self, output_dir: Path, dtype: torch.dtype | None) -> None:
         """
-        Write the finished model (LoRA merged) in one dtype; replaces the files of an earlier run.
+        Write the finished model (LoRA merged, its adapter kept in `adapter/`) in one dtype; replaces an earlier run's.
 
         Args:
             output_dir: the folder.
             dtype: dtype of all weights; by default each keeps its own.
 
         Raises:
-            RecipeError: the weights are not finite.
+            DeltaLlavaError: the weights are not finite.
         """
         self.check_finite()
-        if self.is_deepspeed_enabled:
-            state_dict = self.accelerator.get_state_dict(self.model_wrapped)
-        elif self.is_fsdp_enabled:
-            state_dict = self.accelerator.get_state_dict(self.model)
-        else:
-            state_dict = None
-        if not self.args.should_save:
-            return
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=output_dir) as folder:
-            if is_peft(model):
-                adapter = os.path.join(folder, "adapter")
-                model.save_pretrained(adapter, state_dict=state_dict)
-                if state_dict is None and not getattr(model, "is_quantized", False):
-                    model = model.merge_and_unload()
-                else:  # gathered from shards, or quantized: merge the adapter into the original base model
-                    model, state_dict = merge_adapter(model, adapter, dtype), None
-            save_hub_folder(model, state_dict or model.state_dict(), self.processing_class, folder, dtype)
-            replace_files(Path(folder), Path(output_dir))
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        # Without the arguments, which transformers would pickle: they may contain a token.
-        if not self.args.should_save:
-            return
-        folder = output_dir or str(self.args.output_dir)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if is_peft(model):
-            model.save_pretrained(folder, state_dict=state_dict)
-            self.processing_class.save_pretrained(folder)
-        else:
-            weights = model.state_dict() if state_dict is None else state_dict
-            save_hub_folder(model, weights, self.processing_class, folder)
+        state_dict = self.gather_state_dict()
+        if self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=output_dir) as folder:
+                if is_peft(model):
+                    adapter = str(output_dir / "adapter")
+                    model.save_pretrained(adapter, state_dict=state_dict)
+                    if state_dict is None and not getattr(model, "is_quantized", False):
+                        model = model.merge_and_unload()
+                    else:  # gathered from shards, or quantized: merge the adapter into the original base model
+                        model, state_dict = merge_adapter(model, adapter, dtype), None
+                save_hub_folder(model, state_dict or model.state_dict(), self.processing_class, Path(folder), dtype)
+                replace_files(Path(folder), output_dir)
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As in transformers, which only warns of weights that are missing, and reads no sharded folder under FSDP."""
         target = self.model if model is None else model
-        if self.is_fsdp_enabled or is_peft(target):
+        if self.is_adapter or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_weights(target, resume_from_checkpoint)
 
 
-def shift(labels: torch.Tensor) -> torch.Tensor:
-    """(rows, tokens): at each position the label of the next token, which its logits predict."""
-    return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+def is_peft(model: Any) -> bool:
+    """Whether a model is a `PeftModel`."""
+    return hasattr(model, "peft_config") and hasattr(model, "merge_and_unload")
 
 
-def keep_labelled_logits(labels: torch.Tensor) -> dict[str, torch.Tensor]:
+def save_hub_folder(
+    model: Any,
+    state_dict: dict[str, torch.Tensor],
+    processor: Any,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+) -> None:
     """
-    Arguments of `forward` that leave out the logits of positions where no row of the batch has a label.
-
-    Most tokens of an image and a question have none, and a logit of each word of the vocabulary is dear.
+    Write config, code, weights and processor. No model is built: under ZeRO-3 that takes all processes.
 
     Args:
-        labels: (rows, tokens), -100 where there is no loss.
-
-    Returns:
-        `logits_to_keep` (kept,), at least one position, and `shift_labels` (rows, kept).
+        model: gives config and generation config; its weights may be elsewhere.
+        state_dict: all weights.
+        processor: a `DeltaLlavaProcessor`.
+        folder: created if needed.
+        dtype: dtype of all weights; by default each keeps its own.
     """
-    shifted = shift(labels)
-    kept = (shifted != IGNORED).any(0).nonzero().flatten()
-    if not len(kept):
-        kept = kept.new_zeros(1)
-    return {"logits_to_keep": kept, "shift_labels": shifted[:, kept].contiguous()}
+    if dtype is not None:
+        state_dict = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state_dict.items()}
+    # FSDP changes the class, and so which code is copied and which names are written.
+    sharded_class, config = type(model), model.config
+    model.__class__, model.config = DeltaLlavaForConditionalGeneration, copy.deepcopy(config)
+    try:
+        for head, embeddings in DeltaLlavaForConditionalGeneration._tied_weights_keys.items():
+            one, other = state_dict.get(head), state_dict.get(embeddings)
+            tied = config.text_config.tie_word_embeddings or config.tie_word_embeddings
+            if tied and one is not None and other is not None and not torch.equal(one, other):
+                # LoRA's `modules_to_save` trained one of the two; tied, it would be lost.
+                model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+        model.save_pretrained(folder, state_dict=state_dict)
+    finally:
+        model.__class__, model.config = sharded_class, config
+    if dtype is not None:
+        written = read_json(folder / "config.json")
+        write_json({**written, "dtype": str(dtype).removeprefix("torch.")}, folder / "config.json")
+    processor.save_pretrained(folder)
 
 
-def smoothed_loss(
-    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None, factor: float = 0.1
-) -> torch.Tensor:
+def load_weights(model: nn.Module, folder: str | Path) -> None:
     """
-    The model's loss, with smoothed labels.
+    Load the weights of a checkpoint into a model, each in the model's own dtype.
 
-    Args:
-        outputs: has `logits` (rows, tokens, vocabulary).
-        labels: (rows, tokens), -100 where there is no loss.
-        num_items_in_batch: divides the sum; by default the number of labels.
-        factor: part of the target that is spread over the vocabulary; with 0 this is the model's own loss.
+    Raises:
+        DeltaLlavaError: a weight is missing, or unknown to the model.
+        RuntimeError: a weight has another shape.
     """
-    targets = shift(labels).to(outputs.logits.device)
-    total = F.cross_entropy(
-        outputs.logits.float().flatten(0, 1), targets.flatten(), reduction="sum", label_smoothing=factor
+    addresses = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    missing, unexpected = set(addresses), set[str]()
+    for file in sorted(Path(folder).glob("model*.safetensors")):
+        result = model.load_state_dict(load_file(file), strict=False)
+        missing &= set(result.missing_keys)
+        unexpected |= set(result.unexpected_keys)
+    # Tied weights are stored once.
+    loaded = {address for name, address in addresses.items() if name not in missing}
+    missing = {name for name in missing if addresses[name] not in loaded}
+    if missing or unexpected:
+        problem = f"has no {min(missing)}" if missing else f"has {min(unexpected)}, which this model does not have"
+        raise DeltaLlavaError(f"{folder} {problem}; resume with the same recipe")
+
+
+def check_order(checkpoint: str | Path, order: dict[str, Any]) -> None:
+    """
+    Refuse a checkpoint of a run over other rows, or in another order.
+
+    Raises:
+        DeltaLlavaError: naming what differs.
+    """
+    file = Path(checkpoint) / ORDER_FILE
+    saved = read_json(file) if file.is_file() else order
+    if different := [
+        f"{name} {saved.get(name)}, now {order[name]}" for name in order if saved.get(name) != order[name]
+    ]:
+        raise DeltaLlavaError(f"{checkpoint} was written with other data or another order: {'; '.join(different)}")
+
+
+def check_resumable(folder: str | Path) -> None:
+    """
+    Refuse a checkpoint that transformers would resume with a new optimizer, schedule or random number generator.
+
+    Raises:
+        DeltaLlavaError: the checkpoint lacks the state of one of them.
+    """
+    parts = {  # as written by transformers, accelerate's FSDP, DeepSpeed
+        "trainer's state": ("trainer_state.json",),
+        "optimizer's state": ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"),
+        "schedule's state": ("scheduler.pt", "global_step*"),
+        "random number generators' state": ("rng_state*.pth",),
+    }
+    for part, patterns in parts.items():
+        if not any(any(Path(folder).glob(pattern)) for pattern in patterns):
+            raise DeltaLlavaError(f"{folder} lacks the {part}, so the run cannot resume from it")
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest complete `checkpoint-N` in a folder."""
+    states = Path(output_dir).glob("checkpoint-*/trainer_state.json")  # written last
+    steps = [int(number) for state in states if (number := state.parent.name.removeprefix("checkpoint-")).isdigit()]
+    return str(Path(output_dir) / f"checkpoint-{max(steps)}") if steps else None
+
+
+def merge_adapter(model: Any, adapter: str, dtype: torch.dtype | None) -> nn.Module:
+    """The base model of a PEFT model, reloaded on the CPU and not quantized, with a saved adapter merged into it."""
+    from peft import PeftModel
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # under ZeRO-3 every model that is built is sharded over all processes
+    config = copy.deepcopy(model.get_base_model().config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    base = DeltaLlavaForConditionalGeneration.from_pretrained(
+        config.name_or_path, config=config, dtype=dtype or "auto"
     )
-    count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-    return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
+    return PeftModel.from_pretrained(base, adapter).merge_and_unload()
+
+
+def replace_files(source: Path, target: Path) -> None:
+    """Move everything in `source` to `target`, the config last; then delete weights there that are not among it."""
+    names = {path.name for path in source.iterdir()}
+    for name in sorted(names, key=lambda name: name == "config.json"):
+        (source / name).replace(target / name)
+    for stale in target.glob("model*.safetensors*"):
+        if stale.name not in names:
+            stale.unlink()
+
+
+class Throughput:
+    """Counts tokens, images and skipped rows from one report to the next, over all processes."""
+
+    def __init__(self) -> None:
+        self.total_skipped = 0
+        self.start()
+
+    def start(self) -> None:
+        """Set counts to zero and restart the clock."""
+        self._counts: Counter[str] = Counter()
+        self._start = time.perf_counter()
+
+    def add(self, counts: dict[str, int]) -> None:
+        """Add the counts of a batch."""
+        self._counts.update(counts)
+
+    def report(self, accelerator: Any) -> dict[str, float]:
+        """Rates since the last report, and the peak memory of any process, in GiB; restarts."""
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        counts = torch.tensor([self._counts[n] for n in COUNTS], dtype=torch.float32, device=accelerator.device)
+        memory = torch.tensor([peak_memory(accelerator.device)], device=accelerator.device)
+        tokens, images, skipped = accelerator.reduce(counts, "sum").tolist()
+        self.total_skipped += int(skipped)
+        rates = {
+            "tokens_per_second": round(tokens / seconds, 1),
+            "images_per_second": round(images / seconds, 2),
+            "memory_gib": round(accelerator.gather(memory).max().item() / 2**30, 3),
+        }
+        self.start()
+        return rates | ({"rows_skipped": self.total_skipped} if self.total_skipped else {})
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak memory in bytes: of the GPU, or else of this process."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+class VisualTokenLog:
+    """
+    Size of the last step's visual tokens, in units of the text embeddings' root mean square.
+
+    What is healthy depends on the model, so a change counts: a factor of ten since the run began is warned about once.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model, self.tokens = model, None
+        self.shows_images = True  # a batch without any has a blank one, which is masked
+        self.first: float | None = None
+        self.warned = False
+        for module in model.modules():
+            if isinstance(module, DeltaLlavaProjector):
+                module.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        if self.shows_images and not torch.compiler.is_compiling():
+            self.tokens = output.detach()
+
+    def report(self) -> dict[str, float]:
+        """Root mean square of the visual tokens, and of their deviation from the mean over images.
+
+        Empty where no image was seen, or the embeddings are sharded.
+        """
+        weight = self.model.get_input_embeddings().weight
+        if self.tokens is None or not weight.numel():
+            return {}
+        tokens, text = self.tokens.float(), weight.detach()[:: max(1, len(weight) // 4096)].float()
+        text_rms = text.square().mean().sqrt().item()
+        values = {"visual_token_rms": tokens, "visual_token_spread": tokens - tokens.mean(0)}
+        report = {name: round(value.square().mean().sqrt().item() / text_rms, 4) for name, value in values.items()}
+        size = report["visual_token_rms"]
+        self.first = self.first or size
+        if not self.warned and not self.first / 10 < size < self.first * 10:
+            self.warned = True
+            logger.warning("visual_token_rms went from %g to %g: the learning rate may be too high", self.first, size)
+        return report
+
+
+def describe_loss(history: list[dict[str, float]]) -> str:
+    """What the loss did, of a trainer's log."""
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    text = f"loss {losses[0]:.4g} -> {losses[-1]:.4g}" if losses else "no loss was logged"
+    return text + (f", on held-out rows {held_out[0]:.4g} -> {held_out[-1]:.4g}" if held_out else "")

@@ -1,8 +1,6 @@
 """The model and processor of a recipe, and the parameters that it trains."""
 
-import inspect
 import re
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,11 +20,10 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from ..conversion.prompts import fit_generation_config, keep_valid_flags, language_models_of, read_chat_template
 from ..conversion.tokenizer import TokenIds, add_tokens, load_tokenizer, read_own_template
+from ..errors import DeltaLlavaError
+from ..loading import DTYPES
 from ..modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
-from ..utils.errors import RecipeError, one_line, shorten
-from ..utils.templates import render_question
-from ..utils.validation import check_config, torch_dtype
 from .recipe import ModelRecipe, Recipe
 
 
@@ -39,26 +36,23 @@ def build_model(
     The first of the recipe's budgets becomes the default of model and processor.
 
     Raises:
-        RecipeError: a budget that the model's grid cannot give, or parts that do not fit together.
+        ValueError: a budget that the model's grid cannot give, or parts that do not fit together.
     """
     dtype = _dtype(recipe.model, arguments)
-    try:
-        build = _load if recipe.model.path is not None else _join if recipe.model.language is not None else _create
-        model, processor = build(recipe, dtype)
-        for budget in recipe.budgets:
-            model.config.scale_factor_for(budget)
-    except Exception as error:  # of any type: configs and weights are untrusted
-        raise RecipeError(f"model: {one_line(error)}.") from error
-    budget = recipe.budgets[0]
-    model.config.scale_factor = model.config.scale_factor_for(budget)
+    build = _load if recipe.model.path is not None else _join if recipe.model.language is not None else _create
+    model, processor = build(recipe, dtype)
+    budgets = recipe.budgets or (model.config.num_visual_tokens,)
+    for budget in budgets:
+        model.config.scale_factor_for(budget)  # raises
+    model.config.num_visual_tokens = budgets[0]
     processor.visual_token_budgets = list(model.config.visual_token_budgets)
-    processor.num_visual_tokens = processor.image_seq_length = budget
+    processor.num_visual_tokens = processor.image_seq_length = budgets[0]
     return model, processor
 
 
 def _dtype(model: ModelRecipe, arguments: TrainingArguments) -> torch.dtype:
     if model.dtype != "auto":
-        return torch_dtype(model.dtype)
+        return DTYPES[model.dtype]
     return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
 
 
@@ -66,13 +60,9 @@ def _options(model: ModelRecipe, dtype: torch.dtype) -> dict[str, Any]:
     options: dict[str, Any] = {"dtype": dtype}
     if model.attn_implementation is not None:
         options["attn_implementation"] = model.attn_implementation
-    if (quantization := model.quantization_config) is not None:
-        known = set(inspect.signature(BitsAndBytesConfig.__init__).parameters)
-        for name in quantization:
-            if name not in known:
-                raise ValueError(f"quantization_config.{name} is not an argument of BitsAndBytesConfig")
+    if model.quantization_config is not None:
         options["quantization_config"] = BitsAndBytesConfig(
-            **{"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype, **quantization}
+            **{"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype, **model.quantization_config}
         )
     return options
 
@@ -80,17 +70,14 @@ def _options(model: ModelRecipe, dtype: torch.dtype) -> dict[str, Any]:
 def _load(recipe: Recipe, dtype: torch.dtype) -> tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:
     """A Delta-LLaVA."""
     path = str(recipe.model.path)
-    check_config(path)
     config = DeltaLlavaConfig.from_pretrained(path, **recipe.model.config)
     model = DeltaLlavaForConditionalGeneration.from_pretrained(path, config=config, **_options(recipe.model, dtype))
-    saved = DeltaLlavaProcessor.from_pretrained(path)
-    tokenizer = saved.tokenizer
-    pad_images = saved.do_pad if recipe.data.pad_images is None else recipe.data.pad_images
-    template = saved.chat_template
+    processor = DeltaLlavaProcessor.from_pretrained(path)
+    tokenizer = processor.tokenizer
+    if recipe.data.pad_images is not None:
+        processor.do_pad = recipe.data.pad_images
     if recipe.data.chat_template is not None:
-        template = read_chat_template(recipe.data.chat_template, tokenizer)
-    processor = _processor(saved.image_processor, tokenizer, template, recipe, pad_images)
-    render_question(processor, f"The chat template of {path}")
+        processor.chat_template = read_chat_template(recipe.data.chat_template, tokenizer)
     count = max(tokenizer.get_vocab().values()) + 1
     _fit_generation(model, processor, TokenIds(config.image_token_id, tokenizer.pad_token_id, count, []))
     return model, processor
@@ -99,8 +86,6 @@ def _load(recipe: Recipe, dtype: torch.dtype) -> tuple[DeltaLlavaForConditionalG
 def _join(recipe: Recipe, dtype: torch.dtype) -> tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:
     """Two pretrained parts, and a new projector between them."""
     vision, language = str(recipe.model.vision), str(recipe.model.language)
-    for part in (vision, language):
-        check_config(part)
     text_config = AutoConfig.from_pretrained(language)
     processor, ids = _new_processor(recipe, language, text_config, recipe.model.image_processor or vision)
     model = DeltaLlavaForConditionalGeneration.from_vision_text_pretrained(
@@ -114,19 +99,17 @@ def _join(recipe: Recipe, dtype: torch.dtype) -> tuple[DeltaLlavaForConditionalG
 
 def _create(recipe: Recipe, dtype: torch.dtype) -> tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:
     """An untrained model."""
-    vision_config, text_config = recipe.model.vision_config or {}, dict(recipe.model.text_config or {})
-    text_config.setdefault("model_type", "llama")
+    vision_config = recipe.model.vision_config or {}
+    text_config = {"model_type": "llama", **(recipe.model.text_config or {})}
     image_processor = recipe.model.image_processor or vision_config
     processor, ids = _new_processor(recipe, None, AutoConfig.for_model(**text_config), image_processor)
-    tokenizer = processor.tokenizer
     text_config.setdefault("vocab_size", ids.count)
     if text_config["vocab_size"] < ids.count:
-        raise ValueError(f"text_config.vocab_size={text_config['vocab_size']}: the tokenizer has {ids.count} tokens.")
+        raise DeltaLlavaError(f"text_config.vocab_size={text_config['vocab_size']}, but the tokenizer has {ids.count}")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        text_config.setdefault(name, getattr(tokenizer, name))
+        text_config.setdefault(name, getattr(processor.tokenizer, name))
     config = DeltaLlavaConfig(vision_config, text_config, image_token_id=ids.image, **recipe.model.config)
-    with torch.device("cpu"):
-        model = DeltaLlavaForConditionalGeneration._from_config(config, **_options(recipe.model, dtype))
+    model = DeltaLlavaForConditionalGeneration._from_config(config, **_options(recipe.model, dtype))
     _fit_generation(model, processor, ids)
     return model, processor
 
@@ -137,30 +120,26 @@ def _new_processor(
     """A processor for a language model's tokenizer, with the tokens of images added."""
     language_models = language_models_of(text_config.model_type).values()
     sentencepiece_class = next((model.sentencepiece_class for model in language_models), None)
-    tokenizer = load_tokenizer(str(recipe.model.tokenizer or language), text_config, sentencepiece_class)
+    source = str(recipe.model.tokenizer or language)
+    tokenizer: PreTrainedTokenizerBase = load_tokenizer(source, text_config, sentencepiece_class)
     ids = add_tokens(tokenizer)
-    own = read_own_template(str(recipe.model.tokenizer or language))
-    template = read_chat_template(recipe.data.chat_template or "vicuna_v1", tokenizer, own)
     if isinstance(image_processor, dict):  # the config of an untrained tower: CLIP's preprocessing at its size
         side = image_processor.get("image_size", 224)
         loaded = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     else:
         loaded = _load_image_processor(image_processor)
-    pad_images = True if recipe.data.pad_images is None else recipe.data.pad_images
-    return _processor(loaded, tokenizer, template, recipe, pad_images), ids
-
-
-def _processor(
-    image_processor: Any, tokenizer: PreTrainedTokenizerBase, template: str, recipe: Recipe, pad_images: bool
-) -> DeltaLlavaProcessor:
-    return DeltaLlavaProcessor(
-        image_processor,
+    budgets = recipe.budgets or (1,)
+    processor = DeltaLlavaProcessor(
+        loaded,
         tokenizer,
-        chat_template=template,
-        num_visual_tokens=recipe.budgets[0],
-        visual_token_budgets=recipe.budgets,  # replaced by the model's own in `build_model`
-        do_pad=pad_images,
+        chat_template=read_chat_template(
+            recipe.data.chat_template or "vicuna_v1", tokenizer, read_own_template(source)
+        ),
+        num_visual_tokens=budgets[0],
+        visual_token_budgets=budgets,  # replaced by the model's own in `build_model`
+        do_pad=True if recipe.data.pad_images is None else recipe.data.pad_images,
     )
+    return processor, ids
 
 
 def _load_image_processor(model_id: str) -> Any:
@@ -170,18 +149,12 @@ def _load_image_processor(model_id: str) -> Any:
         # Before 5.19 this needs torchvision, which the image processors on Pillow do not.
         settings, _ = ImageProcessingMixin.get_image_processor_dict(model_id)
         name = str(settings.get("image_processor_type", "CLIPImageProcessor")).removesuffix("Fast").removesuffix("Pil")
-        if not hasattr(transformers, f"{name}Pil"):
-            raise
         return getattr(transformers, f"{name}Pil").from_dict(settings)
 
 
 def _fit_generation(model: DeltaLlavaForConditionalGeneration, processor: DeltaLlavaProcessor, ids: TokenIds) -> None:
-    """Set generation settings that stop where answers end, and that can be saved (Vicuna's own cannot)."""
-    config, dropped = keep_valid_flags(model.generation_config.to_dict())
-    if dropped:
-        warnings.warn(
-            f"generation_config.json: left out what transformers refuses there: {sorted(dropped)}.", stacklevel=2
-        )
+    """Generation settings that stop where answers end, and that can be saved (Vicuna's own cannot)."""
+    config, _ = keep_valid_flags(model.generation_config.to_dict())
     fit_generation_config(config, processor.tokenizer, ids, model.config.text_config, processor.chat_template)
     model.generation_config = config
 
@@ -206,7 +179,7 @@ def select_trainable(
 
     Layers of the vision tower above the deepest one that the projector reads are never trained, because they do not
     run. With LoRA, PEFT decides what `lora` trains (adapters, `modules_to_save`, biases, tokens), and the other parts
-    in `train` are saved beside the adapters.
+    in `train` are saved with the adapters.
 
     Args:
         model: the model, on the CPU or a device.
@@ -218,7 +191,7 @@ def select_trainable(
         The model, or with `lora` a `PeftModel` around it.
 
     Raises:
-        RecipeError: the model has no such parameters, PEFT would not save a trained one, or a bad argument of LoRA.
+        DeltaLlavaError: the model has no such parameters, or PEFT would not save a trained one.
     """
     patterns = [PATTERNS[name] for name in train if name != "lora"]
     unused = _unused_layers(model)
@@ -239,7 +212,7 @@ def select_trainable(
     names = [name.replace("modules_to_save.default.", "") for name in trained_names(trained)]
     for entry in train:
         if entry != "lora" and not any(PATTERNS[entry].search(name) for name in names):
-            raise RecipeError(f"train has {entry}, but this model has no such parameters: leave it out.")
+            raise DeltaLlavaError(f"train: {entry}: this model has no such parameters")
     if "lora" in train:
         _check_saved(trained)
     return trained
@@ -283,15 +256,9 @@ def _add_lora(
             excluded.append(rf"(.*\.)?({'|'.join(map(re.escape, given))})")
         settings["exclude_modules"] = "|".join(f"({pattern})" for pattern in excluded)
     to_save = list(settings.get("modules_to_save") or ())
-    for module in to_save:
-        if not any(name.endswith(module) for name, _ in model.named_modules()):
-            raise RecipeError(f"lora.modules_to_save: this model has no module {shorten(module)}.")
     added = sorted({VISION_MODULES[name] for name in train if name in VISION_MODULES} - set(to_save))
     settings["modules_to_save"] = to_save + added or None
-    try:
-        return get_peft_model(model, LoraConfig(**settings))
-    except Exception as error:  # of any type: PEFT checks few of its arguments
-        raise RecipeError(f"lora: {one_line(error)}.") from error
+    return get_peft_model(model, LoraConfig(**settings))
 
 
 def _check_saved(model: nn.Module) -> None:
@@ -301,6 +268,4 @@ def _check_saved(model: nn.Module) -> None:
     saved = {tensor.data_ptr() for tensor in get_peft_model_state_dict(model, save_embedding_layers=False).values()}
     for name in trained_names(model):
         if model.get_parameter(name).data_ptr() not in saved:
-            raise RecipeError(
-                f"lora: PEFT does not save {name} with the adapter, so it cannot be trained: leave it out."
-            )
+            raise DeltaLlavaError(f"lora: PEFT does not save {name} with the adapter, so it cannot be trained")

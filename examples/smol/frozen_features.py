@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..modeling import DeltaLlavaForConditionalGeneration
+from transformers_delta_llava import DeltaLlavaForConditionalGeneration
 
 
 class FrozenFeatures:
     """Takes the place of a model's `get_patch_features`: reads an image's features from disk, or runs the tower once.
 
     A file holds the patches of the hidden states that the projector reads, in float16 (states x patches x channels x 2
-    bytes). The files lie in a folder named by a hash of the tower, so that another tower's are never read.
+    bytes). The folder is named by a hash of the tower's weights and settings, so features of another tower are never read.
 
     Args:
         model: its `get_patch_features` is replaced; its tower must not be trained.
@@ -36,6 +36,7 @@ class FrozenFeatures:
 
     def _hash(self) -> str:
         digest = hashlib.blake2b(repr(self.indices).encode(), digest_size=8)
+        digest.update(self.base.config.vision_config.to_json_string().encode())
         for name, tensor in sorted(self.base.vision_tower.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -68,7 +69,13 @@ class FrozenFeatures:
 
     def load(self, files: Sequence[Path]) -> torch.Tensor:
         """(images, states, patches, channels) in float16, the states as in `indices`."""
-        return torch.from_numpy(np.stack([np.load(file) for file in files]))
+        arrays = []
+        for file in files:
+            try:
+                arrays.append(np.load(file))
+            except (ValueError, EOFError) as error:  # noqa: PERF203
+                raise ValueError(f"{file} is damaged; delete it") from error
+        return torch.from_numpy(np.stack(arrays))
 
     def split(self, states: torch.Tensor) -> list[torch.Tensor]:
         """The projector's single-level stream, then its levels, of what `load` gives."""
