@@ -127,6 +127,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
         """As in the base class. Images become a flat list of upright 8-bit RGB images, and BOS is not added twice."""
         flat = [_to_rgb(image) for image in _flatten(images)]
+        text = list(text) if isinstance(text, tuple) else text
         images, text, videos, audio = super().prepare_inputs_layout(images=flat or None, text=text, **kwargs)
         add_special_tokens = {**(kwargs.get("text_kwargs") or {}), **kwargs}.get("add_special_tokens", True)
         bos = self.tokenizer.bos_token
