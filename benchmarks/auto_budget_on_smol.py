@@ -25,7 +25,7 @@ from transformers_delta_llava.processing.auto_budget_delta_llava import pick_bud
 
 
 TRAINED_AT = (64, 16, 4, 1)
-LOSSES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.95)
+DETAILS = (0.95, 0.9, 0.8, 0.7, 0.5, 0.3, 0.1, 0.05)
 RESULTS = Path(__file__).resolve().parent / "results" / "auto_budget_on_smol.json"
 
 
@@ -51,10 +51,10 @@ def measure(processor: DeltaLlavaProcessor, data: Path, results: Sequence[dict[s
         for number in TRAINED_AT
     }
     processor.visual_token_budgets = TRAINED_AT
-    losses = []
+    details = []
     for question in questions:
         with Image.open(str(question.image)) as image:
-            losses.append(processor.image_losses(image.convert("RGB"))[0])
+            details.append(processor.image_detail(image.convert("RGB"))[0])
     tasks = {"all": [*range(len(questions))]} | {
         task: [index for index, q in enumerate(questions) if q.task == task]
         for task in dict.fromkeys(q.task for q in questions)
@@ -64,9 +64,9 @@ def measure(processor: DeltaLlavaProcessor, data: Path, results: Sequence[dict[s
         for task, members in tasks.items()
     }
     rows = []
-    for limit in LOSSES:
-        picks = [pick_budget(loss, limit) for loss in losses]
-        row: dict[str, Any] = {"auto_max_loss": limit, "tasks": {}}
+    for limit in DETAILS:
+        picks = [pick_budget(detail, limit) for detail in details]
+        row: dict[str, Any] = {"auto_min_detail": limit, "tasks": {}}
         for task, members in tasks.items():
             mean = statistics.fmean(picks[index] for index in members)
             score = Score(sum(right[picks[index]][index] for index in members), len(members)).to_dict()
@@ -89,14 +89,14 @@ def main() -> None:
     tasks = list(rows[0]["tasks"])
     cells = [
         [
-            f"{row['auto_max_loss']:g}",
+            f"{row['auto_min_detail']:g}",
             f"{row['tasks']['all']['mean_visual_tokens']:.1f}",
             *(f"{cell['auto']['accuracy']:.1f} / {cell['equal cost']:.1f}" for cell in row["tasks"].values()),
         ]
         for row in rows
     ]
     title = "Percent right: auto / a draw of fixed numbers that spends as much on the same task"
-    show_table(title, ["loss up to", "mean tokens", *tasks], cells, RESULTS.with_suffix(".md"))
+    show_table(title, ["detail from", "mean tokens", *tasks], cells, RESULTS.with_suffix(".md"))
 
 
 if __name__ == "__main__":

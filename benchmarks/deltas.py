@@ -9,13 +9,14 @@ Full and delta-only training take turns, step by step, on one projector.
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from benchmarks.harness import arguments_of, prepare, print_table, write_results
-from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaModel, DeltaLlavaProjector
+from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaModel
+from transformers_delta_llava.modeling import PROJECTORS
 
 
 def main() -> None:
@@ -41,8 +42,15 @@ def build_projector() -> DeltaLlavaModel:
     config = DeltaLlavaConfig(text_config=text)
     with torch.device("meta"):
         model = DeltaLlavaModel(config)
-    model.multi_modal_projector = DeltaLlavaProjector(config)
+    model.multi_modal_projector = PROJECTORS[config.projector_layout](config)
     return model.eval()
+
+
+def delta_parameters(model: DeltaLlavaModel) -> Iterator[torch.nn.Parameter]:
+    """`delta_u` and `delta_v` of every projection."""
+    for name, parameter in model.multi_modal_projector.named_parameters():
+        if name.endswith((".delta_u", ".delta_v")):
+            yield parameter
 
 
 def bases(model: DeltaLlavaModel) -> dict[str, torch.Tensor]:
@@ -68,8 +76,10 @@ def measure_sets(model: DeltaLlavaModel, folder: Path, swaps: int) -> dict[str, 
     before = bases(model)
     deltas = model.delta_state_dict()
     model.save_deltas(folder / "first", dtype=torch.bfloat16)
-    model.load_delta_state_dict({name: torch.randn_like(tensor) for name, tensor in deltas.items()})
-    model.save_deltas(folder / "second", dtype=torch.bfloat16)
+    model.add_deltas("drawn", activate=False)
+    for tensor in model.delta_state_dict("drawn").values():
+        tensor.normal_()
+    model.save_deltas(folder / "second", "drawn", dtype=torch.bfloat16)
     loading = seconds(lambda: model.load_deltas(folder / "second"))
     times = [seconds(lambda name=name: model.set_deltas(name)) for name in ("default", "second") * (swaps // 2)]
     return {
@@ -104,7 +114,7 @@ def measure_merge(model: DeltaLlavaModel) -> dict[str, float | bool]:
 def measure_training(model: DeltaLlavaModel, steps: int, images: int) -> dict[str, float]:
     """Milliseconds of forward, backward and optimizer, and bytes of gradients and moments, of both kinds of training."""
     projector = model.multi_modal_projector
-    parameters, deltas = list(projector.parameters()), list(model.delta_parameters())
+    parameters, deltas = list(projector.parameters()), list(delta_parameters(model))
     optimizers = {"full": torch.optim.AdamW(parameters, lr=1e-4), "deltas": torch.optim.AdamW(deltas, lr=1e-4)}
     features = random_features(model, images)
     times: dict[str, list[float]] = {}

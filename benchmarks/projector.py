@@ -27,7 +27,7 @@ from benchmarks.harness import (
 )
 from benchmarks.projectors import MLPProjector, ReleasedProjector, TokenPackerStyleProjector
 from benchmarks.shapes import model_config
-from transformers_delta_llava import DeltaLlavaProjector
+from transformers_delta_llava.modeling import PROJECTORS
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
 def build(shape: str, device: str, dtype: torch.dtype) -> dict[str, nn.Module]:
     """Four projectors of random weights, in evaluation mode; `released` and `ours` share theirs."""
     config = model_config(shape)
-    ours = DeltaLlavaProjector(config)
+    ours = PROJECTORS[config.projector_layout](config)
     projectors: dict[str, nn.Module] = {
         "released": ReleasedProjector(ours),
         "ours": ours,

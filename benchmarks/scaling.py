@@ -16,7 +16,7 @@ import torch
 from benchmarks.harness import arguments_of, prepare, print_table, products_alone, side_by_side, write_results
 from benchmarks.projectors import ReleasedProjector
 from benchmarks.shapes import model_config
-from transformers_delta_llava import DeltaLlavaProjector
+from transformers_delta_llava.modeling import PROJECTORS
 
 
 SWEEPS: dict[str, list[dict[str, int]]] = {
@@ -57,7 +57,7 @@ def measure(
         vision_feature_levels=[base.vision_feature_levels[-1]] * levels,
         scale_factor=scale_factor,
     )
-    ours = DeltaLlavaProjector(config).to(arguments.device, getattr(torch, arguments.dtype)).eval()
+    ours = PROJECTORS[config.projector_layout](config).to(arguments.device, getattr(torch, arguments.dtype)).eval()
     features = torch.randn(batch, grid**2, config.vision_config.hidden_size).to(ours.value.weight)
     functions = {
         name: partial(module, features, [features] * levels, scale_factor)

@@ -47,6 +47,6 @@ def model_config(shape: str, **fields: Any) -> DeltaLlavaConfig:
     if shape == "tiny":
         vision = {**vision, **TINY_VISION}
         fields = {"vision_feature_levels": [1, 2, 3], "projector_head_dim": 16, "image_token_id": 511, **fields}
-    config = DeltaLlavaConfig(vision, text, **fields)
+    config = DeltaLlavaConfig(vision_config=vision, text_config=text, **fields)
     config.vision_config._attn_implementation = "sdpa"
     return config

@@ -51,7 +51,9 @@ def models(easy_vqa_repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     AutoModelForCausalLM.from_config(model.config.text_config).save_pretrained(folder / "vicuna")
     model.save_pretrained(folder / "delta-llava-7b")
     for name in ("charts", "maps"):
-        model.load_delta_state_dict({n: torch.randn_like(t) / 8 for n, t in model.delta_state_dict().items()})
+        model.add_deltas(name)
+        for tensor in model.delta_state_dict().values():
+            tensor.normal_(std=1 / 8)
         model.save_deltas(folder / f"deltas-{name}")
     model.save_pretrained(folder / "delta-llava-7b-tuned")
 

@@ -82,8 +82,8 @@ def test_beams_of_a_mixed_batch_equal_single_runs(model, options):
         assert torch.equal(tokens[row * copies : (row + 1) * copies, -4:], alone[:, -4:])
 
 
-@pytest.mark.parametrize("budget", ["auto", "36", True, 4.0, [4.0], [True], torch.tensor([4.0])])
-def test_the_model_takes_whole_numbers_only(model, budget):
+@pytest.mark.parametrize("budget", ["auto", "36", 7])
+def test_the_model_takes_numbers_of_its_grid_only(model, budget):
     inputs = tiny_processor(model.config)(
         text="<image>", images=noise(9, 9, 0), num_visual_tokens=1, return_tensors="pt"
     )

@@ -77,8 +77,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     torch.save(inputs, folder / "inputs.pt")
     with torch.no_grad():
         expected = {"logits": model(**inputs).logits, "states": model.model(**inputs).last_hidden_state, **batch}
-        model.load_delta_state_dict({name: -tensor for name, tensor in model.delta_state_dict().items()})
-        next(model.delta_parameters()).mul_(2)
+        for tensor in model.delta_state_dict().values():
+            tensor.mul_(-2)
         model.save_deltas(folder / "deltas")
         return folder, {**expected, "other": model(**inputs).logits, "logits again": expected["logits"]}
 
@@ -156,7 +156,10 @@ def test_a_repo_gives_the_same_results_and_is_saved_as_a_repo_again(saved, reque
     results |= results.pop("batch")
     package = "transformers_delta_llava." if installed else "transformers_modules."
     assert all(module.startswith(package) for module in results.pop("modules"))
-    assert (results.pop("image_seq_length"), results.pop("deltas")) == (36, [["default", "other"]] * 2)
+    assert (results.pop("image_seq_length"), results.pop("deltas")) == (
+        36,
+        [["default", "other"], ["other", "default"]],
+    )
     assert isinstance(results.pop("answer"), str)
     assert results.keys() == expected.keys() and results["num_visual_tokens"].tolist() == [9]
     assert not [name for name, tensor in results.items() if not torch.equal(tensor, expected[name])]
@@ -187,25 +190,3 @@ def test_its_logits_are_those_of_the_package(repo, fresh):
 
 def test_the_code_in_the_model_card_runs(fresh):
     assert len((fresh / "stdout").read_text().splitlines()) >= 2
-
-
-CONFIG_WITHOUT_TORCH = """
-import importlib.util, sys
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "torch":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Hidden())
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *more: None if name == "torch" else find(name, *more)
-from transformers import AutoConfig
-print(AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True).num_visual_tokens, "torch" in sys.modules)
-"""
-
-
-def test_the_config_needs_no_torch(tmp_path: Path) -> None:
-    tiny_config().save_pretrained(tmp_path / "repo")
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", CONFIG_WITHOUT_TORCH, str(tmp_path / "repo")]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert run.stdout.split() == ["36", "False"], run.stderr

@@ -1,6 +1,6 @@
 """Projectors to compare Delta-LLaVA's with: others' from their papers' descriptions, and its own as released."""
 
-from transformers_delta_llava import DeltaLlavaProjector
+from transformers_delta_llava.modeling import PROJECTORS
 
 from .baselines import (
     AveragePoolingProjector,
@@ -21,11 +21,11 @@ VARIANTS = {
     "TokenPacker style": (TokenPackerStyleProjector, {}),
     "C-Abstractor style": (CAbstractorStyleProjector, {}),
     "query resampler": (ResamplerProjector, {}),
-    "Delta, released": (DeltaLlavaProjector, {}),
-    "Delta, paper": (DeltaLlavaProjector, {"projector_layout": "paper"}),
-    "released, no EMHSA": (DeltaLlavaProjector, {"use_emhsa": False}),
-    "released, no DeltaProj": (DeltaLlavaProjector, {"use_delta_projection": False}),
-    "released, no TB": (DeltaLlavaProjector, {"use_transformer_block": False}),
+    "Delta, released": (PROJECTORS["released"], {}),
+    "Delta, paper": (PROJECTORS["paper"], {"projector_layout": "paper"}),
+    "released, no EMHSA": (PROJECTORS["released"], {"use_emhsa": False}),
+    "released, no DeltaProj": (PROJECTORS["released"], {"use_delta_projection": False}),
+    "released, no TB": (PROJECTORS["released"], {"use_transformer_block": False}),
 }
 
 __all__ = [

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from transformers_delta_llava import DeltaLlavaProjector
-from transformers_delta_llava.modeling.delta_projection_delta_llava import DeltaProjection
-from transformers_delta_llava.modeling.projector_layers_delta_llava import ReleasedTransformerBlock
+from transformers_delta_llava.modeling.deltas_delta_llava import DeltaProjection
+from transformers_delta_llava.modeling.projector_delta_llava import ReleasedTransformerBlock
 
 
 class ReleasedProjector(nn.Module):

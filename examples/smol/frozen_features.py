@@ -11,6 +11,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
+from transformers_delta_llava.modeling.modeling_delta_llava import PatchFeatures
 
 
 class FrozenFeatures:
@@ -32,7 +33,7 @@ class FrozenFeatures:
         self.folder = Path(folder).expanduser() / self._hash()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._run = self.base.get_patch_features
-        self.base.get_patch_features = self.get_patch_features
+        self.base.get_patch_features = self.get_patch_features  # type: ignore[method-assign]
 
     def _hash(self) -> str:
         digest = hashlib.blake2b(repr(self.indices).encode(), digest_size=8)
@@ -42,13 +43,11 @@ class FrozenFeatures:
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def get_patch_features(
-        self, pixel_values: torch.Tensor, **kwargs: Any
-    ) -> tuple[BaseModelOutputWithPooling, torch.Tensor, list[torch.Tensor]]:
+    def get_patch_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> PatchFeatures:
         """As that of `DeltaLlavaModel`; the tower's output has no `last_hidden_state`."""
         read = self.load(self.keep(pixel_values, **kwargs)).to(pixel_values.device)
-        features, *levels = self.split(read.to(self.base.multi_modal_projector.dtype))
-        return BaseModelOutputWithPooling(), features, levels
+        stream, *levels = self.split(read.to(self.base.multi_modal_projector.dtype))
+        return PatchFeatures(stream, levels, BaseModelOutputWithPooling())
 
     @torch.no_grad()
     def keep(self, pixel_values: torch.Tensor, **kwargs: Any) -> list[Path]:
@@ -57,8 +56,8 @@ class FrozenFeatures:
         files = [self.folder / f"{hashlib.blake2b(image, digest_size=16).hexdigest()}.npy" for image in images]
         missing = [index for index, file in enumerate(files) if not file.is_file()]
         if missing:
-            _, features, levels = self._run(pixel_values[missing], **kwargs)
-            states = dict(zip(self.order, [features, *levels]))
+            features = self._run(pixel_values[missing], **kwargs)
+            states = dict(zip(self.order, [features.stream, *features.levels]))
             kept = torch.stack([states[index] for index in self.indices], dim=1).to(torch.float16).cpu().numpy()
             for index, array in zip(missing, kept):
                 unfinished = files[index].with_suffix(f".{os.getpid()}")

@@ -111,14 +111,14 @@ def token_gradients(
         if on == "visual_tokens":
             (activations,) = model.get_image_features(inputs["pixel_values"], budget, return_dict=True).pooler_output
         else:
-            _, features, levels = base.get_patch_features(inputs["pixel_values"])
-            activations = torch.cat([features, *levels], dim=-1)[0]
+            features = base.get_patch_features(inputs["pixel_values"])
+            activations = torch.cat([features.stream, *features.levels], dim=-1)[0]
     with torch.enable_grad():
         activations = activations.detach().requires_grad_()
         visual_tokens = activations
         if on == "patches":
-            features, *levels = activations[None].chunk(1 + len(levels), dim=-1)
-            (visual_tokens,) = base.project_features(features, levels, [budget])
+            stream, *levels = activations[None].chunk(1 + len(features.levels), dim=-1)
+            (visual_tokens,) = base.project_features(features._replace(stream=stream, levels=levels), budget)
         input_ids = torch.cat([inputs["input_ids"], inputs["input_ids"].new_tensor([before])], dim=1)
         encoded = {"image": BaseModelOutputWithPooling(pooler_output=[visual_tokens])}
         outputs = model(input_ids=input_ids, mm_encoder_outputs=encoded, logits_to_keep=1, use_cache=False)

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .errors import DeltaLlavaError, one_line
 from .modeling import DeltaLlavaForConditionalGeneration
+from .modeling.modeling_delta_llava import PatchFeatures
 from .processing import DeltaLlavaProcessor
 
 
@@ -273,19 +274,19 @@ class _Features:
         self.model, self.uses = model, uses
         self.kept: dict[str, tuple[torch.Tensor, ...]] = {}
 
-    def __call__(self, images: list[str], pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Features and levels of `images`; the tower runs on those that it has not seen."""
+    def __call__(self, images: list[str], pixel_values: torch.Tensor) -> PatchFeatures:
+        """Features of `images`; the tower runs on those that it has not seen."""
         new = {image: index for index, image in enumerate(images) if image not in self.kept}
         if new:
             pixels = pixel_values[list(new.values())].to(self.model.device, self.model.dtype)
-            _, features, levels = self.model.model.get_patch_features(pixels)
-            self.kept |= dict(zip(new, zip(features, *levels)))
-        features, *levels = (torch.stack(states) for states in zip(*(self.kept[image] for image in images)))
+            features = self.model.model.get_patch_features(pixels)
+            self.kept |= dict(zip(new, zip(features.stream, *features.levels)))
+        stream, *levels = (torch.stack(states) for states in zip(*(self.kept[image] for image in images)))
         self.uses.subtract(images)
         for image in set(images):
             if not self.uses[image]:
                 del self.kept[image]
-        return features, levels
+        return PatchFeatures(stream, levels, BaseModelOutputWithPooling())
 
 
 @torch.inference_mode()
@@ -300,7 +301,7 @@ def _answer(
     if "pixel_values" in inputs:
         images = [str(image) for request in requests for image in request.images()]
         numbers = inputs.get("num_visual_tokens", [processor.image_seq_length] * len(images))
-        tokens = model.model.project_features(*features(images, inputs["pixel_values"]), [int(n) for n in numbers])
+        tokens = model.model.project_features(features(images, inputs["pixel_values"]), [int(n) for n in numbers])
         encoded = {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tokens)}}
     output = model.generate(
         input_ids=inputs["input_ids"].to(model.device),

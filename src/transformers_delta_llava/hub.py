@@ -31,7 +31,7 @@ from .errors import (
     write_json,
 )
 from .loading import encode_question, load_config
-from .modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaProjector
+from .modeling import PROJECTORS, DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from .modeling.configuration_delta_llava import CODE_VERSION
 from .processing import DeltaLlavaProcessor
 
@@ -62,7 +62,7 @@ WEIGHTS = "model*.safetensors*"
 PUBLISHED = (
     *("README.md", "LICENSE*", "NOTICE*", ".gitattributes", REPORT_FILE),
     *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
-    *("model*.safetensors", "model*.safetensors.index.json", "delta_config.json", "deltas.safetensors"),
+    *("model*.safetensors", "model*.safetensors.index.json", "deltas.safetensors"),
     *(*HUB_FILES, *TOKENIZER_FILES, "additional_chat_templates/*.jinja"),
     *("onnx/*.onnx", "onnx/*.onnx_data*", "onnx/*.json", "onnx/*.jinja", "onnx/run_onnx.py"),
 )
@@ -257,7 +257,7 @@ class ModelCard:
 def count_parameters(config: DeltaLlavaConfig) -> tuple[int, int]:
     """Parameters of the projector's deltas, and of the whole projector; nothing is allocated."""
     with torch.device("meta"):
-        sizes = {name: p.numel() for name, p in DeltaLlavaProjector(config).named_parameters()}
+        sizes = {name: p.numel() for name, p in PROJECTORS[config.projector_layout](config).named_parameters()}
     deltas = sum(size for name, size in sizes.items() if name.endswith((".delta_u", ".delta_v")))
     return deltas, sum(sizes.values())
 

@@ -10,7 +10,7 @@ from transformers_delta_llava import DeltaLlavaModel
 def test_everything_is_measured(tmp_path):
     torch.manual_seed(0)
     model = DeltaLlavaModel(tiny_config()).eval()
-    numbers = sum(p.numel() for p in model.delta_parameters())
+    numbers = sum(t.numel() for t in model.delta_state_dict().values())
     projector = sum(p.numel() for p in model.multi_modal_projector.parameters())
     results = measure_sets(model, tmp_path, 4)
     assert results["numbers"] == numbers and results["base_same_bits_after_swaps"] is True

@@ -8,12 +8,12 @@ from benchmarks.projectors import ReleasedProjector
 from tests.modeling.projector_cases import (
     clip_large_config,
     drawn_inputs,
+    make_projector,
     oracle_output,
     projector_config,
     released_pair,
 )
 from tests.reference.goldens import difference
-from transformers_delta_llava.modeling.projector_delta_llava import DeltaLlavaProjector
 
 
 @pytest.mark.parametrize("scale_factor", [1, 2, 3, 6])
@@ -36,7 +36,7 @@ def test_its_parameters_are_those_of_the_projector() -> None:
 
 @torch.no_grad()
 def test_ours_needs_at_most_six_tenths_of_its_memory(scale_factor: int = 2) -> None:
-    module = DeltaLlavaProjector(clip_large_config(hidden=64)).eval()
+    module = make_projector(clip_large_config(hidden=64)).eval()
     levels = [torch.randn(1, 576, 1024) for _ in range(4)]
     ours, released = (
         peak_bytes(lambda p=projector: p(levels[-1], levels, scale_factor))

@@ -124,7 +124,7 @@ def test_a_repo_that_cannot_be_exported(repo, tmp_path, damage, message):
         {},
         {"delta_rank": 3},
         {"vision_feature_levels": [0, 2, 4, 4]},
-        {"vision_feature_levels": [2], "projector_sr_ratio": 2},
+        {"vision_feature_levels": [2]},
         {"vision_feature_layer": -1, "scale_factor": 3},
         {"projector_head_dim": 16, "projector_num_attention_heads": 4},
         {"projector_mix_ratio": 0.5, "projector_mlp_ratio": 1, "projector_hidden_act": "relu"},

@@ -19,7 +19,7 @@ from tests.integration.engines import ROOT, SCRIPTS, Engine, free_port, needs
 from tests.pages import filled, read_blocks
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from transformers_delta_llava.onnx import export_onnx
-from transformers_delta_llava.processing.image_utils_delta_llava import pad_to_square
+from transformers_delta_llava.processing.processing_delta_llava import _to_square
 
 
 pytestmark = needs("browser")
@@ -110,8 +110,7 @@ def test_images_become_the_same_bytes_as_in_the_processor():
     for image, size, resample in product(
         images, (64, 336), (Resampling.LANCZOS, Resampling.BILINEAR, Resampling.BICUBIC)
     ):
-        options = {"image_mean": mean, "do_resize": True, "size": {"shortest_edge": size}, "resample": int(resample)}
-        expected.append(b64encode(pad_to_square(image, options.get).tobytes()).decode())
+        expected.append(b64encode(_to_square(image, mean).resize((size, size), resample).tobytes()).decode())
         rgb, color = b64encode(image.tobytes()).decode(), [int(channel * 255) for channel in mean]
         given = {"rgb": rgb, "width": image.width, "height": image.height, "color": color}
         cases.append({**given, "size": size, "resample": int(resample)})

@@ -5,9 +5,9 @@ import pytest
 from tests.modeling.delta_cases import LAYOUTS, make
 
 
-@pytest.fixture(params=LAYOUTS, ids=str)
+@pytest.fixture(params=LAYOUTS)
 def model(request):
-    return make(**LAYOUTS[request.param])
+    return make(projector_layout=request.param)
 
 
 @pytest.fixture

@@ -1,19 +1,13 @@
 """Models with deltas, other deltas for them, and what has to stay the same after an error."""
 
-import json
-
 import torch
-from safetensors.torch import save_file
 
 from tests.tiny import prompt, tiny_config
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration
+from transformers_delta_llava.modeling.deltas_delta_llava import DELTA_WEIGHTS, read_deltas, write_deltas
 
 
-LAYOUTS = {
-    "released": {},
-    "paper": {"projector_layout": "paper"},
-    "paper, one base": {"projector_layout": "paper", "delta_sharing": "all"},
-}
+LAYOUTS = ("released", "paper")
 
 
 def make(seed: int = 0, **overrides) -> DeltaLlavaForConditionalGeneration:
@@ -21,17 +15,19 @@ def make(seed: int = 0, **overrides) -> DeltaLlavaForConditionalGeneration:
     return DeltaLlavaForConditionalGeneration(tiny_config(**{"delta_rank": 4, **overrides})).eval()
 
 
-def inputs(seed: int = 0) -> dict[str, torch.Tensor]:
-    pixels = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(seed))
+def inputs() -> dict[str, torch.Tensor]:
+    pixels = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     return {"input_ids": prompt([36])[None], "pixel_values": pixels}
 
 
 @torch.no_grad()
 def logits(model) -> torch.Tensor:
-    return model(**inputs()).logits
+    batch = inputs()
+    dtype = next(p.dtype for name, p in model.named_parameters() if "patch_embedding" in name)
+    return model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"].to(dtype)).logits
 
 
-def other_deltas(model, scale: float = 0.3, rank: int | None = None) -> dict[str, torch.Tensor]:
+def other_deltas(model, rank: int | None = None) -> dict[str, torch.Tensor]:
     """Deltas unlike the model's own."""
     generator = torch.Generator().manual_seed(7)
     found = {}
@@ -39,8 +35,16 @@ def other_deltas(model, scale: float = 0.3, rank: int | None = None) -> dict[str
         shape = list(tensor.shape)
         if rank is not None:
             shape[-1 if name.endswith("delta_u") else -2] = rank
-        found[name] = torch.randn(shape, generator=generator) * scale
+        found[name] = torch.randn(shape, generator=generator) * 0.3
     return found
+
+
+def write(model, folder, tensors, **metadata) -> None:
+    """Deltas for `model` with these tensors, and other metadata where given."""
+    model.save_deltas(folder)
+    own = read_deltas(folder)[1] | metadata
+    (folder / DELTA_WEIGHTS).unlink()
+    write_deltas(folder, tensors, own["projector_layout"], own["base_sha256"], own.get("base_model"))
 
 
 def snapshot(model) -> dict[str, torch.Tensor]:
@@ -59,12 +63,3 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 def is_delta(name: str) -> bool:
     return name.endswith((".delta_u", ".delta_v"))
-
-
-def write_repo(model, folder, tensors=None, **config_changes) -> None:
-    """A delta repo of `model` with other tensors or settings in it."""
-    model.save_deltas(folder)
-    if tensors is not None:
-        save_file(tensors, folder / "deltas.safetensors")
-    path = folder / "delta_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **config_changes}))

@@ -37,20 +37,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return torch.einsum("bhnm,bmhd->bnhd", weights, v).flatten(2)
 
 
-def cell_means(x: Tensor, size: int) -> Tensor:
-    """Mean of every size x size cell of the grid; cells at the far edges hold what is left."""
-    side = math.isqrt(x.shape[1])
-    grid = x.unflatten(1, (side, side))
-    starts = range(0, side, size)
-    cells = [grid[:, i : i + size, j : j + size].flatten(1, 2).mean(1) for i in starts for j in starts]
-    return torch.stack(cells, dim=1)
-
-
-def emhsa(p: Parameters, x: Tensor, head_dim: int, reduction: int) -> Tensor:
-    """Section 4.1: pre-norm, equation (2) with K and V downsampled (here: averaged) to K' and V', output map."""
+def emhsa(p: Parameters, x: Tensor, head_dim: int) -> Tensor:
+    """Section 4.1: pre-norm, equation (2) with K' and V' at full resolution, output map."""
     y = norm(p, "norm", x)
-    k, v = (cell_means(linear(p, role, y), reduction) for role in ("key", "value"))
-    return linear(p, "out_proj", attention(linear(p, "query", y), k, v, x.shape[-1] // head_dim))
+    q, k, v = (linear(p, role, y) for role in ("query", "key", "value"))
+    return linear(p, "out_proj", attention(q, k, v, x.shape[-1] // head_dim))
 
 
 def mhca(p: Parameters, x: Tensor, head_dim: int) -> Tensor:
@@ -63,10 +54,10 @@ def mhca(p: Parameters, x: Tensor, head_dim: int) -> Tensor:
     return linear(p, "out_proj", norm(p, "norm", y).clamp(min=0))
 
 
-def refine(p: Parameters, x: Tensor, head_dim: int, reduction: int, use_emhsa: bool = True) -> Tensor:
+def refine(p: Parameters, x: Tensor, head_dim: int, use_emhsa: bool = True) -> Tensor:
     """Refine of (3). Order of section 4.1 (MHCA, EMHSA); a residual around each, as section 4.1 says of MHCA."""
     x = x + mhca(below(p, "conv_attention"), x, head_dim)
-    return x + emhsa(below(p, "attention"), x, head_dim, reduction) if use_emhsa else x
+    return x + emhsa(below(p, "attention"), x, head_dim) if use_emhsa else x
 
 
 def interpolated(z: Tensor, side: int) -> Tensor:
@@ -91,28 +82,28 @@ def project(p: Parameters, x: Tensor, *update: int) -> Tensor:
     return torch.einsum("bni,oi->bno", x, effective_weight(p, *update))
 
 
-def cascade(p: Parameters, x: Tensor, head_dim: int, reduction: int, use_emhsa: bool = True) -> Tensor:
+def cascade(p: Parameters, x: Tensor, head_dim: int, use_emhsa: bool = True) -> Tensor:
     """NTB of (6): EMHSA, MHCA, MLP (ReLU), a residual around each, all at full width."""
     if use_emhsa:
-        x = x + emhsa(below(p, "attention"), x, head_dim, reduction)
+        x = x + emhsa(below(p, "attention"), x, head_dim)
     x = x + mhca(below(p, "conv_attention"), x, head_dim)
     return x + linear(p, "mlp.fc2", linear(p, "mlp.fc1", x).clamp(min=0))
 
 
-def window_attention(q: Tensor, keys: list[Tensor], values: list[Tensor], heads: int, window: int) -> Tensor:
-    """(9) and (10), window after window; a window's memory is the patches under it at every level."""
+def window_attention(q: Tensor, keys: list[Tensor], values: list[Tensor], heads: int) -> Tensor:
+    """(9) and (10), query by query; the memory of a query is the patches under it at every level."""
     side, grid = math.isqrt(q.shape[1]), math.isqrt(keys[0].shape[1])
-    q, *memory = (x.unflatten(1, (n, n)) for x, n in [(q, side), *((x, grid) for x in (*keys, *values))])
-    reach, output = window * grid // side, torch.empty_like(q)
-    for i in range(side // window):
-        for j in range(side // window):
-            rows, columns = (slice(i * window, (i + 1) * window), slice(j * window, (j + 1) * window))
-            cell = slice(i * reach, (i + 1) * reach), slice(j * reach, (j + 1) * reach)
-            patches = [x[:, cell[0], cell[1]].flatten(1, 2) for x in memory]
-            k, v = (torch.cat(patches[: len(keys)], 1), torch.cat(patches[len(keys) :], 1))
-            attended = attention(q[:, rows, columns].flatten(1, 2), k, v, heads)
-            output[:, rows, columns] = attended.unflatten(1, (window, window))
-    return output.flatten(1, 2)
+    reach, output = grid // side, torch.empty_like(q)
+    for i in range(side):
+        for j in range(side):
+            rows, columns = slice(i * reach, (i + 1) * reach), slice(j * reach, (j + 1) * reach)
+            k, v = (
+                torch.cat([x.unflatten(1, (grid, grid))[:, rows, columns].flatten(1, 2) for x in levels], 1)
+                for levels in (keys, values)
+            )
+            token = slice(i * side + j, i * side + j + 1)
+            output[:, token] = attention(q[:, token], k, v, heads)
+    return output
 
 
 def feed_forward(p: Parameters, t: Tensor) -> Tensor:

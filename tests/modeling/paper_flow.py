@@ -38,7 +38,7 @@ class Flow:
 
         hooks = [
             keep(self.module.refine, "interpolated", "refined"),
-            keep(self.module.qkv if self.shares_all else self.module.query, "q_hat", "q0"),
+            keep(self.module.query, "q_hat", "q0"),
             keep(self.module.block, "block input", "q"),
             keep(self.module.window_attention, "memory", "y"),
             keep(self.module.out_proj, "t", None),
@@ -52,16 +52,10 @@ class Flow:
         self.seen = seen
 
     @property
-    def shares_all(self) -> bool:
-        return self.config.delta_sharing == "all"
-
-    @property
-    def block_sizes(self) -> tuple[int, int]:
-        return self.config.projector_head_dim, self.config.projector_sr_ratio
+    def head_dim(self) -> int:
+        return self.config.projector_head_dim
 
     def projected(self, role: str, x: Tensor, *level: int) -> Tensor:
-        if self.shares_all:
-            return paper.project(paper.below(self.p, "qkv"), x, "qkv".index(role), *level)
         return paper.project(paper.below(self.p, {"q": "query", "k": "key", "v": "value"}[role]), x, *level)
 
 
@@ -79,14 +73,14 @@ def on_the_grid(windows: Tensor) -> Tensor:
 def whole(flow: Flow, use_emhsa: bool = True, use_block: bool = True) -> Tensor:
     """Equations (3) to (11) one after another, from the inputs alone."""
     q = paper.refine(
-        paper.below(flow.p, "refine"), paper.interpolated(flow.z, flow.side), *flow.block_sizes, use_emhsa=use_emhsa
+        paper.below(flow.p, "refine"), paper.interpolated(flow.z, flow.side), flow.head_dim, use_emhsa=use_emhsa
     )
     q = flow.projected("q", q + flow.module.position(flow.side, torch.float64))
     if use_block:
-        q = paper.cascade(paper.below(flow.p, "block"), q, *flow.block_sizes, use_emhsa=use_emhsa)
+        q = paper.cascade(paper.below(flow.p, "block"), q, flow.head_dim, use_emhsa=use_emhsa)
     keys, values = ([flow.projected(role, z, i) for i, z in enumerate(flow.levels)] for role in "kv")
     heads = flow.config.projector_num_attention_heads or 1
-    y = paper.window_attention(q, keys, values, heads, flow.config.projector_window_size)
+    y = paper.window_attention(q, keys, values, heads)
     return paper.linear(flow.p, "out_proj", paper.feed_forward(flow.p, y))
 
 

@@ -8,7 +8,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from tests.reference import fixture_recipe, goldens, names, oracle
 from transformers_delta_llava.modeling.configuration_delta_llava import DeltaLlavaConfig
-from transformers_delta_llava.modeling.projector_delta_llava import DeltaLlavaProjector
+from transformers_delta_llava.modeling.projector_delta_llava import PROJECTORS, DeltaLlavaProjector
 
 
 SEED = 7
@@ -36,6 +36,11 @@ def projector_config(
     config = DeltaLlavaConfig(vision_config=vision, text_config=text, vision_feature_levels=levels_used, **fields)
     config.vision_config._attn_implementation = attention
     return config
+
+
+def make_projector(config: DeltaLlavaConfig) -> DeltaLlavaProjector:
+    """The projector of the config's layout."""
+    return PROJECTORS[config.projector_layout](config)
 
 
 def clip_large_config(hidden: int = 4096, attention: str = "sdpa", **fields: Any) -> DeltaLlavaConfig:
@@ -76,7 +81,7 @@ def draw_parameters(module: nn.Module) -> None:
 
 def projector(config: DeltaLlavaConfig, dtype: torch.dtype = torch.float64) -> DeltaLlavaProjector:
     """A projector in evaluation mode with drawn parameters."""
-    module = DeltaLlavaProjector(config)
+    module = make_projector(config)
     draw_parameters(module)
     return module.to(dtype).eval()
 
@@ -85,7 +90,7 @@ def released_pair(
     config: DeltaLlavaConfig, dtype: torch.dtype = torch.float64
 ) -> tuple[DeltaLlavaProjector, dict[str, Tensor]]:
     """A projector in evaluation mode, and its weights under the authors' names for the oracle."""
-    module = DeltaLlavaProjector(config)
+    module = make_projector(config)
     shapes = names.parameter_shapes(
         width=config.vision_config.hidden_size,
         levels=len(config.vision_feature_levels),
@@ -122,6 +127,6 @@ def assert_meets_oracle(config: DeltaLlavaConfig, scale_factor: int, batch: int 
 
 def golden_projector() -> DeltaLlavaProjector:
     """The projector of the golden numbers, in float32 and evaluation mode."""
-    module = DeltaLlavaProjector(clip_large_config(hidden=goldens.MANIFEST["geometry"]["hidden_size"]))
+    module = make_projector(clip_large_config(hidden=goldens.MANIFEST["geometry"]["hidden_size"]))
     module.load_state_dict(names.package_state_dict(goldens.weights()))
     return module.eval()

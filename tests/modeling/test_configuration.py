@@ -1,13 +1,14 @@
 import json
 
 import pytest
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig
+from transformers.models.auto import modeling_auto
 
 from tests.tiny import TEXT, VISION, tiny_config
 from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaModel
 
 
-PAPER = {"projector_layout": "paper"}
 CLIP_336 = {
     "hidden_size": 1024,
     "num_hidden_layers": 24,
@@ -59,9 +60,7 @@ def test_changing_the_scale_factor_changes_the_token_count():
 
 
 def test_round_trip(tmp_path):
-    config = tiny_config(
-        scale_factor=4, projector_layout="paper", delta_sharing="all", delta_rank=3, projector_drop_path=0.0
-    )
+    config = tiny_config(scale_factor=4, projector_layout="paper", delta_rank=3, projector_drop_path=0.0)
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is DeltaLlavaConfig
@@ -77,7 +76,7 @@ def test_round_trip(tmp_path):
 
 def test_sub_configs_are_kept_as_they_are():
     vision, text = CLIPVisionConfig(**VISION), LlamaConfig(**TEXT)
-    config = DeltaLlavaConfig(vision, text, image_token_id=1, vision_feature_levels=[1])
+    config = DeltaLlavaConfig(vision_config=vision, text_config=text, image_token_id=1, vision_feature_levels=[1])
     assert config.vision_config is vision and config.text_config is text
     assert config.get_text_config() is text
 
@@ -106,19 +105,12 @@ class TestNumberOfVisualTokens:
         setattr(config, name, 144)
         assert config.scale_factor == 1
 
-    def test_it_agrees_with_the_scale_factor_or_is_refused(self, name, tmp_path):
+    def test_it_agrees_with_the_scale_factor_or_is_refused(self, name):
         assert tiny_config(**{name: 9}, scale_factor=4).scale_factor == 4
-        with pytest.raises(ValueError, match=f"{name}=99 disagrees with scale_factor=2, which gives 36 tokens; leave"):
+        with pytest.raises(ValueError, match=f"{name}=99 .* scale_factor=2"):
             tiny_config(**{name: 99}, scale_factor=2)
-
-    @pytest.mark.parametrize("number", [99, 36.0, True, "36", [36]])
-    def test_what_the_grid_cannot_give_is_refused(self, name, number, tmp_path):
-        tiny_config().save_pretrained(tmp_path)
-        match = "this model cannot give it; use one of 144, 36, 16, 9, 4, 1"
-        with pytest.raises(ValueError, match=match):
-            tiny_config(**{name: number})
-        with pytest.raises(ValueError, match=match):
-            DeltaLlavaConfig.from_pretrained(tmp_path, **{name: number})
+        with pytest.raises(ValueError, match="num_visual_tokens=37 .* 144, 36, 16, 9, 4, 1"):
+            tiny_config(**{name: 37})
 
 
 def test_a_model_is_loaded_with_another_number_of_visual_tokens(tmp_path):
@@ -126,48 +118,46 @@ def test_a_model_is_loaded_with_another_number_of_visual_tokens(tmp_path):
     assert DeltaLlavaModel.from_pretrained(tmp_path, num_visual_tokens=9).config.scale_factor == 4
 
 
-def test_unknown_budget_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"num_visual_tokens=37: .*; use one of 144, 36, 16, 9, 4, 1\."):
-        tiny_config().scale_factor_for(37)
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"scale_factor": 5}, r"scale_factor=5: .*12 x 12 patch grid; use one of 1, 2, 3, 4, 6, 12\."),
-        ({"scale_factor": 0}, "scale_factor=0: .* use one of 1, 2"),
-        ({"scale_factor": 2.0}, "scale_factor=2.0: .* use one of 1, 2"),
-        ({"vision": {"image_size": 25, "patch_size": 30}}, "vision_config.image_size=25: .* one patch of 30 pixels"),
-        ({"vision": {"image_size": [24, 12]}}, r"vision_config.image_size=\[24, 12\]: .* square"),
-        ({"vision": {"model_type": "siglip_vision_model"}}, "'default': a siglip_vision_model has no class.* use 'full'"),
-        ({"vision_feature_select_strategy": "full"}, "strategy='full': .* starts with a class token; use 'default'"),
-        ({"vision_feature_select_strategy": "patch"}, "strategy='patch': use one of 'default', 'full'"),
-        ({"vision_feature_layer": 5}, "vision_feature_layer=5: the tower has 5 hidden states .*; use -5 to 4"),
-        ({"vision_feature_levels": [1, -6]}, r"vision_feature_levels=\[1, -6\]: .* use -5 to 4"),
-        ({"vision_feature_levels": [1, "2"]}, "vision_feature_levels=.*'2'.*: .* use -5 to 4"),
-        ({"vision_feature_levels": []}, r"vision_feature_levels=\[\]: name at least one"),
-        ({"delta_rank": 0}, "delta_rank=0: use an integer of at least 1"),
-        ({"delta_rank": 65}, "delta_rank=65: .* at most the tower's width, 64"),
-        ({"projector_layout": "original"}, "projector_layout='original': use one of 'released', 'paper'"),
-        ({"projector_num_attention_heads": 5}, "projector_num_attention_heads=5: .* 64; use one of 1, 2, 4, 8"),
-        ({"projector_head_dim": 24}, "projector_head_dim=24: .* width, 64, .*; use one of 1, 2, 4, 8, 16, 32"),
-        ({"projector_head_dim": 64}, "projector_head_dim=64: .* at least 2 head"),
-        ({"projector_mix_ratio": 1.0}, "projector_mix_ratio=1.0: use a share between 0 and 1"),
-        ({"projector_mlp_ratio": 0}, "projector_mlp_ratio=0: use a positive number"),
-        ({"projector_sr_ratio": 0}, "projector_sr_ratio=0: use an integer of at least 1"),
-        ({"projector_drop_path": 1.0}, "projector_drop_path=1.0: use a rate from 0"),
-        ({"projector_hidden_act": "gelo"}, "projector_hidden_act='gelo': use a key"),
-        ({"projector_window_size": 2}, "projector_window_size=2: .* use projector_layout='paper'"),
-        ({**PAPER, "projector_window_size": 5}, "projector_window_size=5: .* use one of 1, 2, 3, 4, 6, 12"),
-        ({**PAPER, "projector_window_size": 2, "scale_factor": 12}, "scale_factor=12: .* 2 x 2 queries; use one of 1, 2, 3, 6"),
-        ({"delta_sharing": "all"}, "delta_sharing='all': the 'released' layout shares no base"),
-        ({"delta_sharing": "none"}, "delta_sharing='none': use one of 'levels', 'all'"),
-        ({"use_emhsa": None}, "use_emhsa=None: use one of True, False"),
-        ({"text": {"vocab_size": 99}}, "image_token_id=99: use an id in the vocabulary, 0 to 98"),
-        ({"text": {"model_type": "cohere", "logit_scale": 0.06}}, "text_config.logit_scale=0.06: .* not supported"),
+        ({"scale_factor": 5}, "scale_factor=5: .*12 x 12"),
+        ({"scale_factor": 0}, "scale_factor=0"),
+        ({"vision": {"model_type": "siglip_vision_model"}}, "select_strategy='default': .*'full'"),
+        ({"vision_feature_select_strategy": "full"}, "select_strategy='full': .*'default'"),
+        ({"vision_feature_layer": 5}, "vision_feature_layer=5: .* 0 to 4"),
+        ({"vision_feature_levels": [1, -6]}, r"vision_feature_levels=\[1, -6\]: .* 0 to 4"),
+        ({"vision_feature_levels": []}, r"vision_feature_levels=\[\]"),
+        ({"delta_rank": 0}, "delta_rank=0: .* 1 to .* 64"),
+        ({"delta_rank": 65}, "delta_rank=65"),
+        ({"projector_num_attention_heads": 5}, "projector_num_attention_heads=5: .* 64"),
+        ({"projector_head_dim": 24}, "projector_head_dim=24: .* 64"),
+        ({"projector_head_dim": 64}, "projector_head_dim=64: .* at least 2 heads"),
+        ({"text": {"vocab_size": 99}}, "image_token_id=99: .* 0 to 98"),
+        ({"text": {"model_type": "cohere", "logit_scale": 0.06}}, "text_config.logit_scale=0.06"),
         ({"vision": {"hidden_size": 66, "num_attention_heads": 6}}, "hidden_size=66: .* multiple of 4"),
     ],
 )  # fmt: skip
 def test_bad_values_name_field_value_and_remedy(arguments, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"projector_layout": "original"},
+        {"vision_feature_select_strategy": "patch"},
+        {"delta_rank": "4"},
+        {"use_emhsa": None},
+    ],
+    ids=str,
+)
+def test_other_types_are_refused_by_the_field(arguments):
+    with pytest.raises(StrictDataclassFieldValidationError, match=next(iter(arguments))):
+        tiny_config(**arguments)
+
+
+def test_transformers_serve_finds_the_class_of_a_repo():
+    names = getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", None)
+    assert names is None or names["delta_llava"] == "DeltaLlavaForConditionalGeneration"

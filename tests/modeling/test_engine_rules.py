@@ -7,8 +7,9 @@ from transformers import AutoModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from tests.modeling.projector_cases import make_projector
 from tests.tiny import tiny_config
-from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaModel, DeltaLlavaProjector
+from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaModel
 
 
 def test_the_base_model_reports_the_weights_of_the_head_as_unexpected(tmp_path):
@@ -23,7 +24,7 @@ def test_the_base_model_reports_the_weights_of_the_head_as_unexpected(tmp_path):
 @pytest.mark.parametrize("images", [1, 2])
 def test_linear_maps_get_rows_that_lie_side_by_side(layout, scale_factor, images):
     """vLLM's linear maps on CPU refuse an input whose last axis is strided."""
-    projector = DeltaLlavaProjector(tiny_config(projector_layout=layout, projector_sr_ratio=2)).eval()
+    projector = make_projector(tiny_config(projector_layout=layout)).eval()
     strided = []
     for name, module in projector.named_modules():
         if isinstance(module, nn.Linear):
@@ -37,27 +38,16 @@ def test_linear_maps_get_rows_that_lie_side_by_side(layout, scale_factor, images
 
 
 @pytest.mark.parametrize("model_class", [DeltaLlavaForConditionalGeneration, DeltaLlavaModel])
-@pytest.mark.parametrize("listed", [None, ["language_model.layers.0"], ["model.language_model.layers.0"]])
-def test_only_layers_of_the_language_model_are_converted(model_class: type, listed: list[str] | None) -> None:
-    config = tiny_config()
-    config.quantization_config = {"quant_method": "any"}  # from_pretrained sets it before it makes a model
+def test_only_layers_of_the_language_model_are_converted_with_the_list_in_the_docs(model_class: type) -> None:
+    listed = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    if model_class is DeltaLlavaModel:
+        listed = [name.removeprefix("model.") for name in listed]
     with torch.device("meta"):
-        model = model_class(config)
+        model = model_class(tiny_config())
     kept = HfQuantizer.get_modules_to_not_convert(model, listed, model._keep_in_fp32_modules)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     converted = {name for name in linear if should_convert_module(name, kept)}
-    expected = {name for name in linear if "language_model." in name and not name.startswith(tuple(listed or ()))}
-    assert converted == expected and converted
-
-
-@pytest.mark.parametrize("quantised", [False, True])
-def test_what_is_kept_has_the_models_dtype(quantised: bool) -> None:
-    config = tiny_config()
-    if quantised:
-        config.quantization_config = {"quant_method": "any"}
-    model = DeltaLlavaForConditionalGeneration(config)
-    assert model._get_dtype_plan(torch.float16) == {}
-    assert bool(model._keep_in_fp32_modules) is quantised
+    assert converted == {name for name in linear if "language_model." in name}
 
 
 def test_a_float16_model_is_float16_throughout(tmp_path) -> None:

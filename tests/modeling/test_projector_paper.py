@@ -8,21 +8,15 @@ from torch import Tensor
 
 from tests.modeling import paper_equations as paper
 from tests.modeling.paper_flow import Flow, assert_same, whole
-from tests.modeling.projector_cases import projector_config
+from tests.modeling.projector_cases import make_projector, projector_config
 from tests.reference import oracle
 from tests.reference.goldens import difference
-from transformers_delta_llava.modeling.projector_delta_llava import DeltaLlavaProjector
 
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "one base for all roles": {"delta_sharing": "all"},
-    "windows of two": {"projector_window_size": 2},
-    "windows of three, one base": {"projector_window_size": 3, "delta_sharing": "all"},
     "one level, rank one": {"levels": 1, "delta_rank": 1},
     "five levels, four heads": {"levels": 5, "projector_num_attention_heads": 4},
-    "reduced keys": {"projector_sr_ratio": 2},
-    "reduced keys that do not fit": {"projector_sr_ratio": 4},
     "wide": {"width": 96, "projector_head_dim": 16, "projector_mlp_ratio": 3, "hidden": 40},
     "one head per block": {"projector_head_dim": 32},
 }
@@ -39,7 +33,7 @@ def flow(request: pytest.FixtureRequest) -> Flow:
 def test_equation_3_refined_queries_with_positions(flow: Flow) -> None:
     interpolated = paper.interpolated(flow.z, flow.side)
     assert_same(flow.seen["interpolated"], interpolated)
-    refined = paper.refine(paper.below(flow.p, "refine"), interpolated, *flow.block_sizes)
+    refined = paper.refine(paper.below(flow.p, "refine"), interpolated, flow.head_dim)
     assert_same(flow.seen["refined"], refined)
     positions = flow.module.position(flow.side, torch.float64)
     assert_same(flow.seen["q_hat"], refined + positions)
@@ -58,7 +52,7 @@ def test_equation_5_number_of_queries(flow: Flow) -> None:
 
 
 def test_equation_6_cascade(flow: Flow) -> None:
-    assert_same(flow.seen["q"], paper.cascade(paper.below(flow.p, "block"), flow.seen["q0"], *flow.block_sizes))
+    assert_same(flow.seen["q"], paper.cascade(paper.below(flow.p, "block"), flow.seen["q0"], flow.head_dim))
 
 
 def test_equations_7_and_8_keys_and_values_of_every_level(flow: Flow) -> None:
@@ -72,8 +66,7 @@ def test_equations_7_and_8_keys_and_values_of_every_level(flow: Flow) -> None:
 
 def test_equations_9_and_10_window_attention(flow: Flow) -> None:
     heads = flow.config.projector_num_attention_heads or 1
-    window = flow.config.projector_window_size
-    assert_same(flow.seen["y"], paper.window_attention(*flow.seen["memory"], heads, window))
+    assert_same(flow.seen["y"], paper.window_attention(*flow.seen["memory"], heads))
 
 
 def test_equation_11_feed_forward_and_the_map_to_the_language_model(flow: Flow) -> None:
@@ -87,32 +80,25 @@ def test_equation_11_feed_forward_and_the_map_to_the_language_model(flow: Flow) 
 
 
 @pytest.mark.parametrize("scale_factor", [1, 2, 3, 4, 6, 12])
-@pytest.mark.parametrize("fields", [{}, {"delta_sharing": "all", "projector_sr_ratio": 2}], ids=["levels", "all"])
-def test_every_scale_factor(scale_factor: int, fields: dict[str, Any]) -> None:
-    flow = Flow(fields, scale_factor)
+def test_every_scale_factor(scale_factor: int) -> None:
+    flow = Flow({}, scale_factor)
     assert flow.output.shape == (2, (12 // scale_factor) ** 2, 24)
-    assert_same(flow.output, whole(flow))
-
-
-@pytest.mark.parametrize("window, scale_factor", [(2, 1), (2, 3), (2, 6), (3, 2), (3, 4), (4, 3), (6, 1), (12, 1)])
-def test_every_window_tiles_its_grid(window: int, scale_factor: int) -> None:
-    flow = Flow({"projector_window_size": window, "levels": 2}, scale_factor)
     assert_same(flow.output, whole(flow))
 
 
 @pytest.mark.parametrize("grid, scale_factor", [(24, 24), (27, 9), (16, 4), (7, 7), (1, 1)])
 def test_other_grids(grid: int, scale_factor: int) -> None:
-    flow = Flow({"grid": grid, "levels": 2, "projector_sr_ratio": 3}, scale_factor)
+    flow = Flow({"grid": grid, "levels": 2}, scale_factor)
     assert_same(flow.output, whole(flow))
 
 
 def test_eager_attention_gives_the_same() -> None:
-    flow = Flow({"projector_sr_ratio": 2}, attention="eager")
+    flow = Flow({}, attention="eager")
     assert difference(flow.output, whole(flow)) <= 1e-6  # its softmax is in float32
 
 
 def test_a_window_sees_the_patches_of_its_cell_at_every_level() -> None:
-    """s * s * L memory tokens for w = 1: a change of one patch reaches one token, and from every level."""
+    """s * s * L memory tokens: a change of one patch reaches one token, and from every level."""
     flow = Flow({"grid": 6, "levels": 4}, scale_factor=3)
     for level in range(4):
         changed = [z.clone() for z in flow.levels]
@@ -124,7 +110,7 @@ def test_a_window_sees_the_patches_of_its_cell_at_every_level() -> None:
 
 def test_run_time_scale_factor_equals_the_configured_one() -> None:
     flow = Flow({}, scale_factor=3)
-    configured = DeltaLlavaProjector(projector_config(grid=12, projector_layout="paper", scale_factor=3)).double()
+    configured = make_projector(projector_config(grid=12, projector_layout="paper", scale_factor=3)).double()
     configured.load_state_dict(flow.module.state_dict())
     assert torch.equal(configured.eval()(flow.z, flow.levels), flow.output)
 
@@ -135,7 +121,7 @@ def test_run_time_scale_factor_equals_the_configured_one() -> None:
 def ablated(flow: Flow, absent: tuple[str, ...], **switch: bool) -> Tensor:
     """The output of a projector without the switched-off part, loaded strictly with the rest of the weights."""
     config = projector_config(grid=12, projector_layout="paper", **switch)
-    module = DeltaLlavaProjector(config).double().eval()
+    module = make_projector(config).double().eval()
     state = flow.module.state_dict()
     kept = {name: tensor for name, tensor in state.items() if not name.startswith(absent)}
     assert len(kept) < len(state)

@@ -1,16 +1,13 @@
 """Parameters of the `paper` projector: names, counts, gradients, training mode, lower precision."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
 
 from tests.modeling.paper_flow import Flow, whole
-from tests.modeling.projector_cases import clip_large_config, projector_config
+from tests.modeling.projector_cases import clip_large_config, make_projector, projector_config
 from tests.reference.goldens import difference
 from transformers_delta_llava.modeling.configuration_delta_llava import DeltaLlavaConfig
-from transformers_delta_llava.modeling.projector_delta_llava import DeltaLlavaProjector
 
 
 def attention_names(prefix: str) -> set[str]:
@@ -26,27 +23,26 @@ def feed_forward_names(prefix: str) -> set[str]:
     return {f"{prefix}.{name}.{kind}" for name in ("fc1", "fc2") for kind in ("weight", "bias")}
 
 
-@pytest.mark.parametrize("sharing, projections", [("levels", ("query", "key", "value")), ("all", ("qkv",))])
-def test_state_dict(sharing: str, projections: tuple[str, ...]) -> None:
-    module = DeltaLlavaProjector(projector_config(projector_layout="paper", delta_sharing=sharing))
+def test_state_dict() -> None:
+    projections = ("query", "key", "value")
+    module = make_projector(projector_config(projector_layout="paper"))
     expected = {f"{projection}.{name}" for projection in projections for name in ("weight", "delta_u", "delta_v")}
     expected |= attention_names("refine.attention") | convolution_names("refine.conv_attention")
     expected |= attention_names("block.attention") | convolution_names("block.conv_attention")
     expected |= feed_forward_names("block.mlp") | feed_forward_names("feed_forward")
     expected |= {f"{name}.{kind}" for name in ("feed_forward_norm", "out_proj") for kind in ("weight", "bias")}
     assert set(module.state_dict()) == expected
-    updates = (3, 3) if sharing == "all" else (3,)  # roles, levels
     for projection in projections:
         found = getattr(module, projection)
         assert all(type(parameter) is nn.Parameter for parameter in found.parameters())
         assert found.weight.shape == (32, 32)
-        assert found.delta_u.shape == (*updates, 32, 2)
-        assert found.delta_v.shape == (*updates, 2, 32)
+        assert found.delta_u.shape == (3, 32, 2)
+        assert found.delta_v.shape == (3, 2, 32)
 
 
 def key_value_parameters(config: DeltaLlavaConfig) -> int:
     with torch.device("meta"):
-        module = DeltaLlavaProjector(config)
+        module = make_projector(config)
     return sum(p.numel() for projection in (module.key, module.value) for p in projection.parameters())
 
 
@@ -58,23 +54,22 @@ def test_keys_and_values_have_a_third_of_the_released_parameters_at_most() -> No
     assert 3 * shared <= released
 
 
-def test_no_parameter_depends_on_scale_factor_or_window() -> None:
+def test_no_parameter_depends_on_the_scale_factor() -> None:
     shapes = []
-    for fields in ({}, {"scale_factor": 12}, {"scale_factor": 3, "projector_window_size": 4}):
+    for fields in ({}, {"scale_factor": 12}):
         with torch.device("meta"):
-            module = DeltaLlavaProjector(projector_config(projector_layout="paper", **fields))
+            module = make_projector(projector_config(projector_layout="paper", **fields))
         shapes.append({name: tuple(parameter.shape) for name, parameter in module.named_parameters()})
-    assert shapes[0] == shapes[1] == shapes[2]
+    assert shapes[0] == shapes[1]
 
 
 # ---------------------------------------------------------------------------- gradients, training, dtypes
 
 
-@pytest.mark.parametrize("sharing", ["levels", "all"])
 @pytest.mark.parametrize("scale_factor", [1, 2, 12])
-def test_every_gradient_is_finite(scale_factor: int, sharing: str) -> None:
+def test_every_gradient_is_finite(scale_factor: int) -> None:
     """Only what a softmax ignores stays at zero: biases common to all keys, and scores of a query that is alone."""
-    flow = Flow({"delta_sharing": sharing, "projector_drop_path": 0.0}, scale_factor)
+    flow = Flow({"projector_drop_path": 0.0}, scale_factor)
     output = flow.module.train()(flow.z, flow.levels, scale_factor)
     (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
     idle = ("key.bias",) if scale_factor < 12 else ("query.bias", "query.weight", "key.bias", "key.weight")
@@ -90,7 +85,7 @@ def test_every_gradient_is_finite(scale_factor: int, sharing: str) -> None:
 
 
 def test_gradients_are_those_of_the_equations() -> None:
-    flow = Flow({"grid": 6, "projector_window_size": 3})
+    flow = Flow({"grid": 6})
     flow.p = {name: tensor.clone().requires_grad_() for name, tensor in flow.p.items()}
     direction = torch.randn(flow.output.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     (whole(flow) * direction).sum().backward()
@@ -117,12 +112,3 @@ def test_lower_precision(dtype: torch.dtype, tolerance: float) -> None:
     output = flow.module.to(dtype)(flow.z.to(dtype), [z.to(dtype) for z in flow.levels], 2)
     assert output.dtype == dtype
     assert difference(output, flow.output) <= tolerance
-
-
-def test_budgets_count_whole_windows() -> None:
-    config = projector_config(grid=12, projector_layout="paper", projector_window_size=3)
-    assert config.visual_token_budgets == (144, 36, 9)
-    assert all(math.isqrt(budget) % 3 == 0 for budget in config.visual_token_budgets)
-    flow = Flow({"projector_window_size": 3})
-    with pytest.raises(ValueError, match="scale_factor=3"):
-        flow.module(flow.z, flow.levels, 3)

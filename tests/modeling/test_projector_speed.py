@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.modeling.projector_cases import drawn_inputs, oracle_output, projector_config, released_pair
+from tests.modeling.projector_cases import drawn_inputs, make_projector, oracle_output, projector_config, released_pair
 from tests.reference.goldens import difference
 from transformers_delta_llava.modeling.projector_delta_llava import DeltaLlavaProjector
 
@@ -13,7 +13,7 @@ from transformers_delta_llava.modeling.projector_delta_llava import DeltaLlavaPr
 @pytest.mark.parametrize("fields", [{}, {"levels": 1}, {"use_delta_projection": False}], ids=str)
 def test_inference_equals_training(fields: dict, scale_factor: int) -> None:
     """Levels one by one or joined, one key per window or the whole attention."""
-    module = DeltaLlavaProjector(projector_config(grid=6, **fields)).double().eval()
+    module = make_projector(projector_config(grid=6, **fields)).double().eval()
     single, *levels = drawn_inputs(module.config)
     with torch.no_grad():
         at_inference = module(single, levels, scale_factor)
@@ -85,7 +85,7 @@ def _replaced(module: DeltaLlavaProjector, other: DeltaLlavaProjector) -> None:
 @pytest.mark.parametrize("change", [_in_place, _loaded, _stepped, _cast, _replaced])
 def test_a_change_of_weights_shows_in_the_next_call(change) -> None:
     """Nothing that is computed from weights outlives them, whatever way they change."""
-    module, other = (DeltaLlavaProjector(projector_config(grid=6)).double().eval() for _ in range(2))
+    module, other = (make_projector(projector_config(grid=6)).double().eval() for _ in range(2))
     inputs = drawn_inputs(module.config)
 
     def run(projector: DeltaLlavaProjector) -> Tensor:
@@ -95,7 +95,7 @@ def test_a_change_of_weights_shows_in_the_next_call(change) -> None:
 
     before = run(module)
     change(module, other)
-    fresh = DeltaLlavaProjector(module.config).to(module.dtype).eval()
+    fresh = make_projector(module.config).to(module.dtype).eval()
     fresh.load_state_dict(module.state_dict())
     fresh.position.table = module.position.table
     assert torch.equal(run(module), run(fresh))

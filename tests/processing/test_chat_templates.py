@@ -307,11 +307,8 @@ BAD_CHATS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "system twice": ([SYSTEM, SYSTEM, user("<image>")], "The system message must come first"),
     "unknown role": ([{"role": "tool", "content": "4"}], "Unknown role: tool"),
     "unknown content": ([user({"type": "audio", "audio": "a.wav"})], "not: audio"),
-    "bare string in a list": ([user({"type": "image"}, "What?")], r"not: What\?"),
     "image of the assistant": ([user("<image>"), assistant([IMAGE])], "not those of: assistant"),
     "image of the system": ([{"role": "system", "content": [IMAGE]}], "not those of: system"),
-    "no content": ([{"role": "user"}], "must be a string or a list"),
-    "content of a wrong type": ([{"role": "user", "content": {"type": "text", "text": "a"}}], "must be a string or"),
 }
 
 
@@ -319,7 +316,7 @@ BAD_CHATS: dict[str, tuple[list[dict[str, Any]], str]] = {
 @pytest.mark.parametrize("case", BAD_CHATS)
 def test_chats_that_no_format_has_are_refused(processor: Any, name: str, case: str) -> None:
     messages, message = BAD_CHATS[case]
-    with pytest.raises(ValueError, match=f"^The chat template refuses the conversation: .*{message}"):
+    with pytest.raises(jinja2.TemplateError, match=message):
         processor.apply_chat_template(messages, chat_template=load_chat_template(name))
 
 
@@ -378,42 +375,10 @@ def test_no_bos_where_the_tokenizer_adds_none(make_processor: Any, make_tokenize
     assert processor(text="<s>hi")["input_ids"][0][0] == processor.tokenizer.bos_token_id
 
 
-@pytest.mark.parametrize(
-    ("conversation", "message"),
-    [
-        ([], "The conversation is empty"),
-        ([[]], "must be a list of messages, and not empty"),
-        ([[user("a")], user("b")], "must be a list of messages, and not empty"),
-        (None, "A conversation is a list of messages, not of type NoneType"),
-        ("hello", "A conversation is a list of messages, not of type str"),
-        ({"role": "user", "content": "a"}, "A conversation is a list of messages, not of type dict"),
-        ([{"role": "user", "content": 7}], "Message content must be a string or a list"),
-        ([None], "Message 0 must have a role and content"),
-        (["hello"], "Message 0 must have a role and content"),
-        ([{"content": "a"}], "Message 0 has no `role`"),
-        ([{"role": ["user"], "content": "a"}], "Message 0 has no `role`"),
-        ([user("a"), {"role": "assistant", "content": None}], "Message content must be a string or a list"),
-        ([user({"type": "text", "text": None})], "A text of message 0 must be a string, not of type NoneType"),
-        ([user({"type": "text"})], "A text of message 0 must be a string"),
-        ([user({"type": 7})], "Only content of type text and image is known"),
-        ([user("half \ud800")], "holds half a character"),
-        ([{"role": "user", "content": "half \ud800"}], "The content of message 0 holds half a character"),
-    ],
-)
-@pytest.mark.parametrize("tokenize", [False, True])
-def test_a_malformed_conversation_is_refused(processor: Any, conversation: Any, message: str, tokenize: bool) -> None:
-    template = load_chat_template("vicuna_v1")
-    with pytest.raises(ValueError, match=message):
-        processor.apply_chat_template(conversation, chat_template=template, tokenize=tokenize, return_dict=tokenize)
-
-
 def test_the_tag_in_a_users_text_is_not_a_placeholder(processor: Any, make_image: Any) -> None:
     content = [{"type": "image", "image": make_image()}, text("What does <image> mean?")]
     options = {"chat_template": load_chat_template("vicuna_v1"), "tokenize": True, "return_dict": True}
     inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
     assert inputs["input_ids"][0].count(processor.image_token_id) == 4
-    later = [{"role": "user", "content": content}, assistant("It is a tag."), user(text("So <image> is one?"))]
-    inputs = processor.apply_chat_template((message for message in later), **options)
-    assert inputs["input_ids"][0].count(processor.image_token_id) == 4
-    with pytest.raises(ValueError, match="text 0 holds 2, but 1 images came for it"):
-        processor(images=[[make_image()]], text=["<image> What does <image> mean?"])
+    with pytest.raises(ValueError, match="2 <image>.* 1 images"):
+        processor(images=[make_image()], text=["<image> What does <image> mean?"])

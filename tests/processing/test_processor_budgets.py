@@ -55,65 +55,29 @@ def test_a_number_may_be_numpys_or_torchs(processor: Any, make_image: Any, budge
 
 
 BAD_BUDGETS = {
-    "not of this grid": (
-        100,
-        r"num_visual_tokens=100: this model cannot give it; use one of 576, 144, 64, 36, 16, 9",
-    ),
-    "zero": (0, "num_visual_tokens=0: this model cannot give it"),
-    "negative": (-4, "num_visual_tokens=-4: this model cannot give it"),
-    "bool": (True, "must be an integer or 'auto', or one per image, not True"),
-    "float": (4.0, "must be an integer or 'auto', or one per image, not 4.0"),
-    "string": ("4", "must be an integer or 'auto', or one per image, not '4'"),
-    "dict": ({"a": 4}, "must be an integer"),
-    "too few": ([4], "has 1 entries for 2 images"),
-    "too many": ([4, 4, 4], "has 3 entries for 2 images"),
-    "none": ([], "has 0 entries for 2 images"),
-    "bad entry": ([4, 5], "num_visual_tokens=5: this model cannot give it"),
-    "missing entry": ([4, None], "must be an integer or 'auto', or one per image, not None"),
-    "float tensor": (torch.tensor([4.0, 4.0]), "must be an integer"),
-    "bool tensor": (torch.tensor([True, True]), "must be an integer"),
-    "two dimensions": (torch.tensor([[4], [4]]), "must be an integer"),
-    "one entry too deep": (torch.tensor([[4, 4]]), "has 1 entries for 2 images"),
-    "numpy's float": (np.float32(4), "must be an integer"),
-    "complex": (4 + 0j, "must be an integer"),
-    "not a number": (float("nan"), "must be an integer"),
-    "bytes": (b"4", "must be an integer"),
-    "set": ({4}, "must be an integer"),
-    "iterator": (iter([4, 4]), "must be an integer"),
-    "generator": ((four for four in (4, 4)), "must be an integer"),
-    "very large": (2**70, "this model cannot give it"),
-    "empty array": (np.array([], np.int64), "has 0 entries for 2 images"),
+    "not of this grid": (100, "num_visual_tokens=100 .* 576, 144, 64, 36, 16, 9"),
+    "zero": (0, "=0 "),
+    "very large": (2**70, "not supported"),
+    "bool": (True, "=True "),
+    "float": (4.0, "=4.0 "),
+    "word": ("4", "='4' "),
+    "too few": ([4], "1 entries for 2 images"),
+    "too many": ([4, 4, 4], "3 entries for 2 images"),
+    "none": ([], "0 entries for 2 images"),
+    "bad entry": ([4, 5], "=5 "),
+    "missing entry": ([4, None], "=None "),
+    "float tensor": (torch.tensor([4.0, 4.0]), "=4.0 "),
+    "nested": (torch.tensor([[4], [4]]), r"=\[4\] "),
 }
 
 
 @pytest.mark.parametrize("case", BAD_BUDGETS)
-def test_a_bad_budget_is_refused_in_one_sentence(processor: Any, make_image: Any, case: str) -> None:
+def test_a_bad_budget_is_refused(processor: Any, make_image: Any, case: str) -> None:
     budget, message = BAD_BUDGETS[case]
-    images = [make_image()] * 2
-    with pytest.raises(ValueError, match=message) as caught:
-        processor(images=images, text="<image><image>", num_visual_tokens=budget)
-    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=message):
+        processor(images=[make_image()] * 2, text="<image><image>", num_visual_tokens=budget)
     with pytest.raises(ValueError, match=message):
         processor._get_num_multimodal_tokens(image_sizes=[(9, 9), (9, 9)], num_visual_tokens=budget)
-
-
-@pytest.mark.parametrize("case", [case for case in BAD_BUDGETS if "entries" not in BAD_BUDGETS[case][1]])
-def test_a_bad_budget_is_refused_without_images_too(processor: Any, case: str) -> None:
-    budget, message = BAD_BUDGETS[case]
-    for kwargs in ({"num_visual_tokens": budget}, {"images_kwargs": {"num_visual_tokens": budget}}):
-        with pytest.raises(ValueError, match=message):
-            processor(text="no image", **kwargs)
-    # A batch's chats may have an image or none: a list is not counted there.
-    assert "num_visual_tokens" not in processor(text="no image", num_visual_tokens=[4, 9])
-
-
-@pytest.mark.parametrize("flag", ["False", "no", 0, 1, 3.5, [True]])
-def test_do_pad_must_be_true_or_false(processor: Any, make_processor: Any, make_image: Any, flag: Any) -> None:
-    for kwargs in ({"do_pad": flag}, {"images_kwargs": {"do_pad": flag}}):
-        with pytest.raises(ValueError, match="^`do_pad` must be True or False, not "):
-            processor(images=make_image(), text="<image>", **kwargs)
-    with pytest.raises(ValueError, match="^`do_pad` must be True or False, not "):
-        make_processor(do_pad=flag)
 
 
 CHAT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
@@ -238,39 +202,13 @@ def test_padding_is_on_the_side_the_tokenizer_says(
 
 
 @pytest.mark.parametrize(
-    ("texts", "rows", "message"),
-    [
-        ("<image>", None, "the text holds 1, but 0 images"),
-        ("<image>", 0, "the text holds 1, but 0 images"),
-        ("no image", 1, "the text holds 0, but 1 images"),
-        ("<image><image>", 1, "the text holds 2, but 1 images"),
-        (["<image>", "<image>"], 3, "the text holds 2, but 3 images"),
-        (["<image>", "<image>"], [2, 0], "text 0 holds 1, but 2 images"),
-        (["<image>", ""], [1, 1], "text 1 holds 0, but 1 images"),
-    ],
+    ("texts", "images"), [("<image>", 0), ("no image", 1), ("<image><image>", 1), (["<image>", "<image>"], 3)]
 )
 def test_texts_and_images_that_do_not_fit_are_refused(
-    processor: Any, make_image: Any, texts: Any, rows: Any, message: str
+    processor: Any, make_image: Any, texts: Any, images: int
 ) -> None:
-    image = make_image()
-    images = None if rows is None else [[image] * n for n in rows] if isinstance(rows, list) else [image] * rows
-    with pytest.raises(
-        ValueError, match=f"tokens in the prompts should be the same as the number of images: {message}"
-    ):
-        processor(images=images, text=texts)
-
-
-@pytest.mark.parametrize("text", [[["a", "list"]], [1], [None], 7, b"bytes", {"text": "a"}])
-def test_text_must_be_strings(processor: Any, text: Any) -> None:
-    with pytest.raises(ValueError, match="^(`text`|Text 0) must be a string"):
-        processor(text=text)
-
-
-@pytest.mark.parametrize("modality", ["videos", "audio"])
-def test_other_modalities_are_refused(processor: Any, modality: str) -> None:
-    with pytest.raises(ValueError, match="images and text, no videos and no audio"):
-        processor(text="hi", **{modality: np.zeros((2, 8, 8, 3))})
-    assert set(processor(text="hi", **{modality: []})) == {"input_ids", "attention_mask"}
+    with pytest.raises(ValueError, match="<image>"):
+        processor(images=[make_image()] * images, text=texts)
 
 
 def test_nothing_at_all_is_refused(processor: Any) -> None:
@@ -292,16 +230,8 @@ def test_the_default_budget_must_be_one_of_the_grids(make_processor: Any, budget
         make_processor(num_visual_tokens=budget)
 
 
-@pytest.mark.parametrize("count", [5, 0, -4, True, 4.0, "4", "auto", [4]])
-def test_the_models_own_count_must_be_a_square_number(make_processor: Any, count: Any) -> None:
-    with pytest.raises(ValueError, match="^`image_seq_length` must be a square number, such as 144, not "):
-        make_processor(image_seq_length=count)
-    # Budgets may be those that are to be used, and the model's own not be among them.
-    assert make_processor(image_seq_length=576, visual_token_budgets=[16, 4]).image_seq_length == 576
-
-
 def test_the_image_token_must_be_a_token_of_its_own(make_processor: Any, make_tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match=r"does not take '<image>' as one token: add it with"):
+    with pytest.raises(ValueError, match=r"'<image>' is not one token; .*add_tokens"):
         make_processor(tokenizer=make_tokenizer(special=["<s>", "</s>", "<pad>"]))
 
 

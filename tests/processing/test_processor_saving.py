@@ -15,6 +15,7 @@ SETTINGS = {
     "do_pad": False,
     "image_token": "<img>",
     "image_seq_length": 81,
+    "auto_min_detail": 0.5,
 }
 
 

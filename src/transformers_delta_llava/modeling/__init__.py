@@ -3,18 +3,19 @@
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
 from .configuration_delta_llava import DeltaLlavaConfig
-from .delta_projection_delta_llava import DeltaProjection
+from .deltas_delta_llava import DeltaProjection
 from .modeling_delta_llava import (
     CACHE_NAME,
     DeltaLlavaForConditionalGeneration,
     DeltaLlavaModel,
     DeltaLlavaPreTrainedModel,
 )
-from .projector_delta_llava import DeltaLlavaProjector
+from .projector_delta_llava import PROJECTORS, DeltaLlavaProjector
 
 
 __all__ = [
     "CACHE_NAME",
+    "PROJECTORS",
     "DeltaLlavaConfig",
     "DeltaLlavaForConditionalGeneration",
     "DeltaLlavaModel",

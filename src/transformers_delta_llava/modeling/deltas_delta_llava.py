@@ -1,182 +1,264 @@
-"""Low-rank deltas that users save, load, swap and merge: named sets of updates on one base.
+# Copyright 2026 The transformers-delta-llava authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""DeltaProjection, a base matrix plus low-rank updates, and the sets of updates that users save, load, swap and merge.
 
-A *set* is the `delta_u` and `delta_v` of every DeltaProjection. One set is active: it is in the parameters. The first is
-called "default". The others are held beside the parameters, outside the state dict.
+Shapes: r is the rank of a set. The factors of one update are `delta_u` (in, r) and `delta_v` (r, out); a base that several
+levels share has one update per level, stacked along a leading axis.
+
+On disk a set is one file, `deltas.safetensors`: the factors of every DeltaProjection, named as in the projector
+(`query.delta_u`), and in its metadata what they fit (`projector_layout`, `base_sha256`).
 """
 
+import hashlib
+import math
 import os
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
+from transformers.activations import ACT2FN
+from transformers.utils import cached_file
 
-from .delta_projection_delta_llava import (
-    FACTORS,
-    DeltaProjection,
-    Factors,
-    check_deltas,
-    copy_factors,
-    delta_weight,
-    hooks,
-    init_factor,
-    materialize,
-    materialize_factors,
-    truncate,
-)
-from .delta_repo_delta_llava import (
-    describe_deltas,
-    hashes_of_base,
-    is_base,
-    read_delta_config,
-    read_delta_tensors,
-    write_delta_repo,
-)
+
+DELTA_WEIGHTS = "deltas.safetensors"
+FACTORS = ("delta_u", "delta_v")
+Factors: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+
+CARD = """---
+library_name: transformers
+{base_model}tags:
+- delta-llava
+- delta-llava-deltas
+---
+
+# {title}
+
+Low-rank deltas of a [Delta-LLaVA](https://arxiv.org/abs/2512.18910) projector. They fit one base; every other base is
+refused.
+
+```python
+model.load_deltas("{title}")
+```
+"""
+
+
+class DeltaProjection(nn.Module):
+    """A base matrix plus low-rank updates: `x @ (weight + (delta_u @ delta_v).T).T`, equation (4).
+
+    The product `delta_u @ delta_v` is not formed: `x @ delta_u @ delta_v` costs less at these ranks.
+
+    Parameters: `weight` (out, in), `delta_u` (in, r) and `delta_v` (r, out), stacked to (levels, in, r) and (levels, r, out)
+    where levels share the base. The factors are `None` at rank 0 (the ablation "No DeltaProj").
+
+    The active set of deltas is in the parameters. Other sets, and sums of base and deltas ("merged"), are held beside them,
+    outside the state dict; see [`DeltaMixin`].
+
+    Args:
+        in_features, out_features: of the base.
+        rank: of the first set of deltas, which is called "default".
+        levels: how many updates the base has; `None` for one that is not stacked.
+        sum_levels: apply the sum of all updates, and not one of them.
+        hidden_act: activation that follows the map, and a LayerNorm after it, as in the released code; the paper has neither.
+    """
+
+    delta_u: nn.Parameter | None
+    delta_v: nn.Parameter | None
+    merged_weights: torch.Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        levels: int | None = None,
+        sum_levels: bool = False,
+        hidden_act: str | None = None,
+    ):
+        super().__init__()
+        self.stack = () if levels is None else (levels,)
+        self.num_updates = 1 if levels is None or sum_levels else levels
+        # Raw parameters, not nn.Linear: engines and quantisers replace every nn.Linear.
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        for name, shape in zip(FACTORS, self.factor_shapes(rank)):
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)) if rank else None)
+        self.act = ACT2FN[hidden_act] if hidden_act else nn.Identity()
+        self.norm = nn.LayerNorm(out_features, eps=1e-6) if hidden_act else nn.Identity()
+        self.active_deltas = "default"
+        self.held_deltas: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}  # the other sets
+        self.times_disabled = 0
+        self.register_buffer("merged_weights", None, persistent=False)
+        self.register_load_state_dict_pre_hook(_unmerge)
+        self.reset_parameters()
+
+    def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of `delta_u` and `delta_v` at this rank."""
+        out_features, in_features = self.weight.shape
+        return (*self.stack, in_features, rank), (*self.stack, rank, out_features)
+
+    def reset_parameters(self) -> None:
+        """Truncated normal base, Xavier-uniform factors, as in the released code: the update does not start at 0."""
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        for factor in (self.delta_u, self.delta_v):
+            if factor is not None:
+                init_factor(factor)
+
+    def forward(self, hidden_states: torch.Tensor, level: int = 0) -> torch.Tensor:
+        """(..., in) to (..., out), by the base and the update of `level`."""
+        weight, factors = self.operands(level)
+        projected = F.linear(hidden_states, weight)
+        if factors is not None:
+            projected = projected + hidden_states @ factors[0] @ factors[1]
+        return self.norm(self.act(projected))
+
+    def operands(self, level: int = 0) -> tuple[torch.Tensor, Factors | None]:
+        """What the input is multiplied with: the base and the factors of `level`, or only their merged sum."""
+        if self.delta_u is None or self.times_disabled:
+            return self.weight, None
+        if self.merged_weights is not None:
+            return self.merged_weights[level], None
+        return self.weight, self.factors(level)
+
+    def factors(self, level: int = 0) -> Factors:
+        """(in, r) and (r, out) of one update; (in, levels * r) and (levels * r, out) of the sum of all."""
+        assert self.delta_u is not None and self.delta_v is not None
+        if not self.stack:
+            return self.delta_u, self.delta_v
+        if self.num_updates == 1:
+            return self.delta_u.transpose(0, 1).flatten(1), self.delta_v.flatten(0, 1)
+        return self.delta_u[level], self.delta_v[level]
+
+    def summed_weight(self, level: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """(out, in), base and update added up in `dtype`."""
+        if self.delta_u is None:
+            return self.weight.to(dtype)
+        delta_u, delta_v = self.factors(level)
+        return self.weight.to(dtype) + (delta_u.to(dtype) @ delta_v.to(dtype)).T
+
+    def hold(self, name: str, factors: Factors) -> None:
+        """Keep a set beside the active one."""
+        delta_u, delta_v = (nn.Parameter(factor.detach()) for factor in factors)
+        self.held_deltas[name] = (delta_u, delta_v)
+
+    def activate(self, name: str) -> None:
+        """Let a held set take the place of the active one: its device, dtype and `requires_grad`, not its rank."""
+        assert self.delta_u is not None and self.delta_v is not None
+        active, held = (self.delta_u, self.delta_v), self.held_deltas.pop(name)
+        for factor, old, new in zip(FACTORS, active, held):
+            new.data = new.data.to(old)
+            setattr(self, factor, new.requires_grad_(old.requires_grad))
+        self.held_deltas[self.active_deltas], self.active_deltas = active, name
+
+    def train(self, mode: bool = True) -> "DeltaProjection":
+        """As in PyTorch. Merged sums would not follow what training does to the parameters, so they are dropped."""
+        if mode and self.merged_weights is not None:
+            warnings.warn("Merged deltas cannot be trained: they are unmerged.", stacklevel=2)
+            self.merged_weights = None
+        return super().train(mode)
+
+
+def _unmerge(projection: DeltaProjection, *args: Any) -> None:
+    """Before weights are loaded: the sums would not follow them."""
+    projection.merged_weights = None
+
+
+class MemoryProjection(DeltaProjection):
+    """A DeltaProjection of all levels side by side. They may come one by one: then the products with each add up."""
+
+    def forward(self, levels: Sequence[torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+        """Tensors (..., width), whose widths add up to in, to (..., out); more than one only without gradients."""
+        if len(levels) == 1:
+            return super().forward(levels[0])
+        first, *others = (level.flatten(0, -2) for level in levels)
+        widths = [level.shape[-1] for level in levels]
+        base, factors = self.operands()
+        first_weight, *weights = base.split(widths, dim=1)
+        projected = F.linear(first, first_weight)
+        dtype = projected.dtype  # chosen by autocast, which does not reach in-place operations
+        for level, weight in zip(others, weights):
+            projected.addmm_(level.to(dtype), weight.T.to(dtype))
+        if factors is not None:
+            first_u, *others_u = factors[0].split(widths)
+            reduced = first @ first_u
+            for level, delta_u in zip(others, others_u):
+                reduced.addmm_(level.to(dtype), delta_u.to(dtype))
+            projected = projected.addmm_(reduced, factors[1].to(dtype))
+        return self.norm(self.act(projected)).unflatten(0, levels[0].shape[:-1])
+
+
+def init_factor(factor: torch.Tensor) -> None:
+    """Xavier-uniform, update by update."""
+    bound = math.sqrt(6 / sum(factor.shape[-2:]))
+    nn.init.uniform_(factor, -bound, bound)
 
 
 class DeltaMixin:
-    """The methods for deltas, of the base model and of the model with a head alike.
+    """The methods for deltas, of the base model and of the model with a head.
 
-    All of them check everything before they change anything: after an error the model is as it was. Tensors are named
-    as in the projector, `query.delta_u`. Swapping writes into the parameters that are there, so optimizers, compiled
-    graphs and other references to them stay valid.
+    A *set* is `delta_u` and `delta_v` of every DeltaProjection, all of one rank. One set is active: its tensors are the
+    model's parameters, and `config.delta_rank` is its rank. The first set is called "default". Tensors are named as in the
+    projector, `query.delta_u`.
 
-    Sets may differ in rank. The parameters have rank `config.delta_rank`; a set of lower rank fills its part of them,
-    and zeros the rest, which get no gradient and stay zero. A set of higher rank needs `resize_deltas` first.
-
-    Every method raises `ValueError` if the model has no deltas (`use_delta_projection=False`).
+    Every method raises `ValueError` if the model has no deltas (`use_delta_projection=False`). What raises changes nothing.
     """
 
     config: Any
 
-    def delta_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of the active deltas, `delta_u` and `delta_v` of each projection, for an optimizer."""
-        for projection in self._delta_projections().values():
-            yield from (getattr(projection, factor) for factor in FACTORS)
-
-    @property
-    def delta_names(self) -> list[str]:
-        """Names of all sets, in the order of loading."""
-        return list(self._first_projection().delta_sets)
-
     @property
     def active_deltas(self) -> str:
         """Name of the active set."""
-        return self._first_projection().active_deltas
+        return self._any_projection().active_deltas
+
+    @property
+    def delta_names(self) -> list[str]:
+        """Names of all sets, the active one first."""
+        return [self.active_deltas, *self._any_projection().held_deltas]
 
     def delta_state_dict(self, name: str | None = None) -> dict[str, torch.Tensor]:
-        """A set's tensors by name, at its own rank, detached; like `state_dict()` it shares memory with the model.
-
-        Args:
-            name: of the set; the active one by default.
-
-        Raises:
-            ValueError: if there is no such set.
-        """
-        name = self._check_name(name)
+        """A set's tensors by name, the active set's by default. Like `state_dict()` it shares memory with the model."""
+        if name is not None:
+            self._known(name)
         state_dict: dict[str, torch.Tensor] = {}
         for prefix, projection in self._delta_projections().items():
-            factors = projection.delta_sets[name]
-            if factors is None:
-                factors = truncate(*materialize_factors(projection), projection.active_rank)
+            active = tuple(projection.get_parameter(factor) for factor in FACTORS)
+            factors = projection.held_deltas.get(name or "", active)
             state_dict |= {f"{prefix}.{factor}": tensor.detach() for factor, tensor in zip(FACTORS, factors)}
         return state_dict
 
-    @torch.no_grad()
-    def load_delta_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
-        """Overwrite the active set.
-
-        Args:
-            state_dict: as `delta_state_dict` gives it, of any float dtype and device, of any rank that fits. Names may
-                have what leads to the projector before them (`model.multi_modal_projector.query.delta_u`).
-
-        Raises:
-            ValueError: on tensors that are missing, too many, misshapen, or not finite in the model's dtype, or while
-                the deltas are merged.
-        """
-        projections = self._delta_projections()
-        if self._is_merged():
-            raise ValueError("The deltas are merged; call unmerge_deltas() before you overwrite them.")
-        factors, rank = self._check_deltas(state_dict)
-        targets = {name: materialize_factors(projection, write=True) for name, projection in projections.items()}
-        for name, projection in projections.items():
-            copy_factors(factors[name], targets[name])
-            projection.active_rank = rank
-
     def save_deltas(
-        self,
-        folder: str | os.PathLike,
-        name: str | None = None,
-        dtype: torch.dtype | None = None,
-        overwrite: bool = False,
+        self, folder: str | os.PathLike, name: str | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        """Write a set as a delta repo: `deltas.safetensors`, `delta_config.json`, `README.md`.
-
-        Works while merged, too: the base is what it was.
+        """Write a set to `folder`: `deltas.safetensors`, replaced in one step if it exists, and a card if there is none.
 
         Args:
-            folder: appears when it is complete; it must not exist, or be empty.
+            folder: created if necessary.
             name: of the set; the active one by default.
             dtype: of the file; the model's by default.
-            overwrite: replace a delta repo that is there.
 
         Raises:
-            ValueError: if there is no such set, or a value is not finite (in `dtype`).
-            FileExistsError: if the folder exists and may not be replaced.
+            ValueError: there is no such set, or a value is not finite in `dtype`.
         """
-        name = self._check_name(name)
-        tensors = {n: t if dtype is None else t.to(dtype) for n, t in self.delta_state_dict(name).items()}
-        config = describe_deltas(
-            tensors,
-            rank=next(iter(tensors.values())).shape[-1],
-            layout=self.config.projector_layout,
-            sharing=self.config.delta_sharing,
-            base_sha256=hashes_of_base(self._base_weights()),
-            base_name=getattr(self.config, "name_or_path", None),
-            source=f"the deltas {name!r} of a model",
-        )
-        write_delta_repo(folder, tensors, config, overwrite)
-
-    def push_deltas_to_hub(
-        self,
-        repo_id: str,
-        name: str | None = None,
-        dtype: torch.dtype | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        commit_message: str = "Upload deltas",
-    ) -> str:
-        """Upload a set as a delta repo, in one commit; the repo is created where there is none.
-
-        Args:
-            repo_id: of the repo on the Hub, `owner/name`.
-            name: of the set; the active one by default.
-            dtype: of the file; the model's by default.
-            private: whether a new repo is private; the owner's default when `None`.
-            token: of a login that may write there; the stored one by default.
-            commit_message: of the commit.
-
-        Returns:
-            The URL of the commit.
-
-        Raises:
-            ValueError: as `save_deltas`, before the Hub is asked for anything.
-            huggingface_hub.errors.HfHubHTTPError: if the Hub refuses.
-        """
-        from huggingface_hub import HfApi  # transformers needs it, too
-
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary) / repo_id.rpartition("/")[2]
-            self.save_deltas(folder, name, dtype)
-            api = HfApi(token=token)
-            repo = api.create_repo(repo_id, private=private, exist_ok=True)
-            return api.upload_folder(
-                repo_id=repo.repo_id, folder_path=folder, commit_message=commit_message
-            ).commit_url
+        # A path of this machine says nothing elsewhere, so only the name of a Hub repo is written.
+        base = self.config.name_or_path if getattr(self.config, "_commit_hash", None) else None
+        tensors = {key: tensor.to(dtype or tensor.dtype) for key, tensor in self.delta_state_dict(name).items()}
+        write_deltas(folder, tensors, self.config.projector_layout, self._hash_base(), base)
 
     @torch.no_grad()
     def load_deltas(
@@ -187,12 +269,13 @@ class DeltaMixin:
         activate: bool = True,
         **hub_kwargs: Any,
     ) -> str:
-        """Add a delta repo as a new set, and switch to it. Reads the repo alone; the base is hashed in memory, once.
+        """Add a set that `save_deltas` wrote, and switch to it.
 
         Args:
             model_id: a folder, or a repo on the Hub.
             name: for the set; the last part of `model_id` by default.
-            force: accept deltas of another base. Shapes that do not fit are refused all the same.
+            force: accept deltas of another base. A base is recognised by its values in bfloat16; where float16 has rounded
+                them it counts as another one.
             activate: switch to it; otherwise it is held until `set_deltas`.
             hub_kwargs: `revision`, `token`, `subfolder`, `cache_dir`, ... as for `from_pretrained`.
 
@@ -200,31 +283,23 @@ class DeltaMixin:
             The name of the set.
 
         Raises:
-            ValueError: if the name is taken, or on another layout, base, rank or shape, on tensors that are missing
-                or too many, or on values that are not finite in the model's dtype.
-            OSError: if the repo cannot be read.
+            ValueError: the name is taken; the deltas belong to another layout or base; their names or shapes do not fit; or
+                a value is not finite in the model's dtype.
+            OSError: there is no such folder, repo or file.
         """
-        name = name or Path(str(model_id)).name or Path(model_id).resolve().name
-        self._check_new_name(name)
-        config = read_delta_config(model_id, **hub_kwargs)
-        for field in ("projector_layout", "delta_sharing"):
-            if config.get(field) != getattr(self.config, field):
-                raise ValueError(
-                    f"{model_id}: {field}={config.get(field)!r} of these deltas is not the model's, "
-                    f"{getattr(self.config, field)!r}."
-                )
-        factors, rank = self._check_deltas(read_delta_tensors(model_id, **hub_kwargs), f"{model_id}: ")
-        if rank != config["delta_rank"]:
+        name = name or Path(model_id).resolve().name
+        tensors, metadata = read_deltas(model_id, **hub_kwargs)
+        layout, base = metadata.get("projector_layout"), metadata.get("base_sha256")
+        if layout != self.config.projector_layout:
             raise ValueError(
-                f"{model_id}: delta_rank={config['delta_rank']!r} in its config, but its tensors have rank {rank}."
+                f"{model_id}: projector_layout={layout!r}, the model's is {self.config.projector_layout!r}"
             )
-        if not force and not is_base(self._base_weights(), config["base_sha256"]):
+        if not force and base != self._hash_base():
             raise ValueError(
-                f"{model_id}: these deltas belong to another base "
-                f"({config.get('base_model_name_or_path') or 'unnamed'}) than this model's "
-                f"({getattr(self.config, 'name_or_path', None) or 'unnamed'}); load that one, or pass force=True."
+                f"{model_id}: these deltas belong to another base ({metadata.get('base_model', 'not named')}); load that "
+                "model, or pass force=True"
             )
-        self._add_set(name, factors, activate)
+        self._add_set(name, tensors, activate)
         return name
 
     @torch.no_grad()
@@ -233,218 +308,216 @@ class DeltaMixin:
 
         Args:
             name: for the set.
-            rank: of the set; `config.delta_rank` by default.
+            rank: of the set; the active one's by default.
             activate: switch to it; otherwise it is held until `set_deltas`.
 
         Raises:
-            ValueError: if the name is taken, or on a rank outside 1 to `config.delta_rank`.
+            ValueError: the name is taken, or the rank is below 1.
         """
         rank = self.config.delta_rank if rank is None else rank
-        self._check_new_name(name)
-        if not 1 <= rank <= self.config.delta_rank:
-            raise ValueError(
-                f"rank={rank}: use 1 to delta_rank={self.config.delta_rank}, or make room with resize_deltas."
-            )
-        factors = {}
+        tensors = {}
         for prefix, projection in self._delta_projections().items():
-            own = materialize(projection, "delta_u")
-            delta_u, delta_v = (own.new_zeros(shape) for shape in projection.spec.factor_shapes(rank))
-            init_factor(delta_u)
-            factors[prefix] = (delta_u, delta_v)
-        self._add_set(name, factors, activate)
+            shape_u, shape_v = projection.factor_shapes(rank)
+            tensors[f"{prefix}.delta_u"] = projection.weight.new_empty(shape_u)
+            tensors[f"{prefix}.delta_v"] = projection.weight.new_zeros(shape_v)
+            init_factor(tensors[f"{prefix}.delta_u"])
+        self._add_set(name, tensors, activate)
 
-    @torch.no_grad()
     def set_deltas(self, name: str) -> None:
-        """Switch to another set, in time and memory of the deltas alone; no base parameter is read or written.
+        """Switch to another set, in the time of a few assignments. Merged deltas are unmerged, with a warning.
 
-        Merged deltas are unmerged, with a warning, unless the set is active already. An optimizer's moments stay with
-        the parameters, not with the set.
+        The parameters of the set take the place of the active ones, so an optimizer goes on with the set it was made for,
+        and a compiled graph is compiled again only for another rank. Switch before DDP or FSDP wraps the model.
 
         Raises:
-            ValueError: if there is no such set.
+            ValueError: there is no such set, or the projector is offloaded.
         """
-        if self._check_name(name) == self.active_deltas:
+        if self._known(name) == self.active_deltas:
             return
-        projections = self._delta_projections()
-        targets = {prefix: materialize_factors(projection, write=True) for prefix, projection in projections.items()}
+        projections = self._delta_projections(in_memory=True)
         self._unmerge_with_warning()
-        for prefix, projection in projections.items():
-            delta_u, delta_v = truncate(*targets[prefix], projection.active_rank)
-            factors = projection.delta_sets[name]
-            assert factors is not None
-            projection.delta_sets[projection.active_deltas] = (delta_u.detach().clone(), delta_v.detach().clone())
-            projection.delta_sets[name] = None
-            copy_factors(factors, targets[prefix])
-            projection.active_deltas, projection.active_rank = name, factors[0].shape[-1]
-
-    def delete_deltas(self, name: str) -> None:
-        """Forget a set that is not active.
-
-        Raises:
-            ValueError: if there is no such set, or it is the active one.
-        """
-        if self._check_name(name) == self.active_deltas:
-            raise ValueError(f"The deltas {name!r} are active; switch to others with set_deltas first.")
-        for projection in self._delta_projections().values():
-            del projection.delta_sets[name]
+        for projection in projections.values():
+            projection.activate(name)
+        self.config.delta_rank = next(self._active_factors()).shape[-1]
 
     @contextmanager
     def disable_deltas(self) -> Iterator[None]:
-        """Within a `with` block, compute with the bases alone, merged or not."""
+        """Within a `with` block, compute with the bases only, merged or not. For all threads; blocks may overlap."""
         projections = self._delta_projections().values()
-        before = [projection.deltas_enabled for projection in projections]
         try:
             for projection in projections:
-                projection.deltas_enabled = False
+                projection.times_disabled += 1
             yield
         finally:
-            for projection, enabled in zip(projections, before):
-                projection.deltas_enabled = enabled
+            for projection in projections:
+                projection.times_disabled -= 1
 
     @torch.no_grad()
-    def resize_deltas(self, rank: int) -> None:
-        """Make room for sets of up to `rank`; what the model computes stays the same.
+    def merge_deltas(self) -> None:
+        """Add base and deltas in float32 ahead of time, so that the forward pass does one product instead of three.
 
-        The parameters get new storage, so make optimizers after this; compiled graphs are compiled again.
-
-        Raises:
-            ValueError: if a set has a higher rank.
-        """
-        projections = self._delta_projections()
-        for name in self.delta_names:
-            needed = next(iter(self.delta_state_dict(name).values())).shape[-1]
-            if rank < needed:
-                raise ValueError(f"delta_rank={rank}: the deltas {name!r} have rank {needed}; truncate them before.")
-        if any(parameter.device.type == "meta" for parameter in self.delta_parameters()):
-            raise ValueError("The projector is offloaded, so its deltas cannot be resized; load it to a device.")
-        self._unmerge_with_warning()
-        for projection in projections.values():
-            parameters = materialize_factors(projection)
-            delta_u, delta_v = (parameters[0].new_zeros(shape) for shape in projection.spec.factor_shapes(rank))
-            copy_factors(truncate(*parameters, projection.active_rank), (delta_u, delta_v))
-            for parameter, tensor in zip(parameters, (delta_u, delta_v)):
-                parameter.grad = None
-                parameter.data = tensor
-        self.config.delta_rank = rank
-
-    @torch.no_grad()
-    def merge_deltas(self, safe_merge: bool = True) -> None:
-        """Add base and deltas up ahead, in float32, so that the forward pass does one product instead of three.
-
-        The sums are kept beside the parameters, in their dtype, and are not in the state dict. So this costs the memory
-        of the base matrices once more (19 MB at 7B in bfloat16; where levels share a base, once per level), nothing
-        that is saved while merged can apply its deltas twice, and `unmerge_deltas` restores the exact bits: they never
-        left. What is merged gets no gradient; `train()`, `set_deltas` and loading a state dict unmerge. To write a repo
-        whose base has the deltas in it: `delta-llava delta merge`. A second call warns and does nothing.
-
-        Args:
-            safe_merge: refuse sums that are not finite.
+        The sums are kept beside the parameters, in their dtype, outside the state dict. This costs the memory of the base
+        matrices once more (19 MB at 7B in bfloat16; where levels share a base, once per level); a saved model cannot apply
+        its deltas twice, and `unmerge_deltas` restores the exact bits. Merged deltas get no gradient: `train()`,
+        `set_deltas` and loading a state dict unmerge. `delta-llava delta merge` writes a repo with merged bases.
 
         Raises:
-            ValueError: if a sum is not finite and `safe_merge`.
+            ValueError: a sum is not finite, or the projector is offloaded.
         """
+        projections = self._delta_projections(in_memory=True)
         if self._is_merged():
             warnings.warn("The deltas are merged already, nothing to do.", stacklevel=2)
             return
         merged = {}
-        for name, projection in self._delta_projections().items():
-            weight, factors = materialize(projection, "weight"), materialize_factors(projection)
-            sums = [weight.float() + delta_weight(*factors, update) for update in projection.spec.updates]
-            merged[name] = torch.stack([total.to(weight.dtype) for total in sums])
-            if safe_merge and not torch.isfinite(merged[name]).all():
-                raise ValueError(f"{name}: base and deltas add up to NaN or Inf, so nothing was merged.")
-        for name, projection in self._delta_projections().items():
-            device = next(
-                (hook.execution_device for hook in hooks(projection) if hasattr(hook, "execution_device")), None
-            )
-            projection.merged_weights = merged[name] if device is None else merged[name].to(device)
+        for name, projection in projections.items():
+            sums = [projection.summed_weight(level) for level in range(projection.num_updates)]
+            merged[name] = torch.stack(sums).to(projection.weight.dtype)
+            if not torch.isfinite(merged[name]).all():
+                raise ValueError(f"{name}: base and deltas add up to NaN or Inf")
+        for name, projection in projections.items():
+            projection.merged_weights = merged[name]
 
     def unmerge_deltas(self) -> None:
-        """Undo `merge_deltas`, to the bit. Warns where nothing is merged."""
+        """Undo `merge_deltas` exactly. Warns where nothing is merged."""
         if not self._is_merged():
             warnings.warn("No deltas are merged, nothing to do.", stacklevel=2)
         for projection in self._delta_projections().values():
-            projection.unmerge()
+            projection.merged_weights = None
 
     def set_deltas_trainable(self, freeze_others: bool = True) -> None:
-        """Give gradients to the active deltas, and by default to nothing else.
+        """Give gradients to the active deltas, and by default to nothing else. Merged deltas are unmerged, with a warning.
 
-        The forward and backward pass are low-rank then: no product of the factors, no gradient of a base. Merged deltas
-        are unmerged, with a warning. Small steps vanish in bfloat16: load the model in float32, or make the deltas
-        float32 (`p.data = p.data.float()`) and run under autocast, as recipes do.
+        The forward and backward pass are low-rank then: no product of the factors, no gradient of a base. Small steps vanish
+        in bfloat16: load the model in float32, or make the deltas float32 and run under autocast, as recipes do.
 
         Args:
-            freeze_others: take gradients off every other parameter; `False` leaves them, such as PEFT's adapters, as
-                they are. PEFT freezes the deltas when it wraps a model, so call this afterwards.
+            freeze_others: take gradients off every other parameter. `False` leaves them as they are, such as PEFT's adapters.
+                PEFT freezes the deltas when it wraps a model, so call this afterwards.
         """
-        deltas = list(self.delta_parameters())
+        deltas = list(self._active_factors())
         self._unmerge_with_warning()
         if freeze_others:
             self.requires_grad_(False)  # type: ignore[attr-defined]
         for parameter in deltas:
             parameter.requires_grad_(True)
 
-    def _delta_projections(self) -> dict[str, DeltaProjection]:
+    def _delta_projections(self, in_memory: bool = False) -> dict[str, DeltaProjection]:
         if not self.config.use_delta_projection:
-            raise ValueError(
-                "use_delta_projection=False: this model has no deltas; load one that was trained with them."
-            )
-        # Through the attribute: where PEFT trains a copy of the projector, its wrapper hands out the copy's.
-        return self.base_model.multi_modal_projector.delta_projections()  # type: ignore[attr-defined]
+            raise ValueError("use_delta_projection=False: this model has no deltas")
+        # Through the attribute: where PEFT trains a copy of the projector, its wrapper returns the copy's.
+        projections = self.base_model.multi_modal_projector.delta_projections()  # type: ignore[attr-defined]
+        if in_memory and any(projection.weight.is_meta for projection in projections.values()):
+            raise ValueError("the projector is offloaded; give model.multi_modal_projector a device in device_map")
+        return projections
 
-    def _first_projection(self) -> DeltaProjection:
+    def _any_projection(self) -> DeltaProjection:
         return next(iter(self._delta_projections().values()))
 
-    def _base_weights(self) -> dict[str, torch.Tensor]:
-        return {name: materialize(projection, "weight") for name, projection in self._delta_projections().items()}
+    def _active_factors(self) -> Iterator[nn.Parameter]:
+        for projection in self._delta_projections().values():
+            yield from (projection.get_parameter(factor) for factor in FACTORS)
 
-    def _check_name(self, name: str | None) -> str:
-        names = self.delta_names
-        if name is not None and name not in names:
-            raise ValueError(f"There are no deltas named {name!r}; there are {', '.join(map(repr, names))}.")
-        return self.active_deltas if name is None else name
+    def _hash_base(self) -> str:
+        return hash_base({name: projection.weight for name, projection in self._delta_projections(True).items()})
 
-    def _check_new_name(self, name: str) -> None:
+    def _known(self, name: str) -> str:
+        if name not in self.delta_names:
+            raise ValueError(f"there are no deltas named {name!r}, only {', '.join(self.delta_names)}")
+        return name
+
+    def _add_set(self, name: str, tensors: Mapping[str, torch.Tensor], activate: bool) -> None:
+        """Hold a set, in the dtype and on the device of the model, if it fits."""
+        projections = self._delta_projections(in_memory=True)
         if name in self.delta_names:
-            raise ValueError(
-                f"There are deltas named {name!r} already; pass another name, or delete_deltas({name!r})."
-            )
-
-    def _add_set(self, name: str, factors: dict[str, Factors], activate: bool) -> None:
-        """Hold a set of checked factors beside the parameters, on their device."""
-        projections = self._delta_projections()
-        # All of them first: this refuses projectors that cannot be written to.
-        targets = {
-            prefix: materialize_factors(projection, write=activate) for prefix, projection in projections.items()
-        }
+            raise ValueError(f"there are deltas named {name!r} already; pass another name")
+        names = [f"{prefix}.{factor}" for prefix in projections for factor in FACTORS]
+        if tensors.keys() != set(names):
+            raise ValueError(f"{name}: expected {', '.join(names)}, found {', '.join(sorted(tensors))}")
+        rank, factors = tensors[names[0]].shape[-1], {}
         for prefix, projection in projections.items():
-            delta_u, delta_v = (tensor.to(targets[prefix][0].device) for tensor in factors[prefix])
-            projection.delta_sets[name] = (delta_u, delta_v)
+            pair = []
+            for factor, shape in zip(FACTORS, projection.factor_shapes(rank)):
+                tensor = tensors[f"{prefix}.{factor}"].to(projection.get_parameter(factor))
+                if tensor.shape != shape or not rank:
+                    raise ValueError(
+                        f"{name}: {prefix}.{factor} is {tuple(tensor.shape)}, expected {shape}, rank at least 1"
+                    )
+                if not torch.isfinite(tensor).all():
+                    raise ValueError(f"{name}: {prefix}.{factor} contains NaN or Inf")
+                pair.append(tensor)
+            factors[prefix] = (pair[0], pair[1])
+        for prefix, projection in projections.items():
+            projection.hold(name, factors[prefix])
         if activate:
             self.set_deltas(name)
 
     def _is_merged(self) -> bool:
-        return any(projection.is_merged for projection in self._delta_projections().values())
+        return self._any_projection().merged_weights is not None
 
     def _unmerge_with_warning(self) -> None:
         if self._is_merged():
             warnings.warn("The deltas were merged; they are unmerged for this.", stacklevel=3)
             self.unmerge_deltas()
 
-    def _check_deltas(self, state_dict: Mapping[str, torch.Tensor], where: str = "") -> tuple[dict[str, Factors], int]:
-        """Deltas by projection, in the model's dtype, and their rank; ValueError where they do not fit."""
-        projections = self._delta_projections()
-        factors, rank = check_deltas(state_dict, {name: p.spec for name, p in projections.items()}, where)
-        if rank > self.config.delta_rank:
-            raise ValueError(
-                f"{where}the deltas have rank {rank}, more than this model's delta_rank={self.config.delta_rank}; call "
-                f"resize_deltas({rank}), or truncate them."
-            )
-        for name, pair in factors.items():
-            dtype = projections[name].get_parameter("delta_u").dtype
-            delta_u, delta_v = (tensor.detach().to(dtype) for tensor in pair)
-            for factor, tensor in zip(FACTORS, (delta_u, delta_v)):
-                if not torch.isfinite(tensor).all():
-                    raise ValueError(f"{where}{name}.{factor} holds NaN or Inf.")
-            factors[name] = (delta_u, delta_v)
-        return factors, rank
+
+def hash_base(weights: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of base weights, the same for float32 and bfloat16 copies of a base.
+
+    For each name, sorted: the line `name (out, in)` and the values in bfloat16, row by row, little-endian.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {tuple(weight.shape)}\n".encode())
+        values = weight.detach().to(device="cpu", dtype=torch.bfloat16).contiguous()
+        digest.update(values.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def write_deltas(
+    folder: str | os.PathLike,
+    tensors: Mapping[str, torch.Tensor],
+    projector_layout: str,
+    base_sha256: str,
+    base_model: str | None = None,
+) -> None:
+    """Write a set of deltas; see `DeltaMixin.save_deltas`.
+
+    Args:
+        folder: created if necessary.
+        tensors: by name.
+        projector_layout, base_sha256: what they fit, see `hash_base`.
+        base_model: Hub id of the base, for the card.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    folder = Path(folder).resolve()
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} contains NaN or Inf")
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt", "projector_layout": projector_layout, "base_sha256": base_sha256}
+    metadata |= {"base_model": base_model} if base_model else {}
+    temporary = folder / f".{DELTA_WEIGHTS}.tmp"
+    temporary.touch()
+    mode = temporary.stat().st_mode
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    temporary.chmod(mode)  # some versions of safetensors let only the owner read
+    temporary.replace(folder / DELTA_WEIGHTS)
+    card = folder / "README.md"
+    if not card.exists():
+        base = f"base_model: {base_model}\nbase_model_relation: adapter\n" if base_model else ""
+        card.write_text(CARD.format(base_model=base, title=folder.name), encoding="utf-8")
+
+
+def read_deltas(
+    folder_or_repo: str | os.PathLike, **hub_kwargs: Any
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a set by name, in the file's dtype, and the file's metadata.
+
+    Raises:
+        OSError: there is no such folder, repo or file.
+    """
+    path = cached_file(str(folder_or_repo), DELTA_WEIGHTS, **hub_kwargs)
+    with safe_open(str(path), framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}

@@ -1,41 +1,93 @@
+# Copyright 2026 The transformers-delta-llava authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """Delta-LLaVA: a vision tower, the delta projector and a language model, as transformers models."""
 
 import math
-import sys
+from dataclasses import dataclass, fields
 from itertools import groupby
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPooling,
-)
-from transformers.utils import ModelOutput
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_delta_llava import SELECT_STRATEGIES, DeltaLlavaConfig
-from .delta_projection_delta_llava import DeltaProjection
-from .deltas_delta_llava import DeltaMixin
-from .generation_delta_llava import DeltaLlavaGenerationMixin
-from .outputs_delta_llava import (
-    CACHE_NAME,
-    DeltaLlavaCausalLMOutputWithPast,
-    DeltaLlavaModelOutputWithPast,
-    pick_cache,
-)
-from .projector_delta_llava import DeltaLlavaProjector
-from .projector_layers_delta_llava import PositionEmbedding2D, ProjectedWindowAttention
+from .deltas_delta_llava import DeltaMixin, DeltaProjection
+from .projector_delta_llava import PROJECTORS, PositionEmbedding2D, ProjectedWindowAttention
 from .vision_tower_delta_llava import find_tower_calls, rename_saved_tower, run_vision_tower
 
 
-# Modules that quantisers skip: every visual token passes through the tower and the projector, and they are small beside the
-# language model. With the names of both models, with and without a head.
-MODULES_NOT_TO_CONVERT = frozenset(
-    f"{prefix}{part}" for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector")
-) | {"lm_head"}
+# transformers 5.24 renamed `past_key_values` to `cache`, as an argument and as a field of outputs.
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+# Arguments of `forward` with images.
+IMAGE_INPUTS = ("pixel_values", "num_visual_tokens", "mm_encoder_outputs")
 
 # How many visual tokens each image gets: one number for all, one per image, or None for the config's default.
 VisualTokens: TypeAlias = int | list[int] | torch.Tensor | None
+
+
+class PatchFeatures(NamedTuple):
+    """What a vision tower says about images, before the number of visual tokens is chosen.
+
+    stream: (images, N, C), the single-level stream that makes the queries: of the patches only, in the projector's dtype.
+    levels: one (images, N, C) per entry of `config.vision_feature_levels`, for keys and values.
+    outputs: the tower's output.
+    """
+
+    stream: torch.Tensor
+    levels: list[torch.Tensor]
+    outputs: BaseModelOutputWithPooling
+
+
+@dataclass
+class DeltaLlavaModelOutputWithPast(BaseModelOutputWithPast):
+    """Output of [`DeltaLlavaModel`]: transformers' own fields (`cache` or `past_key_values`, by its version), and
+
+    image_hidden_states: (visual tokens of the whole batch, hidden_size), what entered the language model.
+    image_outputs: what `get_image_features` returned.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple:
+        return nested_tuple(self)
+
+
+@dataclass
+class DeltaLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """Output of [`DeltaLlavaForConditionalGeneration`], with the two fields of the base model's."""
+
+    image_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple:
+        return nested_tuple(self)
+
+
+def nested_tuple(output: ModelOutput) -> tuple:
+    """The values of an output as a tuple, nested outputs included."""
+    return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in output.values())
+
+
+def pick_cache(cache: Cache | None, past_key_values: Cache | None) -> dict[str, Cache | None]:
+    """The cache, by its argument's name in the installed transformers."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one argument")
+    return {CACHE_NAME: past_key_values if cache is None else cache}
 
 
 class DeltaLlavaPreTrainedModel(DeltaMixin, PreTrainedModel):
@@ -52,24 +104,6 @@ class DeltaLlavaPreTrainedModel(DeltaMixin, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keep_in_fp32_modules: set[str] | list[str] | None = None
-
-    def post_init(self) -> None:
-        super().post_init()
-        if getattr(self.config, "quantization_config", None) is not None:
-            # All quantisers read it.
-            self._keep_in_fp32_modules = set(self._keep_in_fp32_modules or ()) | MODULES_NOT_TO_CONVERT
-
-    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
-        # `_keep_in_fp32_modules` also means float32 in a float16 model; here it keeps modules from quantisers only.
-        return {
-            name: kept for name, kept in super()._get_dtype_plan(dtype).items() if name not in MODULES_NOT_TO_CONVERT
-        }
-
-    def _tuple_or_dict(self, output: ModelOutput, return_dict: bool | None) -> Any:
-        """The output as `return_dict`, or else the config, asks."""
-        wants_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
-        return output if wants_dict else output.to_tuple()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -87,97 +121,70 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
     def __init__(self, config: DeltaLlavaConfig):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = DeltaLlavaProjector(config)
+        self.multi_modal_projector = PROJECTORS[config.projector_layout](config)
         self.language_model = AutoModel.from_config(config.text_config)
         self._tower_calls = find_tower_calls(self.vision_tower)
         self.register_load_state_dict_pre_hook(rename_saved_tower)
         self.post_init()
 
+    @can_return_tuple
     def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        num_visual_tokens: VisualTokens = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
+        self, pixel_values: torch.Tensor, num_visual_tokens: VisualTokens = None, **kwargs: Any
     ) -> tuple | BaseModelOutputWithPooling:
         """Visual tokens of images.
 
         Args:
             pixel_values: (images, 3, height, width).
             num_visual_tokens: of all images, or one number per image; the config's default when `None`.
+            kwargs: for the tower.
 
         Returns:
             The tower's output, in which `pooler_output` is a list with one (visual tokens, hidden_size) tensor per image,
             in the projector's dtype.
 
         Raises:
-            ValueError: if a number is not one of `config.visual_token_budgets`, or there is not one per image.
+            ValueError: a number is not in `config.visual_token_budgets`, or there is not one per image.
         """
-        outputs, features, levels = self.get_patch_features(pixel_values, **kwargs)
-        numbers = self.num_visual_tokens_per_image(len(pixel_values), num_visual_tokens)
-        outputs.pooler_output = self.project_features(features, levels, numbers)
-        return self._tuple_or_dict(outputs, return_dict)
+        features = self.get_patch_features(pixel_values, **kwargs)
+        features.outputs.pooler_output = self.project_features(features, num_visual_tokens)
+        return features.outputs
 
-    def get_patch_features(
-        self, pixel_values: torch.Tensor, **kwargs: Any
-    ) -> tuple[BaseModelOutputWithPooling, torch.Tensor, list[torch.Tensor]]:
-        """The tower's output, and the projector's inputs: the single-level stream and the levels.
+    def get_patch_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> PatchFeatures:
+        """Runs the vision tower. `project_features` makes any number of visual tokens of the result.
 
-        Features are (images, N, C), of the patches alone, in the projector's dtype. `kwargs` go to the tower.
+        Args:
+            pixel_values: (images, 3, height, width).
+            kwargs: for the tower.
         """
         config, dtype = self.config, self.multi_modal_projector.dtype
         outputs, states = run_vision_tower(
             self.vision_tower, pixel_values, config.vision_feature_indices, self._tower_calls, **kwargs
         )
-        features, *levels = (
+        stream, *levels = (
             states[index][:, config.num_prefix_tokens :].to(dtype)
             for index in (config.vision_feature_layer, *config.vision_feature_levels)
         )
-        return outputs, features, levels
+        return PatchFeatures(stream, levels, outputs)
 
-    def num_visual_tokens_per_image(self, num_images: int, num_visual_tokens: VisualTokens = None) -> list[int]:
-        """`num_visual_tokens` as one number per image.
-
-        Raises:
-            ValueError: if there are not as many numbers as images, or they are not integers.
-        """
-        if num_visual_tokens is None:
-            num_visual_tokens = self.config.num_visual_tokens
-        if isinstance(num_visual_tokens, torch.Tensor):
-            num_visual_tokens = num_visual_tokens.flatten().tolist()
-        if isinstance(num_visual_tokens, (str, bool, float)):
-            raise ValueError(
-                f"num_visual_tokens={num_visual_tokens!r}: give the model integers; 'auto' is an argument of the "
-                "processor, which looks at the images and passes on what it picks."
-            )
-        if isinstance(num_visual_tokens, int):
-            return [num_visual_tokens] * num_images
-        if len(num_visual_tokens) != num_images:
-            raise ValueError(
-                f"num_visual_tokens holds {len(num_visual_tokens)} numbers for {num_images} images; "
-                "give one per image."
-            )
-        return list(num_visual_tokens)
-
-    def project_features(
-        self, features: torch.Tensor, levels: list[torch.Tensor], num_visual_tokens: list[int]
-    ) -> list[torch.Tensor]:
+    def project_features(self, features: PatchFeatures, num_visual_tokens: VisualTokens = None) -> list[torch.Tensor]:
         """Patch features as they enter the language model: one (visual tokens, hidden_size) tensor per image.
 
         Args:
-            features, levels: of `get_patch_features`.
-            num_visual_tokens: one number per image. Images with the same number go through the projector together.
+            features: of `get_patch_features`.
+            num_visual_tokens: of all images, or one number per image; the config's default when `None`. Images with the same
+                number go through the projector together.
 
         Raises:
-            ValueError: if a number is not one of `config.visual_token_budgets`.
+            ValueError: a number is not in `config.visual_token_budgets`, or there is not one per image.
         """
-        visual_tokens: list[torch.Tensor] = [features] * len(num_visual_tokens)
-        for number in dict.fromkeys(num_visual_tokens):
-            images: Any = [image for image, own in enumerate(num_visual_tokens) if own == number]
+        numbers = self._number_per_image(len(features.stream), num_visual_tokens)
+        visual_tokens: list[torch.Tensor] = [features.stream] * len(numbers)
+        for number in dict.fromkeys(numbers):
+            images: Any = [image for image, own in enumerate(numbers) if own == number]
             # Usually all have one number; a slice does not copy the features.
-            rows = slice(None) if len(images) == len(num_visual_tokens) else images
+            rows = slice(None) if len(images) == len(numbers) else images
             projected = self.multi_modal_projector(
-                features[rows], [level[rows] for level in levels], self.config.scale_factor_for(number)
+                features.stream[rows], [level[rows] for level in features.levels], self.config.scale_factor_for(number)
             )
             for image, tokens in zip(images, projected):
                 visual_tokens[image] = tokens
@@ -187,6 +194,17 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         if embed_scale is not None:
             visual_tokens = [tokens * embed_scale.to(tokens) for tokens in visual_tokens]
         return visual_tokens
+
+    def _number_per_image(self, num_images: int, num_visual_tokens: VisualTokens) -> list[int]:
+        if num_visual_tokens is None:
+            num_visual_tokens = self.config.num_visual_tokens
+        if isinstance(num_visual_tokens, torch.Tensor):
+            num_visual_tokens = num_visual_tokens.flatten().tolist()
+        several = isinstance(num_visual_tokens, (list, tuple))
+        numbers: Any = num_visual_tokens if several else [num_visual_tokens] * num_images
+        if len(numbers) != num_images:
+            raise ValueError(f"num_visual_tokens has {len(numbers)} numbers for {num_images} images")
+        return numbers
 
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None = None
@@ -206,6 +224,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         known = len(counts) == num_images and set(counts) <= set(self.config.visual_token_budgets)
         return counts if known else None
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -218,7 +237,6 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cache: Cache | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> tuple | DeltaLlavaModelOutputWithPast:
         """
@@ -239,10 +257,10 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
                 differ in number.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
+            raise ValueError("specify exactly one of input_ids and inputs_embeds")
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None and image_outputs is not None:
-            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs['image'].")
+            raise ValueError("specify only one of pixel_values and mm_encoder_outputs['image']")
         if pixel_values is not None or image_outputs is not None:
             mask = self.get_placeholder_mask(input_ids, inputs_embeds)
             # Before the tower runs: later, reading the value would wait for it. A graph that is traced has no values.
@@ -260,8 +278,8 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             mask = mask.to(inputs_embeds.device)
             if num_placeholders not in (None, len(image_features)):
                 raise ValueError(
-                    f"The text has {num_placeholders} image placeholders and the images give {len(image_features)} visual "
-                    "tokens; give processor and model the same num_visual_tokens, and do not cut the text."
+                    f"the text has {num_placeholders} image placeholders, the images give {len(image_features)} visual tokens; "
+                    "processor and model need the same num_visual_tokens, and the text must not be truncated"
                 )
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_features)
 
@@ -273,7 +291,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             **pick_cache(cache, past_key_values),
             **kwargs,
         )
-        output = DeltaLlavaModelOutputWithPast(
+        return DeltaLlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -281,10 +299,9 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             image_outputs=image_outputs,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
-        return self._tuple_or_dict(output, return_dict)
 
 
-class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, DeltaLlavaGenerationMixin):
+class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMixin):
     """[`DeltaLlavaModel`] with a language modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -341,14 +358,18 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, DeltaLlavaGe
             raise ValueError("Pass the processor, or image_token_id: the model must know its placeholder token.")
         strategy = SELECT_STRATEGIES.get(vision_tower.config.model_type, "default")
         config_kwargs.setdefault("vision_feature_select_strategy", strategy)
-        config = DeltaLlavaConfig(vision_tower.config, language_model.config, **config_kwargs)
+        config = DeltaLlavaConfig(
+            vision_config=vision_tower.config, text_config=language_model.config, **config_kwargs
+        )
 
         with torch.device("meta"):  # everything but the projector is replaced
             model = cls(config)
         model.model.vision_tower = vision_tower
         model.model.language_model = language_model.get_decoder()
         model.lm_head = lm_head
-        model.model.multi_modal_projector = DeltaLlavaProjector(config).apply(model._init_weights).to(dtype)
+        model.model.multi_modal_projector = (
+            PROJECTORS[config.projector_layout](config).apply(model._init_weights).to(dtype)
+        )
         model.generation_config = language_model.generation_config
         if pixel_values is not None:
             model.eval().calibrate_projector(pixel_values)
@@ -394,6 +415,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, DeltaLlavaGe
         """See [`DeltaLlavaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, num_visual_tokens, **kwargs)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -408,7 +430,6 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, DeltaLlavaGe
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cache: Cache | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> tuple | DeltaLlavaCausalLMOutputWithPast:
         """
@@ -440,7 +461,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, DeltaLlavaGe
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
-        output = DeltaLlavaCausalLMOutputWithPast(
+        return DeltaLlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
@@ -449,14 +470,68 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, DeltaLlavaGe
             image_outputs=outputs.image_outputs,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
-        return self._tuple_or_dict(output, return_dict)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        # Later the images are in the cache.
+        return {**inputs, **images} if is_first_iteration or not kwargs.get("use_cache", True) else inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
+        # Images are flattened over rows. Beams need each row's images as a group (A B A B); repeating image by image
+        # (A A B B) would give a row the wrong image. Each is encoded once, and its visual tokens are repeated. Newer
+        # transformers encode images before this, and pass `mm_encoder_outputs`.
+        pixel_values = model_kwargs.get("pixel_values")
+        encoded = model_kwargs.get("mm_encoder_outputs") or {}
+        if expand_size == 1 or (pixel_values is None and "image" not in encoded):
+            return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        outputs = encoded.get("image") or self.get_image_features(
+            pixel_values, model_kwargs.get("num_visual_tokens"), return_dict=True
+        )
+        features = outputs.pooler_output
+        placeholders = self.model.get_placeholder_mask(input_ids, model_kwargs.get("inputs_embeds")).sum(-1)
+        rows = _images_per_row(placeholders.tolist(), [len(tokens) for tokens in features])
+        repeated = [features[image] for row in rows for image in row * expand_size]
+        for name in IMAGE_INPUTS:
+            model_kwargs.pop(name, None)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        image_outputs = BaseModelOutputWithPooling(pooler_output=repeated)
+        return input_ids, {**model_kwargs, "mm_encoder_outputs": {**encoded, "image": image_outputs}}
 
 
-# transformers' Trainer shifts labels before it smooths them for the classes listed here, and for no other: without this
-# `label_smoothing_factor` would compare each label with the logits of its own position.
-getattr(sys.modules[AutoModelForCausalLM.__module__], "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", {}).setdefault(
-    DeltaLlavaConfig.model_type, DeltaLlavaForConditionalGeneration.__name__
-)
+def _images_per_row(placeholders: list[int], numbers: list[int]) -> list[list[int]]:
+    """Which images each row shows, from the number of placeholders per row and of visual tokens per image."""
+    rows: list[list[int]] = []
+    image = 0
+    for count in placeholders:
+        row: list[int] = []
+        while count > 0 and image < len(numbers):
+            count -= numbers[image]
+            row.append(image)
+            image += 1
+        rows.append(row)
+    return rows
 
 
 __all__ = ["DeltaLlavaForConditionalGeneration", "DeltaLlavaModel", "DeltaLlavaPreTrainedModel"]

@@ -1,3 +1,16 @@
+# Copyright 2026 The transformers-delta-llava authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """Running a vision tower up to the deepest hidden state that is needed."""
 
 import inspect
@@ -21,57 +34,12 @@ SAVED_ATTENTION = {
 class TowerCalls(NamedTuple):
     """How the parts of a tower are called, which differs between towers and releases of transformers."""
 
-    resizes_on_demand: bool  # DINOv2's embeddings always resize their positions to the image
-    takes_mask: bool  # DINOv2's layers do from some release on
-
-
-def run_vision_tower(
-    tower: nn.Module, pixel_values: torch.Tensor, indices: Sequence[int], calls: TowerCalls | None, **kwargs: Any
-) -> tuple[BaseModelOutputWithPooling, Sequence[Any]]:
-    """The tower's output, and a sequence with the wanted hidden states at their own indices.
-
-    Layer by layer, the layers above the deepest state and the pooling head are not computed, and no other hidden state is
-    kept. Callers that ask for all states or attentions get a full run.
-
-    Args:
-        tower: a vision model of transformers.
-        pixel_values: (images, 3, height, width).
-        indices: ascending; 0 is the embedding, `i` the output of layer `i`.
-        calls: of `find_tower_calls`.
-        kwargs: as the tower takes them.
-    """
-    asked = {
-        name: kwargs.get(name) or getattr(tower.config, name, False)
-        for name in ("output_hidden_states", "output_attentions")
-    }
-    if any(asked.values()) or calls is None:
-        outputs = tower(pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True})
-        all_states = outputs.hidden_states
-        if not asked["output_hidden_states"]:
-            outputs.hidden_states = None
-        return outputs, all_states
-
-    states: list[torch.Tensor | None] = [None] * (tower.config.num_hidden_layers + 1)
-    interpolate = kwargs.pop("interpolate_pos_encoding", False)
-    if calls.resizes_on_demand:
-        hidden_states = tower.embeddings(pixel_values, interpolate_pos_encoding=interpolate)
-    else:
-        hidden_states = tower.embeddings(pixel_values)
-    if hasattr(tower, "pre_layrnorm"):
-        hidden_states = tower.pre_layrnorm(hidden_states)
-    for index, layer in enumerate([None, *_layers(tower)[: indices[-1]]]):
-        if layer is not None:
-            hidden_states = layer(hidden_states, None, **kwargs) if calls.takes_mask else layer(hidden_states)
-        if index in indices:
-            states[index] = hidden_states
-    return BaseModelOutputWithPooling(last_hidden_state=hidden_states), states
+    takes_interpolate: bool  # CLIP's and SigLIP's embeddings; DINOv2's always fit their positions to the image
+    takes_mask: bool  # the layers; DINOv2's do from some release on
 
 
 def find_tower_calls(tower: nn.Module) -> TowerCalls | None:
-    """How to run a tower layer by layer: None where it lacks the parts, or their signatures, of CLIP, SigLIP and DINOv2.
-
-    Other towers, and towers that a later transformers builds in another way, are run as a whole.
-    """
+    """How to run a tower layer by layer; `None` for other towers than CLIP, SigLIP and DINOv2, which are run as a whole."""
     layers, embeddings = _layers(tower), getattr(tower, "embeddings", None)
     if tower.config.model_type not in SELECT_STRATEGIES or not len(layers) or embeddings is None:
         return None
@@ -80,6 +48,46 @@ def find_tower_calls(tower: nn.Module) -> TowerCalls | None:
     if not takes_mask and parameters != ["hidden_states"]:
         return None
     return TowerCalls("interpolate_pos_encoding" in inspect.signature(embeddings.forward).parameters, takes_mask)
+
+
+def run_vision_tower(
+    tower: nn.Module, pixel_values: torch.Tensor, indices: Sequence[int], calls: TowerCalls | None, **kwargs: Any
+) -> tuple[BaseModelOutputWithPooling, Sequence[Any]]:
+    """The tower's output, and a sequence with the wanted hidden states at their own indices.
+
+    Layer by layer, the layers above the deepest wanted state are not computed, and no other state is kept. Callers that ask
+    for all states or attentions get a full run.
+
+    Args:
+        tower: a vision model of transformers.
+        pixel_values: (images, 3, height, width).
+        indices: ascending; 0 is the embedding, `i` the output of layer `i`.
+        calls: of `find_tower_calls`.
+        kwargs: for the tower.
+    """
+    wants_states, wants_attentions = (
+        kwargs.get(name) or getattr(tower.config, name, False)
+        for name in ("output_hidden_states", "output_attentions")
+    )
+    if wants_states or wants_attentions or calls is None:
+        outputs = tower(pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True})
+        states = outputs.hidden_states
+        if not wants_states:
+            outputs.hidden_states = None
+        return outputs, states
+
+    interpolate = {"interpolate_pos_encoding": kwargs.pop("interpolate_pos_encoding", False)}
+    hidden_states = tower.embeddings(pixel_values, **(interpolate if calls.takes_interpolate else {}))
+    if hasattr(tower, "pre_layrnorm"):
+        hidden_states = tower.pre_layrnorm(hidden_states)
+    kept: list[torch.Tensor | None] = [None] * (tower.config.num_hidden_layers + 1)
+    for index in range(indices[-1] + 1):
+        if index > 0:
+            layer = _layers(tower)[index - 1]
+            hidden_states = layer(hidden_states, None, **kwargs) if calls.takes_mask else layer(hidden_states)
+        if index in indices:
+            kept[index] = hidden_states
+    return BaseModelOutputWithPooling(last_hidden_state=hidden_states), kept
 
 
 def _layers(tower: nn.Module) -> Any:

@@ -33,8 +33,8 @@ class VisionEncoder(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         projector = self.model.multi_modal_projector
-        _, features, levels = self.model.get_patch_features(pixel_values.to(projector.dtype))
-        tokens = projector(features, levels, self.scale_factor)
+        features = self.model.get_patch_features(pixel_values.to(projector.dtype))
+        tokens = projector(features.stream, features.levels, self.scale_factor)
         embed_scale = getattr(self.model.get_input_embeddings(), "embed_scale", None)
         return (tokens if embed_scale is None else tokens * embed_scale.to(tokens)).float()
 

@@ -27,6 +27,10 @@ from ..processing import DeltaLlavaProcessor
 from .recipe import ModelRecipe, Recipe
 
 
+# Every visual token passes through tower and projector, and they are small compared with the language model.
+NOT_QUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+
+
 def build_model(
     recipe: Recipe, arguments: TrainingArguments
 ) -> tuple[DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor]:
@@ -62,7 +66,12 @@ def _options(model: ModelRecipe, dtype: torch.dtype) -> dict[str, Any]:
         options["attn_implementation"] = model.attn_implementation
     if model.quantization_config is not None:
         options["quantization_config"] = BitsAndBytesConfig(
-            **{"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype, **model.quantization_config}
+            **{
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_compute_dtype": dtype,
+                "llm_int8_skip_modules": NOT_QUANTIZED,
+                **model.quantization_config,
+            }
         )
     return options
 
@@ -108,7 +117,9 @@ def _create(recipe: Recipe, dtype: torch.dtype) -> tuple[DeltaLlavaForConditiona
         raise DeltaLlavaError(f"text_config.vocab_size={text_config['vocab_size']}, but the tokenizer has {ids.count}")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         text_config.setdefault(name, getattr(processor.tokenizer, name))
-    config = DeltaLlavaConfig(vision_config, text_config, image_token_id=ids.image, **recipe.model.config)
+    config = DeltaLlavaConfig(
+        vision_config=vision_config, text_config=text_config, image_token_id=ids.image, **recipe.model.config
+    )
     model = DeltaLlavaForConditionalGeneration._from_config(config, **_options(recipe.model, dtype))
     _fit_generation(model, processor, ids)
     return model, processor
