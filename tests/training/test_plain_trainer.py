@@ -1,4 +1,4 @@
-"""transformers' own `Trainer`: what it smooths, and that it resumes every weight."""
+"""transformers' own `Trainer` resumes every weight; logits without labels are left out."""
 
 from functools import partial
 from pathlib import Path
@@ -30,19 +30,6 @@ def trainer(model: torch.nn.Module, folder: Path, **arguments: Any) -> Trainer:
         str(folder), use_cpu=True, report_to="none", disable_tqdm=True, remove_unused_columns=False, **arguments
     )
     return Trainer(model, settings, train_dataset=rows())
-
-
-@pytest.mark.parametrize("num_items", [None, 8])
-def test_label_smoothing_compares_labels_with_the_logits_that_predict_them(tmp_path: Path, num_items: Any) -> None:
-    model = make_model().eval()
-    batch = {name: torch.stack([row[name] for row in rows(2)]) for name in rows(1)[0]}
-    own = model(**batch).loss
-    for factor in (1e-6, 0.1):
-        smoothing = trainer(model, tmp_path, label_smoothing_factor=factor)
-        loss = smoothing.compute_loss(model, dict(batch), num_items_in_batch=num_items)
-        log_probabilities = model(**batch).logits[:, :-1].log_softmax(-1)
-        spread = -log_probabilities[batch["labels"][:, 1:] != -100].mean()
-        torch.testing.assert_close(loss, (1 - factor) * own + factor * spread)
 
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "500KB"])
