@@ -10,6 +10,7 @@ have another order than in `generate`. Nothing is drawn by chance.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,6 @@ from examples.smol.test_set import MAX_NEW_TOKENS, load_test_set
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from transformers_delta_llava.loading import load_repo
 from transformers_delta_llava.onnx.run_onnx import OnnxModel
-from transformers_delta_llava.utils.files import sha256_of
 
 
 BATCH = 64
@@ -87,7 +87,7 @@ def main() -> None:
     ]
     report: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/onnx_accuracy.py", *map(public, sys.argv[1:])]),
-        "weights_sha256": sha256_of(Path(arguments.repo) / "model.safetensors"),
+        "weights_sha256": _sha256(Path(arguments.repo) / "model.safetensors"),
         "versions": {module.__name__: module.__version__ for module in (onnxruntime, torch, transformers)},
         "rows": [],
     }
@@ -202,6 +202,10 @@ def encode(
             with Image.open(path) as image:
                 inputs = processor(images=[image], text=processor.image_token, return_tensors="pt")
             features[path, number] = model.get_image_features(inputs["pixel_values"], number).pooler_output[0]
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 if __name__ == "__main__":

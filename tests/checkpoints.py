@@ -15,7 +15,7 @@ from huggingface_hub.utils import _http, close_session
 from examples.make_checkpoint import Tensors, write_checkpoint
 from transformers_delta_llava.conversion import convert_checkpoint
 from transformers_delta_llava.conversion.weights import read_checkpoint
-from transformers_delta_llava.utils.files import write_json
+from transformers_delta_llava.errors import write_json
 
 
 # A vision tower of four layers, for tests to which the released levels (12, 16, 22, 23) do not matter: half the time.

@@ -21,7 +21,7 @@ ENGINE_SECTIONS = {
     "evaluation.md": {"lmms-eval", "The paper's tables"},
 }
 # Programs that a page may call: their commands are read, not run.
-PROGRAMS = "accelerate delta-llava hf make npm pip python torchrun unzip vllm wget"
+PROGRAMS = "accelerate delta-llava hf make npm pip python torchrun unzip vllm transformers wget"
 
 
 class Block(NamedTuple):
