@@ -44,6 +44,7 @@ class DeltaLlavaImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-ar
     num_visual_tokens: Any
     auto_min_detail: float | int | None
     do_pad: bool | None
+    numbers_per_image: bool | None
 
 
 class DeltaLlavaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -75,7 +76,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
         tokenizer: A tokenizer that has `image_token` as one token.
         chat_template (`str` or `dict[str, str]`, *optional*): Jinja template of the conversation format.
         num_visual_tokens (`int`, *optional*, defaults to 144): Visual tokens per image when a call does not say. All values
-            of a call are accepted; other values than a single integer need `image_seq_length`.
+            of a call are accepted, because engines load the processor with the arguments of a request; other values than
+            a single integer need `image_seq_length`, and different numbers `numbers_per_image=True` in the call.
         visual_token_budgets (`list[int]`, *optional*): The possible numbers of visual tokens: all that the model's grid
             can give, or some of them.
         do_pad (`bool`, *optional*, defaults to `True`): Pad every image to a square with the mean colour.
@@ -148,8 +150,17 @@ class DeltaLlavaProcessor(ProcessorMixin):
         num_visual_tokens: Any = None,
         auto_min_detail: float | None = None,
         do_pad: bool | None = None,
+        numbers_per_image: bool | None = False,
         **kwargs: Any,
     ) -> tuple[BatchFeature, list[str]]:
+        default = self.num_visual_tokens
+        if isinstance(default, (list, tuple)) and len(set(default)) > 1 and not numbers_per_image:
+            # vLLM loads the processor with the arguments of a request. Its cache finds images by their content and these
+            # arguments, not by their place in the list, so the same images in another order would get wrong numbers.
+            raise ValueError(
+                f"num_visual_tokens={list(default)}: different numbers in one request need an engine without a cache of "
+                "processed images, that is started with numbers_per_image=True"
+            )
         choices = self.resolve_num_visual_tokens(num_visual_tokens, len(images))
         min_detail = self.auto_min_detail if auto_min_detail is None else auto_min_detail
         numbers = [
