@@ -150,7 +150,7 @@ class TestForward:
     def test_default_budget_is_the_configs(self, model, pixel_values):
         ids = prompt([36])[None]
         outputs = model(input_ids=ids, pixel_values=pixel_values[:1])
-        assert outputs.image_hidden_states.shape == (36, 48)
+        assert outputs.image_outputs.pooler_output[0].shape == (36, 48)
         explicit = model(input_ids=ids, pixel_values=pixel_values[:1], num_visual_tokens=36)
         assert torch.equal(outputs.logits, explicit.logits)
 
