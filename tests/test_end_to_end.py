@@ -54,7 +54,7 @@ def test_placeholders_are_what_the_model_fills(model):
     for budget in model.config.visual_token_budgets:
         inputs = processor(text="<image>", images=noise(9, 9, 0), num_visual_tokens=budget, return_tensors="pt")
         assert (inputs["input_ids"] == model.config.image_token_id).sum() == budget
-        assert model(**inputs).image_hidden_states.shape[0] == budget
+        assert len(model(**inputs).image_outputs.pooler_output[0]) == budget
 
 
 def test_auto_gives_images_of_one_batch_what_each_needs(model):
@@ -64,7 +64,7 @@ def test_auto_gives_images_of_one_batch_what_each_needs(model):
         images=images, text=["<image>", "<image>"], num_visual_tokens="auto", padding=True, return_tensors="pt"
     )
     assert batch["num_visual_tokens"].tolist() == [1, 144]
-    assert model(**batch).image_hidden_states.shape[0] == 145
+    assert sum(map(len, model(**batch).image_outputs.pooler_output)) == 145
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_return_sequences": 2, "num_beams": 2}])

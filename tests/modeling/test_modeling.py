@@ -1,3 +1,5 @@
+from itertools import product
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -131,19 +133,24 @@ class TestBatches:
         copies = model.generate(**batch, **images, max_new_tokens=4, do_sample=True, top_k=1, num_return_sequences=2)
         assert torch.equal(copies[::2], expected) and torch.equal(copies[1::2], expected)
 
-    def test_assisted_generation(self, model, pixel_values):
+    @pytest.mark.parametrize("how", ["prompt lookup", "own assistant", "other assistant"])
+    def test_assisted_generation(self, model, pixel_values, how, logged_deprecations):
         inputs = {**left_pad([prompt([9])]), "pixel_values": pixel_values[:1], "num_visual_tokens": 9}
+        options = {
+            "prompt lookup": {"prompt_lookup_num_tokens": 2},
+            "own assistant": {"assistant_model": model},
+            "other assistant": {"assistant_model": make_model(seed=5)},
+        }[how]
         expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-        assert torch.equal(
-            model.generate(**inputs, max_new_tokens=6, do_sample=False, prompt_lookup_num_tokens=2), expected
-        )
+        assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False, **options), expected)
+        logged_deprecations.clear()  # how transformers calls its assistant
 
 
 class TestForward:
     def test_default_budget_is_the_configs(self, model, pixel_values):
         ids = prompt([36])[None]
         outputs = model(input_ids=ids, pixel_values=pixel_values[:1])
-        assert outputs.image_hidden_states.shape == (36, 48)
+        assert outputs.image_outputs.pooler_output[0].shape == (36, 48)
         explicit = model(input_ids=ids, pixel_values=pixel_values[:1], num_visual_tokens=36)
         assert torch.equal(outputs.logits, explicit.logits)
 
@@ -394,6 +401,15 @@ class TestLoading:
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         with torch.set_grad_enabled(gradients):
             torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+
+    def test_a_ninth_combination_of_numbers_compiles_with_the_line_in_the_documentation(self, pixel_values):
+        model = make_model(tiny_config(vision_feature_levels=[1], use_transformer_block=False))
+        torch._dynamo.reset()
+        compiled = torch.compile(model.model.project_features, fullgraph=True, backend="eager")
+        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
+            features = model.model.get_patch_features(pixel_values[:2])
+            for numbers in product((1, 4, 9), repeat=2):
+                assert [len(tokens) for tokens in compiled(features, list(numbers))] == list(numbers)
 
 
 class TestLanguageModels:

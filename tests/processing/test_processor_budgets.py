@@ -252,4 +252,8 @@ def test_a_default_that_is_not_the_models_is_announced(make_processor: Any, make
     # An engine loads the processor with what one request says.
     processor = make_processor(num_visual_tokens=[1, 9], image_seq_length=4)
     assert processor._get_num_multimodal_tokens(image_sizes=[(9, 9)] * 2)["num_image_tokens"] == [1, 9]
-    assert counts(processor, processor(images=[make_image()] * 2, text="<image><image>")) == [10]
+    images = {"images": [make_image()] * 2, "text": "<image><image>"}
+    assert counts(processor, processor(**images, numbers_per_image=True)) == [10]
+    with pytest.raises(ValueError, match=r"num_visual_tokens=\[1, 9\]: .* numbers_per_image=True"):
+        processor(**images)
+    assert counts(processor, make_processor(num_visual_tokens=[9, 9], image_seq_length=4)(**images)) == [18]

@@ -1,16 +1,11 @@
 # Copyright 2026 The transformers-delta-llava authors.
 #
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 #
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS"
+# BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Configuration of Delta-LLaVA: a vision tower, the delta projector and a language model."""
 
 from operator import attrgetter
@@ -121,7 +116,7 @@ class DeltaLlavaConfig(PreTrainedConfig):
     model_type = "delta_llava"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
     # Outputs that do not have one row per example, so that `Trainer.evaluate` and `predict` cannot gather them.
-    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states", "image_outputs"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_outputs"]
     attribute_map = {"image_seq_length": "num_visual_tokens"}  # transformers' name for it
 
     vision_config: Any = None

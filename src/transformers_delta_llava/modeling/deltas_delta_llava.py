@@ -1,16 +1,5 @@
 # Copyright 2026 The transformers-delta-llava authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """DeltaProjection, a base matrix plus low-rank updates, and the sets of updates that users save, load, swap and merge.
 
 Shapes: r is the rank of a set. The factors of one update are `delta_u` (in, r) and `delta_v` (r, out); a base that several
@@ -256,7 +245,8 @@ class DeltaMixin:
             ValueError: there is no such set, or a value is not finite in `dtype`.
         """
         # A path of this machine says nothing elsewhere, so only the name of a Hub repo is written.
-        base = self.config.name_or_path if getattr(self.config, "_commit_hash", None) else None
+        base = self.config.name_or_path
+        base = base if getattr(self.config, "_commit_hash", None) and not Path(base).exists() else None
         tensors = {key: tensor.to(dtype or tensor.dtype) for key, tensor in self.delta_state_dict(name).items()}
         write_deltas(folder, tensors, self.config.projector_layout, self._hash_base(), base)
 

@@ -1,16 +1,11 @@
 # Copyright 2026 The transformers-delta-llava authors.
 #
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 #
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS"
+# BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Delta-LLaVA: a vision tower, the delta projector and a language model, as transformers models."""
 
 import math
@@ -22,7 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import can_return_tuple
 
 from .configuration_delta_llava import SELECT_STRATEGIES, DeltaLlavaConfig
 from .deltas_delta_llava import DeltaMixin, DeltaProjection
@@ -56,31 +51,17 @@ class PatchFeatures(NamedTuple):
 class DeltaLlavaModelOutputWithPast(BaseModelOutputWithPast):
     """Output of [`DeltaLlavaModel`]: transformers' own fields (`cache` or `past_key_values`, by its version), and
 
-    image_hidden_states: (visual tokens of the whole batch, hidden_size), what entered the language model.
     image_outputs: what `get_image_features` returned.
     """
 
-    image_hidden_states: torch.Tensor | None = None
     image_outputs: BaseModelOutputWithPooling | None = None
-
-    def to_tuple(self) -> tuple:
-        return nested_tuple(self)
 
 
 @dataclass
 class DeltaLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """Output of [`DeltaLlavaForConditionalGeneration`], with the two fields of the base model's."""
+    """Output of [`DeltaLlavaForConditionalGeneration`], with the field of the base model's."""
 
-    image_hidden_states: torch.Tensor | None = None
     image_outputs: BaseModelOutputWithPooling | None = None
-
-    def to_tuple(self) -> tuple:
-        return nested_tuple(self)
-
-
-def nested_tuple(output: ModelOutput) -> tuple:
-    """The values of an output as a tuple, nested outputs included."""
-    return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in output.values())
 
 
 def pick_cache(cache: Cache | None, past_key_values: Cache | None) -> dict[str, Cache | None]:
@@ -272,7 +253,6 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        image_features = None
         if image_outputs is not None:
             image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = mask.to(inputs_embeds.device)
@@ -295,7 +275,6 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=image_features,
             image_outputs=image_outputs,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
@@ -466,7 +445,6 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
             image_outputs=outputs.image_outputs,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )

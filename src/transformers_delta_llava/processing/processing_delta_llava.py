@@ -1,16 +1,11 @@
 # Copyright 2026 The transformers-delta-llava authors.
 #
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 #
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS"
+# BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Processor of Delta-LLaVA: images become pixel values, and each `<image>` as many placeholders as the image gets tokens.
 
 The numbers of visual tokens are data, saved with the processor; the model's configuration counts them.
@@ -44,6 +39,7 @@ class DeltaLlavaImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-ar
     num_visual_tokens: Any
     auto_min_detail: float | int | None
     do_pad: bool | None
+    numbers_per_image: bool | None
 
 
 class DeltaLlavaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -75,7 +71,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
         tokenizer: A tokenizer that has `image_token` as one token.
         chat_template (`str` or `dict[str, str]`, *optional*): Jinja template of the conversation format.
         num_visual_tokens (`int`, *optional*, defaults to 144): Visual tokens per image when a call does not say. All values
-            of a call are accepted; other values than a single integer need `image_seq_length`.
+            of a call are accepted, because engines load the processor with the arguments of a request; other values than
+            a single integer need `image_seq_length`, and different numbers `numbers_per_image=True` in the call.
         visual_token_budgets (`list[int]`, *optional*): The possible numbers of visual tokens: all that the model's grid
             can give, or some of them.
         do_pad (`bool`, *optional*, defaults to `True`): Pad every image to a square with the mean colour.
@@ -148,8 +145,17 @@ class DeltaLlavaProcessor(ProcessorMixin):
         num_visual_tokens: Any = None,
         auto_min_detail: float | None = None,
         do_pad: bool | None = None,
+        numbers_per_image: bool | None = False,
         **kwargs: Any,
     ) -> tuple[BatchFeature, list[str]]:
+        default = self.num_visual_tokens
+        if isinstance(default, (list, tuple)) and len(set(default)) > 1 and not numbers_per_image:
+            # vLLM loads the processor with the arguments of a request. Its cache finds images by their content and these
+            # arguments, not by their place in the list, so the same images in another order would get wrong numbers.
+            raise ValueError(
+                f"num_visual_tokens={list(default)}: different numbers in one request need an engine without a cache of "
+                "processed images, that is started with numbers_per_image=True"
+            )
         choices = self.resolve_num_visual_tokens(num_visual_tokens, len(images))
         min_detail = self.auto_min_detail if auto_min_detail is None else auto_min_detail
         numbers = [

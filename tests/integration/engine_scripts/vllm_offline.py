@@ -1,6 +1,6 @@
 """What vLLM's `LLM` class answers to given requests. Prints one JSON object.
 
-    python vllm_offline.py REPO < requests.json
+    python vllm_offline.py REPO [--numbers-per-image] < requests.json
 
 The input is a list of {"messages": ..., "num_visual_tokens": null, an integer or one per image}, and the last one of them has a
 budget that the model does not have.
@@ -11,6 +11,14 @@ import sys
 
 from answer import NEW_TOKENS
 from vllm import LLM, SamplingParams
+
+
+# What docs/engines.md says an engine needs whose requests have different numbers for their images.
+UNCACHED = {
+    "mm_processor_cache_gb": 0,
+    "enable_prefix_caching": False,
+    "mm_processor_kwargs": {"numbers_per_image": True},
+}
 
 
 def main() -> None:
@@ -25,6 +33,7 @@ def main() -> None:
         max_model_len=512,
         max_num_seqs=16,
         limit_mm_per_prompt={"image": 2},
+        **(UNCACHED if "--numbers-per-image" in sys.argv else {}),
     )
     sampling = SamplingParams(temperature=0, min_tokens=NEW_TOKENS, max_tokens=NEW_TOKENS)
 
@@ -41,7 +50,7 @@ def main() -> None:
 
     report: dict = {"alone": [ask([request])[0] for request in requests]}
     usual = [request for request in requests if request["num_visual_tokens"] is None]
-    report["together"] = ask(usual)
+    report["together"] = ask(usual) if usual else []
     try:
         ask([bad])
     except Exception as error:
