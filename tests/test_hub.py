@@ -177,6 +177,35 @@ def test_a_conversion_whose_repo_would_not_load_writes_nothing(pristine, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["x.jinja"]
 
 
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("lmsys/vicuna-7b-v1.5", "lmsys/vicuna-7b-v1.5"),
+        (f"/data/hub/models--lmsys--vicuna-7b-v1.5/snapshots/{40 * 'a'}", "lmsys/vicuna-7b-v1.5"),
+        ("checkpoints/vicuna-7b", None),
+        ("./checkpoints/vicuna-7b", None),
+        ("pretrained_models/vicuna-7b", None),
+        ("llava-tiny/checkpoint-5000", None),
+        ("someone/checkpoint-5000", None),
+        ("vicuna-7b", None),
+        ("a/b/c", None),
+    ],
+)
+def test_only_a_hub_id_is_published_as_base_model(name, published, tmp_path):
+    (tmp_path / "llava-tiny" / "checkpoint-5000").mkdir(parents=True)
+    assert hub.hub_id_of(name, tmp_path) == published
+
+
+def test_names_to_publish_hold_no_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("local/tower").mkdir(parents=True)
+    tower = "openai/clip-vit-large-patch14-336"
+    cached = tmp_path / f"models--{tower.replace('/', '--')}" / "snapshots" / (40 * "a")
+    cached.mkdir(parents=True)
+    names = {tower: tower, "local/tower": "tower", "../tower/": "tower", cached: tower}
+    assert {name: hub.public_name(name) for name in names} == names
+
+
 # Update.
 
 OLD = b"# older code\n"

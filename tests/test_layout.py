@@ -25,7 +25,7 @@ LAYERS = (
     ("deltas",),
     ("conversion",),
     ("hub",),
-    ("loading", "utils"),
+    ("loading",),
     ("errors",),
     ("modeling", "processing"),
 )
