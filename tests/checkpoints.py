@@ -3,14 +3,12 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
-from huggingface_hub.utils import _http, close_session
 
 from examples.make_checkpoint import Tensors, write_checkpoint
 from transformers_delta_llava.conversion import convert_checkpoint
@@ -61,17 +59,6 @@ def repo(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("converted") / "delta-llava-tiny"
     convert_checkpoint(pristine / "llava-tiny", output)
     return output
-
-
-@pytest.fixture
-def hub_client(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The real client, which may use the network, and whose own retries do not wait for seconds."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # time.sleep of the whole process
-    close_session()  # one of an earlier test knows a server that is gone
-    yield
-    close_session()
 
 
 @pytest.fixture

@@ -1,15 +1,16 @@
-"""Messages fit into one line; an output is whole or not there; JSON says which file is broken."""
+"""Outputs that appear whole or not at all, JSON, and errors as one line."""
 
+import json
 import os
-import signal
-from pathlib import Path
+import pathlib
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from transformers_delta_llava.conversion import convert_checkpoint, export_checkpoint
 from transformers_delta_llava.errors import (
+    REPORT_FILE,
     DeltaLlavaError,
-    check_output,
     format_names,
     one_line,
     output_folder,
@@ -17,69 +18,86 @@ from transformers_delta_llava.errors import (
 )
 
 
-def test_a_message_is_one_printable_line():
-    class Sizes(BaseModel):
-        width: int
-
-    with pytest.raises(ValidationError) as invalid:
-        Sizes(width="wide")
-    assert one_line("two\n  lines\x1b]0;owned\ud800") == r"two lines\x1b]0;owned\ud800"
-    assert one_line(invalid.value).startswith("width: ")
-    assert one_line(OSError(28, "No space left on device", "a.bin")) == "No space left on device: a.bin"
-    assert one_line(AssertionError()) == "AssertionError"
-    assert len(one_line("x" * 10**6)) == 2000
-    assert format_names(f"n{i}" for i in range(12)) == "n0, n1, n10, n11, n2, n3, n4, n5 and 4 more"
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"a": ' + "[" * 10**5])
-def test_a_broken_json_file_is_named(tmp_path: Path, text: str):
-    (tmp_path / "broken.json").write_text(text)
-    with pytest.raises(DeltaLlavaError, match=r"broken\.json"):
-        read_json(tmp_path / "broken.json")
-    (tmp_path / "good.json").write_text('\ufeff{"a": 1}', encoding="utf-8")
-    assert read_json(tmp_path / "good.json") == {"a": 1}
+def write(folder, *files):
+    folder.mkdir(parents=True)
+    for name in files:
+        (folder / name).touch()
+    return folder
 
 
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+def test_an_output_appears_at_the_end_and_replaces_an_earlier_one(tmp_path):
+    write(tmp_path / "deep" / "out", REPORT_FILE, "old")
+    with output_folder(tmp_path / "deep" / "out", overwrite=True) as folder:
+        (folder / "file").touch()
+        assert names(tmp_path / "deep" / "out") == [REPORT_FILE, "old"]
+    assert names(tmp_path / "deep") == ["out"] and names(tmp_path / "deep" / "out") == ["file"]
 
 
-def test_an_output_is_whole_or_not_there(tmp_path: Path):
-    output = tmp_path / "out"
-    with pytest.raises(RuntimeError), output_folder(output) as new:
-        (new / "conversion.json").touch()
-        raise RuntimeError
-    assert not names(tmp_path)
-    with output_folder(output) as new:
-        (new / "conversion.json").touch()
-    assert names(output) == {"conversion.json"} and names(tmp_path) == {"out"}
-    with pytest.raises(DeltaLlavaError, match="overwrite=True"), output_folder(output):
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("existing", [[], [REPORT_FILE, "old"]])
+def test_a_failure_leaves_what_was_there(tmp_path, error, existing):
+    write(tmp_path / "out", *existing)
+    with pytest.raises(error), output_folder(tmp_path / "out", overwrite=True) as folder:
+        (folder / "file").touch()
+        raise error
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == existing
+
+
+def test_a_failure_to_rename_puts_the_old_output_back(tmp_path, monkeypatch):
+    def fail_for_new(self, target):
+        if self.name == "new":
+            raise OSError("a disk that went away")
+        return rename(self, target)
+
+    write(tmp_path / "out", REPORT_FILE, "old")
+    rename = pathlib.Path.rename
+    monkeypatch.setattr(pathlib.Path, "rename", fail_for_new)
+    with pytest.raises(OSError, match="went away"), output_folder(tmp_path / "out", overwrite=True):
         pass
-    with pytest.raises(RuntimeError), output_folder(output, overwrite=True):
-        raise RuntimeError
-    assert names(output) == {"conversion.json"}
-    with output_folder(output, overwrite=True) as new:
-        (new / "second").touch()
-    assert names(output) == {"second"} and names(tmp_path) == {"out"}
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == [REPORT_FILE, "old"]
 
 
-def test_what_others_wrote_is_not_replaced(tmp_path: Path):
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "a.txt").touch()
-    with pytest.raises(DeltaLlavaError, match="not written by this package"):
-        check_output(tmp_path / "notes", overwrite=True)
-    check_output(tmp_path / "new")
-    if os.path.ismount("/proc"):
-        with pytest.raises(DeltaLlavaError, match="mount point"):
-            check_output(Path("/proc"), overwrite=True)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path, overwrite):
+    with pytest.raises(DeltaLlavaError, match="out"), output_folder(tmp_path / "out", overwrite):
+        write(tmp_path / "out", "theirs")
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["theirs"]
 
 
-def test_a_kill_leaves_the_earlier_output(tmp_path: Path):
-    with output_folder(tmp_path / "out") as new:
-        (new / "conversion.json").write_text("earlier")
-    if not (child := os.fork()):
-        with output_folder(tmp_path / "out", overwrite=True) as new:
-            (new / "conversion.json").write_text("later")
-            os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(child, 0)
-    assert (tmp_path / "out" / "conversion.json").read_text() == "earlier"
+@pytest.mark.parametrize("function", [convert_checkpoint, export_checkpoint])
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(function, tmp_path, monkeypatch):
+    output = write(tmp_path / "out")
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == output)
+    with pytest.raises(DeltaLlavaError, match="mount point"):
+        function(tmp_path / "no-source", output)
+    write(tmp_path / "theirs", "file")
+    with pytest.raises(DeltaLlavaError, match=REPORT_FILE):
+        function(tmp_path / "no-source", tmp_path / "theirs", overwrite=True)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "", "\x00"])
+def test_json_that_is_no_object(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(DeltaLlavaError, match=r"x\.json"):
+        read_json(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text("\ufeff" + json.dumps({"a": 1}), encoding="utf-8")
+    assert read_json(tmp_path / "x.json") == {"a": 1}
+
+
+class Model(BaseModel):
+    number: int
+
+
+def test_errors_are_one_printable_line():
+    assert one_line(ValueError("two\nlines \x1b[2J")) == "two lines \\x1b[2J"
+    assert one_line(KeyError()) == "KeyError"
+    assert one_line(FileNotFoundError(2, "No such file", "a/b")) == "No such file: a/b"
+    assert len(one_line("x" * 10_000, 300)) == 300
+    with pytest.raises(ValidationError) as invalid:
+        Model(number="x")
+    assert one_line(invalid.value).startswith("number: ")
+    assert format_names("cba") == "a, b, c" and format_names(map(str, range(100)), 2) == "0, 1 and 98 more"

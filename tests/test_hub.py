@@ -11,13 +11,21 @@ import pytest
 import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
+from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import contents, edit_json
 from tests.tiny import tiny_config, tiny_processor
-from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, __version__, hub
+from transformers_delta_llava import (
+    DeltaLlavaConfig,
+    DeltaLlavaForConditionalGeneration,
+    DeltaLlavaProcessor,
+    __version__,
+    hub,
+)
 from transformers_delta_llava.conversion import convert_checkpoint, inspect_model
 from transformers_delta_llava.errors import DeltaLlavaError
 from transformers_delta_llava.hub import HUB_FILES, CodeUpdate, ModelCard, push_folder, update_code
+from transformers_delta_llava.loading import load_config
 from transformers_delta_llava.modeling.configuration_delta_llava import CODE_VERSION
 
 
@@ -93,7 +101,7 @@ def test_push_replaces_an_earlier_model_in_one_commit(folder, repo):
     assert api.files["main"] == {**contents(folder), "photo.png": b"theirs"}
     assert api.calls == ["whoami", "create_repo", "commit"] and report.url == "commit" and not api.private
     assert report.files == {name: len(content) for name, content in contents(folder).items()}
-    assert [REPO in warning for warning in report.warnings] == [True]  # README.md has another name in its examples
+    assert any(REPO in warning for warning in report.warnings)  # README.md has another name in its examples
 
 
 def test_private_revision_and_pull_request(folder):
@@ -129,12 +137,20 @@ def drop_shard(folder):
     edit_json(path, weight_map={n: f for n, f in weight_map.items() if not f.startswith("model-00001-")})
 
 
+def reshape(folder, name):
+    """Give a weight another shape."""
+    file = next(f for f in folder.glob("*.safetensors") if name in load_file(f))
+    tensors = load_file(file)
+    save_file({**tensors, name: tensors[name][:, :-1].contiguous()}, file, metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (truncate, "does not load"),
         (drop_shard, "missing keys"),
         (lambda folder: edit_json(folder / "processor_config.json", num_visual_tokens=4), "4 placeholders.* 16"),
+        (lambda folder: reshape(folder, "lm_head.weight"), r"does not load.*lm_head\.weight"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "does not load"),
         (lambda folder: (folder / "chat_template.jinja").write_text("no image"), "does not load"),
         (lambda folder: (folder / "config.json").write_text("{"), r"config\.json"),
@@ -163,6 +179,22 @@ def test_only_the_files_of_a_model_repo_are_published(folder, copied):
     assert included.files.keys() - report.files.keys() == {"images/a.png", "photo.png"}
 
 
+def test_licence_and_base_model_of_the_card(copied):
+    readme = copied / "README.md"
+    report = push_folder(copied, REPO, dry_run=True)
+    assert [name for name in ("license", "base_model") if any(name in warning for warning in report.warnings)] == [
+        "license",
+        "base_model",
+    ]
+    body = readme.read_text().split("---\n", 2)[2]
+    api = FakeHub()
+    report = push_folder(copied, REPO, api=api, license="mit", base_models=["org/base"])
+    assert not any("license" in warning or "base_model" in warning for warning in report.warnings)
+    header, published = api.files["main"]["README.md"].decode().split("---\n", 2)[1:]
+    assert {"license": "mit", "base_model": ["org/base"]}.items() <= yaml.safe_load(header).items()
+    assert published == body == readme.read_text().split("---\n", 2)[2]
+
+
 def test_a_folder_that_transformers_saved_is_a_repo(tmp_path):
     model = DeltaLlavaForConditionalGeneration(tiny_config())
     model.save_pretrained(tmp_path)
@@ -175,6 +207,35 @@ def test_a_conversion_whose_repo_would_not_load_writes_nothing(pristine, tmp_pat
     with pytest.raises(DeltaLlavaError, match="out does not load"):
         convert_checkpoint(pristine / "llava-tiny", tmp_path / "out", chat_template=str(tmp_path / "x.jinja"))
     assert [path.name for path in tmp_path.iterdir()] == ["x.jinja"]
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("lmsys/vicuna-7b-v1.5", "lmsys/vicuna-7b-v1.5"),
+        (f"/data/hub/models--lmsys--vicuna-7b-v1.5/snapshots/{40 * 'a'}", "lmsys/vicuna-7b-v1.5"),
+        ("checkpoints/vicuna-7b", None),
+        ("./checkpoints/vicuna-7b", None),
+        ("pretrained_models/vicuna-7b", None),
+        ("llava-tiny/checkpoint-5000", None),
+        ("someone/checkpoint-5000", None),
+        ("vicuna-7b", None),
+        ("a/b/c", None),
+    ],
+)
+def test_only_a_hub_id_is_published_as_base_model(name, published, tmp_path):
+    (tmp_path / "llava-tiny" / "checkpoint-5000").mkdir(parents=True)
+    assert hub.hub_id_of(name, tmp_path) == published
+
+
+def test_names_to_publish_hold_no_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("local/tower").mkdir(parents=True)
+    tower = "openai/clip-vit-large-patch14-336"
+    cached = tmp_path / f"models--{tower.replace('/', '--')}" / "snapshots" / (40 * "a")
+    cached.mkdir(parents=True)
+    names = {tower: tower, "local/tower": "tower", "../tower/": "tower", cached: tower}
+    assert {name: hub.public_name(name) for name in names} == names
 
 
 # Update.
@@ -209,6 +270,34 @@ def test_older_code_is_replaced_and_its_version_noted(older, repo):
     assert contents(older) == {**contents(repo), "notes.py": b"# a user's own\n"}
     assert update_code(older) == CodeUpdate(CODE_VERSION, [], [])
     assert CODE_VERSION == __version__ == inspect_model(older).code_version
+
+
+def test_other_visual_tokens(repo, tmp_path):
+    folder = shutil.copytree(repo, tmp_path / "repo")
+    before = contents(folder)
+    files = ["config.json", "processor_config.json", "README.md"]
+    assert update_code(folder, num_visual_tokens=[4], dry_run=True).changed == files and contents(folder) == before
+    for numbers, budgets in (([4], [64, 16, 4, 1]), ([1, 4], [4, 1])):
+        update_code(folder, num_visual_tokens=numbers)
+        assert load_config(folder).num_visual_tokens == numbers[0]
+        processor = DeltaLlavaProcessor.from_pretrained(folder)
+        assert (processor.num_visual_tokens, processor.visual_token_budgets) == (numbers[0], budgets)
+        inspection = inspect_model(folder)
+        assert (inspection.num_visual_tokens, inspection.visual_token_budgets) == (numbers[0], tuple(budgets))
+        assert not inspection.problems
+        hub.check_repo(folder)
+        rows = [line.strip("| ").split(" | ") for line in (folder / "README.md").read_text().splitlines()]
+        rows = [row for row in rows if row[0].isdigit()]
+        assert [int(row[0]) for row in rows] == budgets
+        assert [row[0] for row in rows if row[-1] == "default"] == [str(numbers[0])]
+    unchanged = before.keys() - set(files)
+    assert {name: contents(folder)[name] for name in unchanged} == {name: before[name] for name in unchanged}
+    with pytest.raises(ValueError, match="num_visual_tokens=5.*64, 16, 4, 1"):
+        update_code(folder, num_visual_tokens=[5])
+    update_code(folder, num_visual_tokens=[16])
+    assert contents(folder) == before
+    edit_json(folder / "processor_config.json", num_visual_tokens=4)
+    assert "16" in " ".join(inspect_model(folder).problems)
 
 
 def test_an_update_on_the_hub_is_one_commit(older, repo):

@@ -64,8 +64,12 @@ def read_optional_json(path: Path) -> dict[str, Any]:
 
 def write_json(value: dict[str, Any], path: Path) -> None:
     """Write `value` in the same bytes every time."""
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8", newline="\n")
+    path.write_text(json_text(value), encoding="utf-8", newline="\n")
+
+
+def json_text(value: dict[str, Any]) -> str:
+    """What `write_json` writes."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def check_output(output: Path, overwrite: bool = False, marker: str = REPORT_FILE) -> None:

@@ -1,6 +1,7 @@
 """Repos on the Hub: their files and card, the check that they load, and pushing and updating them."""
 
 import hashlib
+import json
 import os
 import re
 import tempfile
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCardData
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCardData, metadata_load
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.repocard import metadata_save
 from huggingface_hub.utils import get_session, validate_repo_id
 from jinja2 import Environment
 from packaging.version import Version
@@ -25,6 +27,7 @@ from .errors import (
     REPORT_FILE,
     DeltaLlavaError,
     format_names,
+    json_text,
     one_line,
     read_json,
     read_optional_json,
@@ -68,8 +71,6 @@ PUBLISHED = (
 )
 # A login token of the Hub, and the size of the largest file that is searched for one.
 _TOKEN, _MAX_TEXT_BYTES = re.compile(rb"\bhf_[A-Za-z0-9]{30,}"), 10 * 2**20
-_CODE_VERSION = re.compile(r'("code_version":\s*)"[^"]*"')
-
 
 # Names that may be published.
 
@@ -283,7 +284,11 @@ def check_repo(folder: Path, name: str | None = None) -> None:
         config = load_config(folder)
         with _quiet():
             _, info = DeltaLlavaForConditionalGeneration.from_pretrained(
-                folder, device_map="meta", use_safetensors=True, output_loading_info=True
+                folder,
+                device_map="meta",
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are named below
+                output_loading_info=True,
             )
         inputs = encode_question(
             DeltaLlavaProcessor.from_pretrained(folder), Image.new("RGB", (40, 30)), "What is it?"
@@ -344,6 +349,8 @@ def push_folder(
     create_pr: bool = False,
     dry_run: bool = False,
     include: Sequence[str] = (),
+    license: str | None = None,
+    base_models: Sequence[str] = (),
     api: HfApi | None = None,
 ) -> PushReport:
     """Publish a repo folder that loads, in one commit.
@@ -359,6 +366,7 @@ def push_folder(
         create_pr: open a pull request with the commit.
         dry_run: check the folder and list what would be uploaded; nothing is sent.
         include: shell patterns of files to publish although a model repo does not have such (images, logs).
+        license, base_models: written into the card of the folder first: the licence as the Hub names it, and Hub ids.
         api: the Hub to talk to; by default the one, and the login, of the environment.
 
     Raises:
@@ -370,12 +378,11 @@ def push_folder(
         raise DeltaLlavaError(f"{repo_id} is not a Hub id of the form owner/name")
     if not dry_run:
         check_login(api)
-    files, left_out = repo_files(folder, include)
+    repo_files(folder, include)
     check_repo(folder)
+    warnings = _complete_card(folder / "README.md", repo_id, license, base_models)
+    files, left_out = repo_files(folder, include)
     sizes = {name: path.stat().st_size for name, path in files.items()}
-    warnings = []
-    if "README.md" not in files or repo_id not in files["README.md"].read_text(encoding="utf-8"):
-        warnings.append(f"README.md does not name {repo_id}, so its examples may not run as they stand")
     if left_out:
         # Of folders only the name: the trainer's checkpoints hold dozens of files each.
         names = {name if "/" not in name else f"{name.partition('/')[0]}/" for name in left_out}
@@ -397,6 +404,19 @@ def push_folder(
         create_pr=create_pr,
     )
     return PushReport(repo_id, commit.pr_url or commit.commit_url, sizes, left_out, warnings)
+
+
+def _complete_card(card: Path, repo_id: str, license: str | None, base_models: Sequence[str]) -> list[str]:
+    """Write what is given into the header of a card; returns what it still lacks."""
+    header = (metadata_load(card) if card.is_file() else None) or {}
+    given = {"license": license, "base_model": list(base_models)}
+    if any(given.values()):
+        header |= {name: value for name, value in given.items() if value}
+        metadata_save(card, header)
+    warnings = [f"README.md names no {name}; pass {name}" for name in given if not header.get(name)]
+    if not card.is_file() or repo_id not in card.read_text(encoding="utf-8"):
+        warnings.append(f"README.md does not name {repo_id}, so its examples may not run as they stand")
+    return warnings
 
 
 def check_login(api: HfApi | None = None) -> None:
@@ -454,6 +474,9 @@ def repo_files(folder: Path, include: Sequence[str] = ()) -> tuple[dict[str, Pat
 
 # Update.
 
+_CODE_VERSION = re.compile(r'("code_version":\s*)"[^"]*"')
+_SCALE_FACTOR = re.compile(r'("scale_factor":\s*)\d+')
+
 
 @dataclass(frozen=True)
 class CodeUpdate:
@@ -475,18 +498,20 @@ class CodeUpdate:
 def update_code(
     repo: str | Path,
     *,
+    num_visual_tokens: Sequence[int] = (),
     revision: str | None = None,
     create_pr: bool = False,
     dry_run: bool = False,
     force: bool = False,
     api: HfApi | None = None,
 ) -> CodeUpdate:
-    """Give a repo today's Hub files. Weights, tokenizer and config values stay byte for byte.
+    """Give a repo today's Hub files, and other visual tokens. Weights and tokenizer stay byte for byte.
 
     The version of the code in `config.json`, and its hashes in `conversion.json`, follow where they are noted.
 
     Args:
         repo: folder, or Hub id of a repo that the login may write to.
+        num_visual_tokens: the new default. Of several the first is the default, and the processor offers only these.
         revision: branch of a Hub repo; by default `main`.
         create_pr: open a pull request instead of committing. Hub repos only.
         dry_run: change nothing.
@@ -498,20 +523,20 @@ def update_code(
         HfHubHTTPError: the Hub refuses.
     """
     if Path(repo).is_dir():
-        update = _plan_update(Path(repo), str(repo), force)
+        update, settings = _plan_update(Path(repo), str(repo), num_visual_tokens, force)
         if not dry_run:
-            _write_update(Path(repo), update)
+            _write_update(Path(repo), update, settings)
         return update
     api = api or HfApi()
     head = api.repo_info(str(repo), revision=revision).sha
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        patterns = ["*.py", "config.json", REPORT_FILE]
+        patterns = ["*.py", "config.json", "processor_config.json", "README.md", REPORT_FILE]
         api.snapshot_download(str(repo), revision=head, allow_patterns=patterns, local_dir=folder)
-        update = _plan_update(folder, str(repo), force)
+        update, settings = _plan_update(folder, str(repo), num_visual_tokens, force)
         if dry_run or not (update.changed or update.deleted):
             return update
-        _write_update(folder, update)
+        _write_update(folder, update, settings)
         commit = api.create_commit(
             str(repo),
             [
@@ -526,7 +551,10 @@ def update_code(
     return replace(update, url=commit.pr_url or commit.commit_url)
 
 
-def _plan_update(folder: Path, name: str, force: bool) -> CodeUpdate:
+def _plan_update(
+    folder: Path, name: str, num_visual_tokens: Sequence[int], force: bool
+) -> tuple[CodeUpdate, dict[str, str]]:
+    """What has to be done, and the new text of settings and card."""
     config, noted = read_json(folder / "config.json"), read_optional_json(folder / REPORT_FILE)
     if config.get("model_type") != DeltaLlavaConfig.model_type:
         raise DeltaLlavaError(f"{name} is not a Delta-LLaVA repo: model_type={config.get('model_type')}")
@@ -540,34 +568,57 @@ def _plan_update(folder: Path, name: str, force: bool) -> CodeUpdate:
             f"{name} has code that was changed by hand, in {format_names(code.edited)}; keep a copy, and replace it with force=True"
         )
     differing = {*code.missing, *code.outdated, *code.edited}
-    changed = sorted(differing & HUB_FILES.keys())
-    changed += ["config.json"] * (config.get("code_version", CODE_VERSION) != CODE_VERSION)
+    settings = _update_settings(folder, num_visual_tokens)
+    changed = [*sorted(differing & HUB_FILES.keys()), *settings]
     changed += [REPORT_FILE] * (noted.get("code", describe_code()) != describe_code())
-    return CodeUpdate(code.version, changed, sorted(differing - HUB_FILES.keys()))
+    return CodeUpdate(code.version, changed, sorted(differing - HUB_FILES.keys())), settings
 
 
-def _write_update(folder: Path, update: CodeUpdate) -> None:
+def _update_settings(folder: Path, num_visual_tokens: Sequence[int]) -> dict[str, str]:
+    """The files that state the version of the code or visual tokens, with new values, as far as they change."""
+    names = ("config.json", "processor_config.json", "README.md")
+    before = {name: (folder / name).read_text(encoding="utf-8") for name in names if (folder / name).is_file()}
+    after = {**before, "config.json": _CODE_VERSION.sub(rf'\g<1>"{CODE_VERSION}"', before["config.json"])}
+    if num_visual_tokens:
+        config, default = load_config(folder), num_visual_tokens[0]
+        factors = [config.scale_factor_for(number) for number in num_visual_tokens]
+        budgets = sorted(num_visual_tokens, reverse=True) if len(factors) > 1 else list(config.visual_token_budgets)
+        after["config.json"] = _SCALE_FACTOR.sub(rf"\g<1>{factors[0]}", after["config.json"])
+        processor = {"image_seq_length": default, "num_visual_tokens": default, "visual_token_budgets": budgets}
+        after["processor_config.json"] = json_text({**json.loads(before["processor_config.json"]), **processor})
+        if "README.md" in before:
+            after["README.md"] = _update_card(before["README.md"], config, default, budgets)
+    return {name: text for name, text in after.items() if text != before[name]}
+
+
+def _update_card(card: str, config: DeltaLlavaConfig, default: int, budgets: list[int]) -> str:
+    """A card as `ModelCard.render` writes it, with other visual tokens."""
+    example = next((number for number in budgets if number < default), default)
+    marks = {default: "default"}
+    rows = (f"| {number} | {config.scale_factor_for(number)} | {marks.get(number, '')} |\n" for number in budgets)
+    card = re.sub(r"An image becomes \d+ visual tokens", f"An image becomes {default} visual tokens", card)
+    card = re.sub(r"(?<=num_visual_tokens=)\d+", str(example), card)
+    return re.sub(r"(?<=\n\|---:\|---:\|---\|\n)(\| \d+ \| \d+ \|.*\n)+", "".join(rows), card)
+
+
+def _write_update(folder: Path, update: CodeUpdate, settings: dict[str, str]) -> None:
     """Replace file by file. What is noted meanwhile lets any later version finish an update that was killed."""
     report = read_optional_json(folder / REPORT_FILE)
     if noted := report.get("code"):
         replacing = sorted({*noted["sha256"].values(), *noted.get("replacing", ())})
-        _replace(folder / REPORT_FILE, {**report, "code": {**describe_code(), "replacing": replacing}})
+        _replace(folder / REPORT_FILE, json_text({**report, "code": {**describe_code(), "replacing": replacing}}))
     for name in update.changed:
         if name in HUB_FILES:
             _replace(folder / name, _code(HUB_FILES[name]))
-        elif name == "config.json":
-            text = (folder / name).read_text(encoding="utf-8")
-            _replace(folder / name, _CODE_VERSION.sub(rf'\g<1>"{CODE_VERSION}"', text).encode())
+        elif name in settings:
+            _replace(folder / name, settings[name])
     for name in update.deleted:
         (folder / name).unlink()
     if noted:
-        _replace(folder / REPORT_FILE, {**report, "code": describe_code()})
+        _replace(folder / REPORT_FILE, json_text({**report, "code": describe_code()}))
 
 
-def _replace(path: Path, content: bytes | dict[str, Any]) -> None:
+def _replace(path: Path, content: bytes | str) -> None:
     new = path.with_name(f".{path.name}.new")
-    if isinstance(content, bytes):
-        new.write_bytes(content)
-    else:
-        write_json(content, new)
+    new.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(new, path)

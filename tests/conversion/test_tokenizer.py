@@ -1,15 +1,19 @@
 """Tokenizers of every kind, with the tokens a vision-language model needs."""
 
 import json
+import shutil
 import sys
+from functools import partial
 
 import pytest
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoTokenizer
 
 from examples.make_tokenizer import write_tokenizer
 from transformers_delta_llava.conversion.tokenizer import (
     TokenIds,
     add_tokens,
+    check_token_ids,
     has_tokenizer,
     load_tokenizer,
     save_tokenizer,
@@ -33,7 +37,7 @@ def sentencepiece_file(tmp_path_factory):
     pytest.importorskip("google.protobuf")
     prefix = tmp_path_factory.mktemp("sentencepiece") / "tokenizer"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["USER: what is in the picture? ASSISTANT: a cat"] * 20),
+        sentence_iterator=iter(["USER:  what is in   the picture? ASSISTANT: a cat", "    what  is   in"] * 20),
         model_prefix=str(prefix),
         vocab_size=300,
         model_type="bpe",
@@ -153,6 +157,10 @@ def test_a_folder_with_only_a_sentencepiece_model(sentencepiece_file, tmp_path, 
     plain = "USER: what is in  the picture?\n\nASSISTANT: \u00e9"
     original = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     assert saved(plain).input_ids == [1, *original.encode(plain)]
+    check_token_ids(tmp_path / "saved", tmp_path)
+    for text in ("what  is", " what", "    what  is   in\n  a", "a   b "):
+        assert saved.encode(text, add_special_tokens=False) == original.encode(text)
+        assert saved.encode(f"<image>{text}", add_special_tokens=False) == [ids.image, *original.encode(text)]
     after_end = saved.convert_ids_to_tokens(saved("a</s>USER").input_ids)
     assert (after_end[after_end.index("</s>") + 1].startswith("\u2581")) is mark_after_end
 
@@ -164,3 +172,70 @@ def test_folders_without_a_readable_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DeltaLlavaError, match="cannot be read"):
         load_tokenizer(str(tmp_path), TEXT, None)
+
+
+def token(content):
+    flags = dict.fromkeys(("normalized", "lstrip", "rstrip", "single_word"), False)
+    return {"content": content, "special": True, **flags}
+
+
+@pytest.mark.parametrize(
+    "ids", [(6, 7), (310, 311), (300, 302)], ids=["in the vocabulary", "behind a gap", "with a gap"]
+)
+def test_added_tokens_keep_their_ids(sentencepiece_file, tmp_path, ids):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file.read_bytes())
+    names = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
+    decoder = {str(index): token(name) for index, name in zip((0, 1, 2, *ids), names)}
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "eos_token": "<|im_end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "added_tokens_decoder": decoder}))
+    tokenizer = load_tokenizer(tmp_path, TEXT, "LlamaTokenizer")
+    added = add_tokens(tokenizer)
+    save_tokenizer(tokenizer, tmp_path / "saved", None)
+    check_token_ids(tmp_path / "saved", tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert saved.convert_tokens_to_ids(names[3:]) == list(ids) and saved.eos_token_id == ids[1]
+    assert (added.image, added.count) == (max(300, ids[1] + 1), max(300, ids[1] + 1) + 2)
+    assert saved.encode("<|im_start|><|im_end|>", add_special_tokens=False) == list(ids)
+
+
+@pytest.mark.parametrize("tokenizer_class", [None, "GPT2TokenizerFast", "Qwen2Tokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "seed_oss", "mistral"])
+def test_a_tokenizer_json_keeps_its_splitting_rules(tmp_path, model_type, tokenizer_class):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\p{N}{1,2}|\p{L}+|\s+|[^\s\p{L}\p{N}]+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<|end|>"])
+    tokenizer.train_from_iterator(["what  is 12345 in   the picture's 1234?"] * 20, trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    settings = {"eos_token": "<|end|>", **({"tokenizer_class": tokenizer_class} if tokenizer_class else {})}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    loaded = load_tokenizer(tmp_path, AutoConfig.for_model(model_type), None)
+    add_tokens(loaded)
+    save_tokenizer(loaded, tmp_path / "saved", None)
+    check_token_ids(tmp_path / "saved", tmp_path)
+    for text in ("what  is 12345", "  the picture's", "?1234"):
+        expected = tokenizer.encode(text).ids
+        assert AutoTokenizer.from_pretrained(tmp_path / "saved").encode(text, add_special_tokens=False) == expected
+
+
+def test_other_ids_are_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "other")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    check_token_ids_of = partial(check_token_ids, tmp_path / "other", folder)
+    tokenizer = load_tokenizer(folder, TEXT, None)
+    add_tokens(tokenizer)
+    save_tokenizer(tokenizer, tmp_path / "other", None)
+    check_token_ids_of()
+    content["model"]["merges"] = content["model"]["merges"][5:]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(DeltaLlavaError, match="tokenizer"):
+        check_token_ids_of()
+    content["added_tokens"][0]["id"] = 299
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(DeltaLlavaError, match="299"):
+        check_token_ids_of()

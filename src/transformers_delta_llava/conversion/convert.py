@@ -29,7 +29,7 @@ from .config import convert_config, padded_vocab_size
 from .names import EMBEDDINGS, TensorPlan, find_delta_rank, plan_tensors
 from .prompts import ChatTemplate, chat_template_warnings, fit_generation_config, keep_valid_flags
 from .sources import Source, open_source
-from .tokenizer import save_tokenizer
+from .tokenizer import check_token_ids, save_tokenizer
 from .weights import Progress, dtype_name, split_shards, verify_archives, verify_shards, write_shards
 
 
@@ -155,6 +155,7 @@ def convert_checkpoint(
         pads = opened.config.settings.get("image_aspect_ratio") == "pad"
         write_processor(config, opened.tower.image_processor, pads, folder)
         save_tokenizer(opened.tokenizer, folder, opened.config.settings.get("tokenizer_model_max_length"))
+        check_token_ids(folder, opened.tokenizer_folder)
         (folder / TEMPLATE_FILE).write_text(template.text, encoding="utf-8")
         generation_config.save_pretrained(folder)
         (folder / "README.md").write_text(card.render(), encoding="utf-8")

@@ -114,6 +114,12 @@ def _inspect_repo(result: Inspection, folder: Path, tensors: Mapping[str, LazyTe
     result.problems += [f"{name} was changed by hand" for name in code.edited]
     config = load_config(folder)
     _inspect_tensors(result, tensors, config)
+    processor = read_optional_json(folder / "processor_config.json")
+    result.visual_token_budgets = tuple(processor.get("visual_token_budgets", result.visual_token_budgets))
+    if (number := processor.get("num_visual_tokens", config.num_visual_tokens)) != config.num_visual_tokens:
+        result.problems.append(
+            f"num_visual_tokens is {number} in the processor, {config.num_visual_tokens} in the model"
+        )
     if (folder / TEMPLATE_FILE).is_file() and has_tokenizer(folder):
         text = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
         template = recognise_template(text, read_optional_json(folder / REPORT_FILE))

@@ -68,7 +68,7 @@ class Source:
         checkpoint: all tensors by the released names, those of the base model included, and the weight files of `folder`.
         base: the model that a projector or a LoRA run was trained on.
         tower: the vision tower.
-        tokenizer: with the tokens of `token_ids` added.
+        tokenizer: with the tokens of `token_ids` added; `tokenizer_folder` has its own files.
         chat_template: what the checkpoint was tuned with.
     """
 
@@ -78,6 +78,7 @@ class Source:
     base: BaseModel | None
     tower: VisionTower
     tokenizer: PreTrainedTokenizerBase
+    tokenizer_folder: Path
     token_ids: TokenIds
     chat_template: ChatTemplate
 
@@ -126,7 +127,8 @@ def open_source(
     tower = load_vision_tower(named, with_weights=not inner)
     adapt_to_weights(tower.config, tower.checkpoint.tensors if tower.checkpoint else inner)
 
-    with_tokenizer = tokenizer or (base.folder if base and not has_tokenizer(folder) else folder)
+    default = base.folder if base and not has_tokenizer(folder) else folder
+    with_tokenizer = local_folder(tokenizer, TOKENIZER_FILES) if tokenizer else default
     loaded = load_tokenizer(with_tokenizer, config.text_config, config.language_model.sentencepiece_class)
     token_ids = add_tokens(loaded)
     rows = checkpoint.tensors[SOURCE_EMBEDDINGS].shape[0]
@@ -137,7 +139,7 @@ def open_source(
         )
     own, base_name = read_own_template(with_tokenizer), base.name if base else None
     template = choose_chat_template(chat_template, config.settings, base_name, loaded, own, folder)
-    return Source(folder, config, checkpoint, base, tower, loaded, token_ids, template)
+    return Source(folder, config, checkpoint, base, tower, loaded, with_tokenizer, token_ids, template)
 
 
 def open_trained(folder: Path) -> Checkpoint:

@@ -1,14 +1,21 @@
-"""The tokenizer of a checkpoint, with the tokens that a vision-language model needs."""
+"""The tokenizer of a checkpoint, with the tokens that a vision-language model needs, and the check of its ids.
 
+transformers 5 builds a tokenizer by the class that a folder names, which gives other ids than the folder's own files for some texts.
+So the files are read here: `tokenizer.json` as it is, `tokenizer.model` as SentencePiece computes.
+"""
+
+import json
+import random
 import re
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
-from tokenizers import AddedToken, Regex, normalizers
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import DeltaLlavaError, one_line, read_json, read_optional_json, write_json
 from ..hub import IMAGE_TOKEN, TEMPLATE_FILE, TOKENIZER_FILES
@@ -19,11 +26,14 @@ PAD_TOKEN = "<pad>"
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # How the rule begins that adds SentencePiece's word mark to text after an image.
 WORD_MARK_RULE = rf"(?:(?<={IMAGE_TOKEN})|"
+_MARK = "\u2581"
 # Settings that would run a source's code, or that describe the loading of it, paths among them.
 _DROPPED_SETTINGS = (
     *("auto_map", "chat_template", "is_local", "local_files_only", "name_or_path", "processor_class"),
     *("tokenizer_file", "vocab_file", "merges_file"),
 )
+# SentencePiece's numbers for kinds of models and pieces.
+_BPE, _USER_DEFINED, _UNMERGED = 2, 4, {2, 3, 6}  # unknown, control, byte
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -51,25 +61,139 @@ def load_tokenizer(
             f"{folder.name} has no tokenizer ({', '.join(_VOCABULARY_FILES)}); pass the folder or Hub id of the language "
             "model's as tokenizer"
         )
-    bare_sentencepiece = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+    bare_sentencepiece = is_bare_sentencepiece(folder)
     if bare_sentencepiece:  # without these, transformers asks for other packages, in vain
         import sentencepiece  # noqa: F401
-    with tempfile.TemporaryDirectory() as copy:
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary)
         for name in TOKENIZER_FILES:
             if name != TEMPLATE_FILE and (folder / name).is_file():
-                shutil.copyfile(folder / name, Path(copy) / name)
-        _write_settings(Path(copy), sentencepiece_class if bare_sentencepiece else None)
+                shutil.copyfile(folder / name, copy / name)
+        _write_settings(copy, sentencepiece_class if bare_sentencepiece else None)
         try:
             if bare_sentencepiece and sentencepiece_class:
                 # AutoTokenizer would go by the language model's type, and lose the word mark for some of them.
                 tokenizer = getattr(transformers, sentencepiece_class).from_pretrained(copy)
             else:
                 tokenizer = AutoTokenizer.from_pretrained(copy, config=text_config)
+            if tokenizer.is_fast:
+                tokenizer = _with_own_ids(copy, tokenizer)
         except Exception as error:  # of many kinds, and they name the copy
             raise DeltaLlavaError(f"the tokenizer in {folder.name} cannot be read: {one_line(error, 300)}") from error
     if not tokenizer.is_fast:
         raise DeltaLlavaError(f"the tokenizer in {folder.name} has no fast form (tokenizer.json), which engines need")
     return tokenizer
+
+
+def is_bare_sentencepiece(folder: Path) -> bool:
+    """Whether a `tokenizer.model` is all that `folder` has of a vocabulary."""
+    return (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+
+
+def _with_own_ids(folder: Path, loaded: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """`loaded` as the files in `folder` have it, where its class splits or merges text otherwise."""
+    backend = loaded.backend_tokenizer
+    if (folder / "tokenizer.json").is_file():
+        own = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    elif is_bare_sentencepiece(folder):
+        own = _read_sentencepiece(folder, loaded)
+    else:
+        return loaded
+    own.post_processor = backend.post_processor
+    if _is_same(own, backend):
+        return loaded
+    own.save(str(folder / "tokenizer.json"))
+    # Loaded as every repo's tokenizer is, by the one class that changes nothing, and has no special tokens by default.
+    vocabulary = own.get_vocab()
+    special = {name: token for name, token in loaded.special_tokens_map.items() if str(token) in vocabulary}
+    settings = {**special, **read_json(folder / "tokenizer_config.json")}
+    write_json({**settings, "tokenizer_class": PreTrainedTokenizerFast.__name__}, folder / "tokenizer_config.json")
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def _is_same(one: Tokenizer, other: Tokenizer) -> bool:
+    def parts(tokenizer: Tokenizer) -> dict:
+        content = json.loads(tokenizer.to_str())
+        return {name: content[name] for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
+
+    return parts(one) == parts(other)
+
+
+def _read_sentencepiece(folder: Path, loaded: PreTrainedTokenizerBase) -> Tokenizer:
+    """The tokenizer of `tokenizer.model` that gives SentencePiece's ids, with the added tokens of `loaded` at their own ids.
+
+    transformers 5 orders merges by id instead of by score, and leaves out the word mark where a text begins with a space.
+    """
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    proto = ModelProto.FromString((folder / "tokenizer.model").read_bytes())
+    if proto.trainer_spec.model_type != _BPE:
+        return loaded.backend_tokenizer
+    vocabulary = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    added = {token.content: token for token in loaded.added_tokens_decoder.values()}
+    listed = listed_tokens(folder)
+    _place(vocabulary, {content: listed.get(content, vocabulary.get(content)) for content in added})
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type not in _UNMERGED}
+    merges = [
+        (-score, vocabulary[left], vocabulary[right], left, right)
+        for piece, score in scores.items()
+        for left, right in ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+        if piece in vocabulary and left in scores and right in scores and {left, right} <= vocabulary.keys()
+    ]
+    own = Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=[(left, right) for *_, left, right in sorted(merges)],
+            unk_token=proto.trainer_spec.unk_piece,
+            fuse_unk=True,
+            byte_fallback=proto.trainer_spec.byte_fallback,
+        )
+    )
+    is_marked = proto.normalizer_spec.add_dummy_prefix
+    spaces = normalizers.Replace(" ", _MARK)
+    if not is_marked:
+        own.normalizer = spaces
+    elif getattr(loaded, "legacy", True):  # each text between special tokens begins with a mark
+        own.normalizer = normalizers.Sequence([normalizers.Prepend(_MARK), spaces])
+    else:  # only the first one does, and `Metaspace` leaves the mark out before a space
+        own.normalizer = normalizers.Replace(Regex(rf"\A(?=[ {_MARK}])"), _MARK)
+        own.pre_tokenizer = pre_tokenizers.Metaspace(_MARK, prepend_scheme="first", split=False)
+    whole = [p.piece for p in proto.pieces if p.type == _USER_DEFINED and p.piece not in added]
+    if whole:  # pieces that are never merged with what is next to them
+        pattern = "|".join(re.escape(piece) for piece in sorted(whole, key=len, reverse=True))
+        own.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    own.decoder = loaded.backend_tokenizer.decoder
+    ids = {content: listed.get(content, vocabulary.get(content, len(vocabulary) + len(listed))) for content in added}
+    own.add_tokens(sorted(added.values(), key=lambda token: ids[token.content]))
+    return own
+
+
+def listed_tokens(folder: Path) -> dict[str, int]:
+    """The ids of the added tokens that the files of a tokenizer state, by content."""
+    listed = {
+        token["content"]: token["id"]
+        for token in read_optional_json(folder / "tokenizer.json").get("added_tokens", ())
+    }
+    decoder = read_optional_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+    return {
+        **read_optional_json(folder / "added_tokens.json"),
+        **{token["content"]: int(index) for index, token in decoder.items()},
+        **listed,
+    }
+
+
+def _place(vocabulary: dict[str, int], tokens: dict[str, int | None]) -> None:
+    """Give each of the `tokens` its id in the vocabulary, if appending them in order would give one of them another."""
+    appended = sorted(index for content, index in tokens.items() if index is not None and content not in vocabulary)
+    misplaced = {
+        content for content, index in tokens.items() if index is not None and vocabulary.get(content, index) != index
+    }
+    if not misplaced and appended == list(range(len(vocabulary), len(vocabulary) + len(appended))):
+        return
+    pieces = {index: piece for piece, index in vocabulary.items() if piece not in misplaced}
+    pieces |= {index: content for content, index in tokens.items() if index is not None}
+    vocabulary.clear()
+    vocabulary |= {pieces.get(index, f"<unused_{index}>"): index for index in range(max(pieces) + 1)}
 
 
 def read_own_template(model_id: str | Path) -> str | None:
@@ -144,14 +268,18 @@ def _mark_first_words(tokenizer: PreTrainedTokenizerBase) -> None:
     Llama tokenizer with `legacy=False` adds it only at the very start of a text, where templates write BOS. A rule before its
     normalizer adds the mark in these places and in no other: text after other special tokens stays as it is.
     """
-    bos, eos = tokenizer.bos_token or IMAGE_TOKEN, tokenizer.eos_token or IMAGE_TOKEN
-    start, end = re.escape(bos), re.escape(eos)
-    pattern = WORD_MARK_RULE + rf"(?<=\A{start}))(?![ \u2581]|{IMAGE_TOKEN}|{start}|{end}|\z)"
-    rule = normalizers.Replace(Regex(pattern), "\u2581")
+    added = (token for token in tokenizer.added_tokens_decoder.values() if token.content != IMAGE_TOKEN)
+    # Normalisation sees no token that is not itself normalised, and those cannot swallow spaces.
+    visible = [
+        AddedToken(IMAGE_TOKEN, special=True),
+        *(token for token in added if not (token.lstrip or token.rstrip)),
+    ]
+    names = [re.escape(token.content) for token in visible]
+    start = re.escape(tokenizer.bos_token or IMAGE_TOKEN)
+    rule = normalizers.Replace(Regex(WORD_MARK_RULE + rf"(?<=\A{start}))(?!{'|'.join(names)}|\z)"), _MARK)
     backend = tokenizer.backend_tokenizer
     backend.normalizer = normalizers.Sequence([rule, *([backend.normalizer] if backend.normalizer else [])])
-    # Normalisation sees no token that is not itself normalised.
-    tokens = [AddedToken(token, special=True, normalized=True) for token in dict.fromkeys((IMAGE_TOKEN, bos, eos))]
+    tokens = [AddedToken(token.content, special=token.special, normalized=True) for token in visible]
     tokenizer.add_tokens(tokens, special_tokens=True)
 
 
@@ -172,3 +300,72 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, max_length:
     if max_length is not None:
         settings["model_max_length"] = max_length
     write_json(settings, path)
+
+
+def check_token_ids(repo: Path, source: Path) -> None:
+    """Compare the ids of a repo's tokenizer with those of the tokenizer that it was made from, on a few thousand texts.
+
+    Args:
+        repo: folder with the tokenizer that was written.
+        source: folder with the `tokenizer.json` or `tokenizer.model` that the language model was trained with.
+
+    Raises:
+        DeltaLlavaError: naming a text, or an added token, that has other ids.
+    """
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(repo)
+    listed = listed_tokens(source)
+    for token, index in listed.items():
+        if tokenizer.convert_tokens_to_ids(token) != index:
+            raise DeltaLlavaError(
+                f"the token {token!r} has id {index} in {source.name}, and {tokenizer.convert_tokens_to_ids(token)} in the "
+                "converted tokenizer"
+            )
+    encode = _source_encoding(source)
+    if encode is None:
+        return
+    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    vocabulary = sorted(tokenizer.get_vocab().keys() - tokenizer.added_tokens_encoder.keys())
+    for text in _sample_texts(vocabulary):
+        if any(token in text for token in tokenizer.added_tokens_encoder):
+            continue
+        ids = encode(text)
+        for prompt, expected in ((text, ids), (f"{IMAGE_TOKEN}{text}", [image, *ids])):
+            if tokenizer.encode(prompt, add_special_tokens=False) != expected:
+                raise DeltaLlavaError(
+                    f"the converted tokenizer gives other ids than {source.name} for {prompt!r}: convert with a tokenizer whose "
+                    "tokenizer.json gives the ids that the language model was trained with (option tokenizer)"
+                )
+
+
+def _source_encoding(folder: Path) -> Callable[[str], list[int]] | None:
+    """The ids of a text by the files in `folder`, without transformers; None where these do not determine them."""
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    if is_bare_sentencepiece(folder):
+        from sentencepiece import SentencePieceProcessor
+
+        return SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).encode
+    return None
+
+
+_TEXTS = (
+    *("Hello.  How are   you? ", " Hello", "   indented", "\ttab", "a\n\n\nb", "\n", " ", "end  \n  ", "1 22 333 4444 55555 3.14159"),
+    "def f(x):\n    if x  ==  1:\n\t\treturn [x for x in range(10)]\n\n# comment\n",
+    *("it's WE'LL they're", "e.g. (a) [b] {c} <d/> & | ~ ` ^", "https://example.org/a_b?c=d#e", "\u00a0no-break\u2003em\u200bzero"),
+    *("\u4eca\u5929\u5929\u6c14\u5f88\u597d\u3002 \u65e5\u672c\u8a9e\u306e\u30c6\u30b9\u30c8", "\ud55c\uad6d\uc5b4 \ubb38\uc7a5", "\u0440\u0443\u0441\u0441\u043a\u0438\u0439  \u0442\u0435\u043a\u0441\u0442", "\u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd"),
+    *("\U0001f600\U0001f600  \U0001f468\u200d\U0001f469\u200d\U0001f467", "caf\u00e9 cafe\u0301 \ufb01 \uff21\uff22", "\u2581mark\u2581\u2581", "a\u2028b\r\nc"),
+)  # fmt: skip
+
+
+def _sample_texts(vocabulary: list[str], count: int = 3000) -> Iterator[str]:
+    """Texts with what tokenizers differ in, and `count` that are joined from these and from pieces of `vocabulary`."""
+    yield from _TEXTS
+    generator = random.Random(0)
+    words = [word for text in _TEXTS for word in re.findall(r"\s+|\S+", text)]
+    for _ in range(count):
+        pieces = [
+            generator.choice(vocabulary).replace(_MARK, " ") if generator.random() < 0.6 else generator.choice(words)
+            for _ in range(generator.randint(1, 12))
+        ]
+        yield generator.choice(("", " ")).join(pieces)
