@@ -28,10 +28,12 @@ def make_processor(template: str = "vicuna_v1", **kwargs: Any) -> DeltaLlavaProc
     )
 
 
-def make_model(vision: dict[str, Any] | None = None, **config: Any) -> DeltaLlavaForConditionalGeneration:
+def make_model(
+    vision: dict[str, Any] | None = None, text: dict[str, Any] | None = None, **config: Any
+) -> DeltaLlavaForConditionalGeneration:
     """An untrained model for `make_processor`, always the same."""
     torch.manual_seed(0)
-    text = {**TEXT, "vocab_size": 320, "eos_token_id": 258, "pad_token_id": 256}
+    text = {**TEXT, "vocab_size": 320, "eos_token_id": 258, "pad_token_id": 256, **(text or {})}
     config = {"vision_feature_levels": [1, 2, 3], "scale_factor": 6, **config}
     return DeltaLlavaForConditionalGeneration(
         DeltaLlavaConfig(vision_config={**VISION, **(vision or {})}, text_config=text, image_token_id=259, **config)

@@ -22,7 +22,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from ..conversion.prompts import fit_generation_config, keep_valid_flags, language_models_of, read_chat_template
 from ..conversion.tokenizer import TokenIds, add_tokens, load_tokenizer, read_own_template
-from ..errors import DeltaLlavaError
+from ..errors import DeltaLlavaError, format_names
 from ..loading import DTYPES
 from ..modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
@@ -245,7 +245,26 @@ def select_trainable(
             raise DeltaLlavaError(f"train: {entry}: this model has no such parameters")
     if "lora" in train:
         _check_saved(trained)
+    if not any(PATTERNS["vision_tower"].search(name) for name in names):
+        # Also, gradient checkpointing then leaves the tower alone.
+        model.model.get_patch_features = torch.no_grad()(model.model.get_patch_features)
     return trained
+
+
+def packs_for_flash(model: DeltaLlavaForConditionalGeneration) -> bool:
+    """Whether rows of one sequence are kept apart by FlashAttention's arguments, and not by attention masks.
+
+    Raises:
+        DeltaLlavaError: this language model or attention would mix them.
+    """
+    config = model.config.text_config
+    attention = str(config._attn_implementation)
+    mixing = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    known = "flash" in attention or attention in ("eager", "sdpa", "flex_attention")
+    if mixing or not known or not model.model.language_model._supports_attention_backend:
+        kind = format_names(mixing) or attention
+        raise DeltaLlavaError(f"pack: {config.model_type} with {kind} does not keep packed rows apart; leave it out")
+    return "flash" in attention
 
 
 def trained_names(model: nn.Module) -> list[str]:

@@ -9,7 +9,7 @@ from transformers import TrainingArguments, set_seed
 from ..errors import DeltaLlavaError
 from ..modeling import DeltaLlavaForConditionalGeneration
 from .data import Collator, ConversationEncoder, TrainingDataset, open_rows, record_skipped, some_images
-from .model import build_model, select_trainable, trains_vision
+from .model import build_model, packs_for_flash, select_trainable, trains_vision
 from .recipe import Recipe, write_yaml
 from .trainer import DeltaLlavaTrainer, check_order, check_resumable, describe_loss, last_checkpoint
 
@@ -105,6 +105,8 @@ def make_trainer(recipe: Recipe, resume: bool = False) -> DeltaLlavaTrainer:
         processor.image_token_id,
         encoder.blank_image() if trains_vision(trained) else None,
         min(model.config.visual_token_budgets),
+        recipe.data.max_length if recipe.pack else 0,
+        recipe.pack and packs_for_flash(model),
     )
     return DeltaLlavaTrainer(
         model=trained,
