@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from tests.tiny import TEXT, VISION, make_image_processor, make_tokenizer
 from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
+from transformers_delta_llava.conversion.names import published_name
 from transformers_delta_llava.processing import DeltaLlavaProcessor, load_chat_template
 from transformers_delta_llava.training import Recipe, make_recipe, train
 from transformers_delta_llava.training.trainer import COUNTS
@@ -143,8 +144,8 @@ def run(folder: Path, out: Path, resume: bool = False, **changes: Any) -> Path:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of a model's folder, by name."""
-    return load_file(folder / "model.safetensors")
+    """The weights of a model's folder, by published name: `save_pretrained` writes others of a new model."""
+    return {published_name(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
 def assert_same_weights(one: Any, other: Any, atol: float = 1e-6, rtol: float = 0.0) -> None:

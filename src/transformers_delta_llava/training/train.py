@@ -11,7 +11,7 @@ from ..modeling import DeltaLlavaForConditionalGeneration
 from .data import Collator, ConversationEncoder, TrainingDataset, open_rows, record_skipped, some_images
 from .model import build_model, packs_for_flash, select_trainable, trains_vision
 from .recipe import Recipe, write_yaml
-from .trainer import DeltaLlavaTrainer, check_order, check_resumable, describe_loss, last_checkpoint
+from .trainer import DeltaLlavaTrainer, check_order, check_resumable, describe_loss, last_checkpoint, place_result
 
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,7 @@ def make_trainer(recipe: Recipe, resume: bool = False) -> DeltaLlavaTrainer:
     record = output_dir / SKIPPED_ROWS
     if arguments.should_save:
         output_dir.mkdir(parents=True, exist_ok=True)
+        place_result(output_dir)
         if not (resume and record.is_file()):
             record.unlink(missing_ok=True)
             record_skipped(record, rows.bad)
