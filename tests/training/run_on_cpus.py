@@ -1,15 +1,16 @@
 """
-Runs recipes one after the other with FSDP2, in two processes over gloo.
+Usage: run_on_cpus.py STRATEGY RECIPE ...: runs recipes one after the other in two processes over gloo.
 
 The processes are forks, so that only one imports everything, with the environment that `accelerate launch` gives. accelerate
 enables FSDP on accelerators only; here it is enabled on CPUs too. Everything else (sharding, mixed precision,
-gathering, saving) is accelerate's own code, as on GPUs.
+gathering, saving) is accelerate's and DeepSpeed's own code, as on GPUs.
 """
 
 import gc
 import os
 import socket
 import sys
+from pathlib import Path
 from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -18,11 +19,23 @@ from accelerate.utils import DistributedType
 from transformers_delta_llava.training import load_recipe, train
 
 
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
+STRATEGIES = {
+    "ddp": {},
+    "fsdp2": {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    },
+    **{
+        name: {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(CONFIGS / f"{name}.json"),
+            "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+        }
+        for name in ("zero2", "zero3")
+    },
 }
 
 
@@ -53,15 +66,18 @@ def enable_fsdp() -> None:
                 state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = patched
-    os.environ.update(FSDP)
 
 
 if __name__ == "__main__":
+    strategy, *recipes = sys.argv[1:]
     gc.freeze()  # every run collects garbage, which takes a second where all of transformers is imported
     fork(2)
-    enable_fsdp()
-    for recipe in sys.argv[1:]:
+    os.environ.update(STRATEGIES[strategy])
+    if strategy == "fsdp2":
+        enable_fsdp()
+    for recipe in recipes:
         train(load_recipe(recipe))
         AcceleratorState._reset_state()
         GradientState._reset_state()
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+        if strategy == "fsdp2":
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU

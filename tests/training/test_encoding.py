@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
+from transformers import AutoConfig
 
 from tests.tiny import ANSWER_ENDS
 from tests.training.tiny_run import BUDGETS, make_image, make_model, make_processor, write_data
@@ -17,9 +19,12 @@ from transformers_delta_llava.training.data import (
     ConversationEncoder,
     Rows,
     TrainingDataset,
+    pack_rows,
     to_messages,
 )
+from transformers_delta_llava.training.model import packs_for_flash
 from transformers_delta_llava.training.sampler import Request
+from transformers_delta_llava.training.trainer import COUNTS
 
 
 def conversation(template: str) -> list[dict[str, Any]]:
@@ -115,6 +120,97 @@ def test_a_blank_image_changes_nothing_but_gives_every_parameter_a_gradient(extr
     torch.testing.assert_close(losses["blank"], losses["plain"])
     gradients = [parameter.grad for parameter in model.model.multi_modal_projector.parameters()]
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+LANGUAGE_MODELS: list[dict[str, Any]] = [
+    {"model_type": "llama"},
+    {"model_type": "mistral", "sliding_window": 16},
+    {"model_type": "qwen2"},
+]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("text", LANGUAGE_MODELS, ids=lambda text: text["model_type"])
+@pytest.mark.parametrize("with_images", [True, False], ids=["images", "text"])
+def test_packed_rows_do_not_see_one_another(text: dict[str, Any], attention: str, with_images: bool) -> None:
+    """Loss and gradients of five rows in float64 are the sums of those of each row."""
+    encoder = ConversationEncoder(make_processor(), 2048)
+    given = []
+    for number in range(5):
+        turns = [{"from": "human", "value": "Hi" * number}, {"from": "gpt", "value": "Ho" * (number % 3 + 1)}]
+        messages = to_messages({"conversations": turns})
+        if with_images and number % 2:
+            messages[0]["content"].insert(0, {"type": "image", "image": make_image(number)})
+        given.append({**encoder(messages, (4, 9)[number // 3]), "budget": (4, 9)[number // 3], "num_skipped": 0})
+    total = sum(len(sample["input_ids"]) for sample in given)
+    model = make_model(text={**text, "attn_implementation": attention}).double().eval()
+    results, shapes = [], []
+    for max_packed in (0, total, -(-total // 2)):
+        collator = Collator(256, 259, encoder.blank_image(), 1, max_packed)
+        loss = torch.zeros((), dtype=torch.float64)
+        for rows in [[row] for row in given] if not max_packed else [given]:
+            batch = {name: value for name, value in collator(rows).items() if name not in COUNTS}
+            if "pixel_values" in batch:
+                batch["pixel_values"] = batch["pixel_values"].double()
+            del batch["labels"]
+            wanted = batch.pop("shift_labels")
+            loss += F.cross_entropy(model(**batch).logits.flatten(0, 1), wanted.flatten(), reduction="sum")
+        shapes.append(tuple(batch["input_ids"].shape))
+        names, parameters = zip(*((n, p) for n, p in model.named_parameters() if "vision_tower" not in n))
+        results.append({"loss": loss.detach(), **dict(zip(names, torch.autograd.grad(loss, parameters)))})
+    assert shapes[1] == (1, total + (not with_images)) and shapes[2][0] == 2
+    for packed in results[1:]:
+        for name, value in results[0].items():  # norms and softmax are in float32
+            torch.testing.assert_close(
+                packed[name], value, atol=1e-8, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+            )
+
+
+def test_rows_packed_for_flash_attention_are_one_sequence() -> None:
+    rows = samples()
+    lengths = [len(row["input_ids"]) for row in rows]
+    batch = Collator(256, 259, max_packed=8, flash=True)(rows)
+    assert batch["input_ids"].shape == (1, sum(lengths)) and "attention_mask" not in batch
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, lengths[0], sum(lengths)]
+    assert batch["max_length_q"] == max(lengths)
+
+
+def test_packed_sequences_are_few_and_of_similar_length() -> None:
+    lengths = torch.randint(20, 500, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    sequences = pack_rows(lengths, 2048)
+    assert sorted(row for sequence in sequences for row in sequence) == list(range(64))
+    totals = [sum(lengths[row] for row in sequence) for sequence in sequences]
+    assert len(totals) == -(-sum(lengths) // 2048) and max(totals) - min(totals) < 40
+
+
+@pytest.mark.parametrize(
+    ("text", "attention", "named"),
+    [
+        ({"model_type": "qwen3_next"}, "sdpa", "linear_attention"),
+        ({"model_type": "llama"}, "another", "another"),
+    ],
+    ids=["layers with a state", "another attention"],
+)
+def test_packing_is_refused_where_rows_would_mix(text: dict[str, Any], attention: str, named: str) -> None:
+    model = make_model()
+    model.config.text_config = AutoConfig.for_model(**text)
+    model.config.text_config._attn_implementation = attention
+    with pytest.raises(DeltaLlavaError, match=f"pack: .*{named}"):
+        packs_for_flash(model)
+
+
+def test_large_jpegs_are_decoded_at_a_part_of_their_size(tmp_path: Path) -> None:
+    image = make_image(0, 30, 24).resize((960, 768))
+    for suffix in ("jpg", "png"):
+        image.save(tmp_path / f"image.{suffix}", **({"quality": 95} if suffix == "jpg" else {}))
+    encoder = ConversationEncoder(make_processor(), 2048)
+    part = encoder._open({"type": "image", "image": str(tmp_path / "image.jpg")})
+    assert part["image"].size == (120, 96)
+    row = {"image": ["x"], "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "Ho"}]}
+    small, full = (
+        encoder(to_messages(row, [str(tmp_path / f"image.{suffix}")]), 4)["pixel_values"] for suffix in ("jpg", "png")
+    )
+    assert (small - full).abs().mean() < 0.05 * full.std()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tests.training.tiny_run import (
 )
 from transformers_delta_llava.errors import DeltaLlavaError
 from transformers_delta_llava.training import make_recipe, make_trainer, run_trainer, train
+from transformers_delta_llava.training.trainer import COUNTS
 
 
 def changed_parts(before: Path, after: Path) -> set[str]:
@@ -93,6 +95,27 @@ def test_gradient_checkpointing_changes_no_result(folder: Path, tmp_path: Path) 
     for name, enabled in (("off", False), ("on", True)):
         run(folder, tmp_path / name, train=["projector"], arguments={"gradient_checkpointing": enabled})
     assert_same_weights(tmp_path / "off", tmp_path / "on")
+
+
+def test_packing_changes_no_result(folder: Path, tmp_path: Path) -> None:
+    for name, pack in (("padded", False), ("packed", True)):
+        arguments = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+        run(folder, tmp_path / name, pack=pack, num_visual_tokens=[9, 4], arguments=arguments)
+    assert_same_weights(tmp_path / "padded", tmp_path / "packed", atol=2e-5)
+
+
+def test_a_frozen_tower_is_not_checkpointed(folder: Path, tmp_path: Path) -> None:
+    arguments = {"gradient_checkpointing": True, "max_steps": 1}
+    trainer = make_trainer(recipe_for(folder, tmp_path, arguments, train=["projector"]))
+    tower, language = trainer.model.model.vision_tower, trainer.model.model.language_model
+    trainer.train()
+    batch = {name: value for name, value in next(iter(trainer.get_train_dataloader())).items() if name not in COUNTS}
+    calls: Counter[str] = Counter()
+    for name, part in (("tower", tower), ("language", language)):
+        for layer in getattr(part, "layers", None) or part.encoder.layers:
+            layer.mlp.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
+    trainer.compute_loss(trainer.model, batch).backward()
+    assert calls == {"tower": 3, "language": 4}, "the language model's two layers run twice, the tower's once"
 
 
 def test_bf16_keeps_trained_weights_in_float32_and_ends_in_bf16(folder: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from tests.tiny import TEXT, VISION, make_image_processor, make_tokenizer
 from transformers_delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
+from transformers_delta_llava.conversion.names import published_name
 from transformers_delta_llava.processing import DeltaLlavaProcessor, load_chat_template
 from transformers_delta_llava.training import Recipe, make_recipe, train
 from transformers_delta_llava.training.trainer import COUNTS
@@ -28,10 +29,12 @@ def make_processor(template: str = "vicuna_v1", **kwargs: Any) -> DeltaLlavaProc
     )
 
 
-def make_model(vision: dict[str, Any] | None = None, **config: Any) -> DeltaLlavaForConditionalGeneration:
+def make_model(
+    vision: dict[str, Any] | None = None, text: dict[str, Any] | None = None, **config: Any
+) -> DeltaLlavaForConditionalGeneration:
     """An untrained model for `make_processor`, always the same."""
     torch.manual_seed(0)
-    text = {**TEXT, "vocab_size": 320, "eos_token_id": 258, "pad_token_id": 256}
+    text = {**TEXT, "vocab_size": 320, "eos_token_id": 258, "pad_token_id": 256, **(text or {})}
     config = {"vision_feature_levels": [1, 2, 3], "scale_factor": 6, **config}
     return DeltaLlavaForConditionalGeneration(
         DeltaLlavaConfig(vision_config={**VISION, **(vision or {})}, text_config=text, image_token_id=259, **config)
@@ -141,8 +144,8 @@ def run(folder: Path, out: Path, resume: bool = False, **changes: Any) -> Path:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of a model's folder, by name."""
-    return load_file(folder / "model.safetensors")
+    """The weights of a model's folder, by published name: `save_pretrained` writes others of a new model."""
+    return {published_name(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
 def assert_same_weights(one: Any, other: Any, atol: float = 1e-6, rtol: float = 0.0) -> None:

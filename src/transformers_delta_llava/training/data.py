@@ -218,6 +218,8 @@ class ConversationEncoder:
     def __init__(self, processor: DeltaLlavaProcessor, max_length: int, pad_images: bool | None = None):
         self.processor = processor
         self.max_length = max_length
+        image_processor = processor.image_processor
+        self.image_side = max(dict(getattr(image_processor, "crop_size", None) or image_processor.size).values())
         self.options: dict[str, Any] = {} if pad_images is None else {"do_pad": pad_images}
 
     def __call__(self, messages: list[dict[str, Any]], budget: int) -> dict[str, Any]:
@@ -231,7 +233,7 @@ class ConversationEncoder:
             ValueError: no answer within `max_length`, or what the processor refuses.
         """
         inputs = self.processor.apply_chat_template(
-            messages,
+            [{**message, "content": [self._open(part) for part in message["content"]]} for message in messages],
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
@@ -250,6 +252,14 @@ class ConversationEncoder:
             "labels": labels[:length],
             "pixel_values": None if pixels is None else torch.stack(pixels),
         }
+
+    def _open(self, part: dict[str, Any]) -> dict[str, Any]:
+        """An image file opened; JPEGs are decoded at half, a quarter or an eighth of their size while that is twice the tower's."""
+        if not isinstance(part.get("image"), str):
+            return part
+        image = Image.open(part["image"])
+        image.draft(None, (2 * self.image_side, 2 * self.image_side))
+        return {**part, "image": image}
 
     def _word_marks(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Where SentencePiece's word mark is a token of its own between an image and an answer, as in captions."""
@@ -357,7 +367,7 @@ def record_skipped(record: Path | None, skipped: list[tuple[str, str]]) -> None:
 
 class Collator:
     """
-    Pads rows on the right and concatenates their images.
+    Makes a batch of rows, padded on the right or packed, and of their images.
 
     Besides the model's inputs a batch has three numbers that the trainer counts and removes: `num_tokens` (without
     padding), `num_images` and `num_skipped` (unusable rows that were replaced).
@@ -366,49 +376,78 @@ class Collator:
     without labels. It changes no result, but gives every parameter a gradient (of zero) in every step on every process,
     which distributed training needs.
 
+    With `max_packed` rows follow one another in sequences of about that length, kept apart by `position_ids`, which begin at 0
+    with every row: transformers' attention masks separate what they separate. FlashAttention has no masks and gets one
+    sequence, with the rows' ends in its own arguments. Padding and a blank image are one more such row.
+
     Args:
         pad_token_id, image_token_id: of the tokenizer.
         blank_image: (1, 3, height, width), added to batches without images.
         blank_budget: number of visual tokens of that image.
+        max_packed: tokens of a packed sequence; 0 gives every row a sequence.
+        flash: pack for FlashAttention.
     """
 
     def __init__(
-        self, pad_token_id: int, image_token_id: int, blank_image: torch.Tensor | None = None, blank_budget: int = 1
+        self,
+        pad_token_id: int,
+        image_token_id: int,
+        blank_image: torch.Tensor | None = None,
+        blank_budget: int = 1,
+        max_packed: int = 0,
+        flash: bool = False,
     ):
         self.pad_token_id, self.image_token_id = pad_token_id, image_token_id
         self.blank_image, self.blank_budget = blank_image, blank_budget
+        self.max_packed, self.flash = max_packed, flash
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """
         Collate samples of `TrainingDataset`.
 
         Returns:
-            `input_ids`, `labels`, `attention_mask` (rows, tokens), int64; with images also `pixel_values` (images, 3,
-            height, width), float32, and `num_visual_tokens`, one number for all images or (images,), int64; and what
-            `keep_labelled_logits` returns.
+            `input_ids` and `labels` (sequences, tokens), int64; `attention_mask`, or of packed rows `position_ids`, in the same
+            shape; with images also `pixel_values` (images, 3, height, width), float32, and `num_visual_tokens`, one number for
+            all images or (images,), int64; and what `keep_labelled_logits` returns.
         """
-        rows = [(sample["input_ids"], sample["labels"]) for sample in samples]
-        with_images = [sample for sample in samples if sample["pixel_values"] is not None]
-        images = [sample["pixel_values"] for sample in with_images]
-        budgets = [sample["budget"] for sample in with_images for _ in sample["pixel_values"]]
+        lengths = [len(sample["input_ids"]) for sample in samples]
+        if not self.max_packed:
+            sequences = [[row] for row in range(len(samples))]
+        else:
+            sequences = pack_rows(lengths, sum(lengths) if self.flash else self.max_packed)
+        in_order = [samples[row] for sequence in sequences for row in sequence]
+        images = [sample["pixel_values"] for sample in in_order if sample["pixel_values"] is not None]
+        budgets = [s["budget"] for s in in_order if s["pixel_values"] is not None for _ in s["pixel_values"]]
         counts = {
-            "num_tokens": sum(len(ids) for ids, _ in rows),
+            "num_tokens": sum(lengths),
             "num_images": len(budgets),
             "num_skipped": sum(sample["num_skipped"] for sample in samples),
         }
         blank = self.blank_budget if self.blank_image is not None and not images else 0
-        shape = (len(rows), max(len(rows[0][0]) + blank, *(len(ids) for ids, _ in rows)))
-        batch = {
-            "input_ids": torch.full(shape, self.pad_token_id),
-            "labels": torch.full(shape, IGNORED),
-            "attention_mask": torch.zeros(shape, dtype=torch.long),
-        }
-        for index, (ids, labels) in enumerate(rows):
-            batch["input_ids"][index, : len(ids)] = ids
-            batch["labels"][index, : len(ids)] = labels
-            batch["attention_mask"][index, : len(ids)] = 1
+        used = [sum(lengths[row] for row in sequence) for sequence in sequences]
+        shape = (len(sequences), max(used[0] + blank, *used))
+        batch = {"input_ids": torch.full(shape, self.pad_token_id), "labels": torch.full(shape, IGNORED)}
+        positions = torch.arange(shape[1]).repeat(shape[0], 1)
+        for index, sequence in enumerate(sequences):
+            end = 0
+            for row in sequence:
+                start, end = end, end + lengths[row]
+                batch["input_ids"][index, start:end] = samples[row]["input_ids"]
+                batch["labels"][index, start:end] = samples[row]["labels"]
+                batch["labels"][index, start] = IGNORED  # nothing of its row comes before it
+                positions[index, start:] = torch.arange(shape[1] - start)
+            positions[index, end:] = torch.arange(shape[1] - end)
+        if self.max_packed:
+            # Masks separate rows only where there is no other mask and no cache.
+            batch |= {"position_ids": positions, "use_cache": False}
+        else:
+            batch["attention_mask"] = (torch.arange(shape[1]) < torch.tensor(used)[:, None]).long()
+        if self.max_packed and self.flash:
+            ends = (positions[0] == 0).nonzero().flatten().tolist() + [shape[1]]
+            batch |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor(ends, dtype=torch.int32))
+            batch |= dict.fromkeys(("max_length_q", "max_length_k"), int(positions.max()) + 1)
         if blank:
-            batch["input_ids"][0, len(rows[0][0]) :][:blank] = self.image_token_id
+            batch["input_ids"][0, used[0] :][:blank] = self.image_token_id
             images, budgets = [self.blank_image], [blank]
         if images:
             batch["pixel_values"] = torch.cat(images)
@@ -416,6 +455,17 @@ class Collator:
             same = len(set(budgets)) == 1
             batch["num_visual_tokens"] = budgets[0] if same else torch.tensor(budgets)
         return {**batch, **keep_labelled_logits(batch["labels"]), **counts}
+
+
+def pack_rows(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+    """The rows of each of the fewest sequences of about `max_length` tokens: the longest row first, to the shortest sequence."""
+    sequences: list[list[int]] = [[] for _ in range(-(-sum(lengths) // max_length))]
+    totals = [0] * len(sequences)
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        shortest = totals.index(min(totals))
+        sequences[shortest].append(row)
+        totals[shortest] += lengths[row]
+    return sequences
 
 
 def keep_labelled_logits(labels: torch.Tensor) -> dict[str, torch.Tensor]:

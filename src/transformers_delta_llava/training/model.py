@@ -1,7 +1,8 @@
 """The model and processor of a recipe, and the parameters that it trains."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from ..conversion.prompts import fit_generation_config, keep_valid_flags, language_models_of, read_chat_template
 from ..conversion.tokenizer import TokenIds, add_tokens, load_tokenizer, read_own_template
-from ..errors import DeltaLlavaError
+from ..errors import DeltaLlavaError, format_names
 from ..loading import DTYPES
 from ..modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from ..processing import DeltaLlavaProcessor
@@ -44,7 +46,8 @@ def build_model(
     """
     dtype = _dtype(recipe.model, arguments)
     build = _load if recipe.model.path is not None else _join if recipe.model.language is not None else _create
-    model, processor = build(recipe, dtype)
+    with _unsharded(arguments):
+        model, processor = build(recipe, dtype)
     budgets = recipe.budgets or (model.config.num_visual_tokens,)
     for budget in budgets:
         model.config.scale_factor_for(budget)  # raises
@@ -52,6 +55,22 @@ def build_model(
     processor.visual_token_budgets = list(model.config.visual_token_budgets)
     processor.num_visual_tokens = processor.image_seq_length = budgets[0]
     return model, processor
+
+
+@contextmanager
+def _unsharded(arguments: TrainingArguments) -> Iterator[None]:
+    """Models built inside are whole in every process, as under DDP and FSDP.
+
+    Under ZeRO-3 transformers would shard them: the random numbers, and so a new projector or adapter, would be others,
+    and weights would be saved under other names. DeepSpeed shards the model when training starts.
+    """
+    config = getattr(arguments, "hf_deepspeed_config", None) or getattr(arguments.deepspeed_plugin, "dschf", None)
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            set_hf_deepspeed_config(config)
 
 
 def _dtype(model: ModelRecipe, arguments: TrainingArguments) -> torch.dtype:
@@ -226,7 +245,26 @@ def select_trainable(
             raise DeltaLlavaError(f"train: {entry}: this model has no such parameters")
     if "lora" in train:
         _check_saved(trained)
+    if not any(PATTERNS["vision_tower"].search(name) for name in names):
+        # Also, gradient checkpointing then leaves the tower alone.
+        model.model.get_patch_features = torch.no_grad()(model.model.get_patch_features)
     return trained
+
+
+def packs_for_flash(model: DeltaLlavaForConditionalGeneration) -> bool:
+    """Whether rows of one sequence are kept apart by FlashAttention's arguments, and not by attention masks.
+
+    Raises:
+        DeltaLlavaError: this language model or attention would mix them.
+    """
+    config = model.config.text_config
+    attention = str(config._attn_implementation)
+    mixing = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    known = "flash" in attention or attention in ("eager", "sdpa", "flex_attention")
+    if mixing or not known or not model.model.language_model._supports_attention_backend:
+        kind = format_names(mixing) or attention
+        raise DeltaLlavaError(f"pack: {config.model_type} with {kind} does not keep packed rows apart; leave it out")
+    return "flash" in attention
 
 
 def trained_names(model: nn.Module) -> list[str]:

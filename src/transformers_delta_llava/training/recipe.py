@@ -116,6 +116,7 @@ class Recipe(Section):
         train: the parts that are trained.
         num_visual_tokens: visual tokens per image, or a list of budgets from which every step draws one; the model's own by
             default.
+        pack: put several rows into one sequence, up to about `data.max_length` tokens, in which they do not see one another.
         projector_lr: learning rate of the projector; by default `arguments.learning_rate`.
         lora: arguments of PEFT's `LoraConfig`, if `train` has `lora`.
         arguments: arguments of transformers' `TrainingArguments`.
@@ -127,6 +128,7 @@ class Recipe(Section):
         list[Literal["vision_tower", "projector", "deltas", "language_model", "lora"]], Field(min_length=1)
     ]
     num_visual_tokens: int | list[int] | None = None
+    pack: bool = False
     projector_lr: Annotated[float, Field(gt=0)] | None = None
     lora: dict[str, Any] = {}
     arguments: dict[str, Any]

@@ -9,9 +9,9 @@ from transformers import TrainingArguments, set_seed
 from ..errors import DeltaLlavaError
 from ..modeling import DeltaLlavaForConditionalGeneration
 from .data import Collator, ConversationEncoder, TrainingDataset, open_rows, record_skipped, some_images
-from .model import build_model, select_trainable, trains_vision
+from .model import build_model, packs_for_flash, select_trainable, trains_vision
 from .recipe import Recipe, write_yaml
-from .trainer import DeltaLlavaTrainer, check_order, check_resumable, describe_loss, last_checkpoint
+from .trainer import DeltaLlavaTrainer, check_order, check_resumable, describe_loss, last_checkpoint, place_result
 
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,7 @@ def make_trainer(recipe: Recipe, resume: bool = False) -> DeltaLlavaTrainer:
     record = output_dir / SKIPPED_ROWS
     if arguments.should_save:
         output_dir.mkdir(parents=True, exist_ok=True)
+        place_result(output_dir)
         if not (resume and record.is_file()):
             record.unlink(missing_ok=True)
             record_skipped(record, rows.bad)
@@ -105,6 +106,8 @@ def make_trainer(recipe: Recipe, resume: bool = False) -> DeltaLlavaTrainer:
         processor.image_token_id,
         encoder.blank_image() if trains_vision(trained) else None,
         min(model.config.visual_token_budgets),
+        recipe.data.max_length if recipe.pack else 0,
+        recipe.pack and packs_for_flash(model),
     )
     return DeltaLlavaTrainer(
         model=trained,

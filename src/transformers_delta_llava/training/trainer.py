@@ -5,20 +5,25 @@ import hashlib
 import logging
 import math
 import resource
+import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import GenerationConfig, Trainer, TrainerCallback
 
+from ..conversion.names import EMBEDDINGS, HEAD, published_name
+from ..conversion.weights import LazyTensor, split_shards, write_shards
 from ..errors import DeltaLlavaError, read_json, write_json
-from ..modeling import DeltaLlavaForConditionalGeneration, DeltaLlavaProjector
+from ..hub import write_code, write_config
+from ..modeling import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaProjector
+from ..processing import DeltaLlavaProcessor
 from .data import TrainingDataset
 from .model import PATTERNS, trained_names
 from .sampler import StepSampler
@@ -28,6 +33,9 @@ logger = logging.getLogger(__name__)
 COUNTS = ("num_tokens", "num_images", "num_skipped")
 # Of a checkpoint: what the order of its rows follows from.
 ORDER_FILE = "data_order.json"
+# In the output folder: a result that is being written, a complete one, and one whose files are being moved to their place.
+UNFINISHED, WRITTEN, PLACED = ".result-unfinished", ".result-written", ".result-placed"
+CARD = "README.md"
 
 
 class SetEpochCallback(TrainerCallback):
@@ -178,20 +186,22 @@ class DeltaLlavaTrainer(Trainer):
             super()._save(output_dir, state_dict)
             return
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        save_hub_folder(model, state_dict or model.state_dict(), self.processing_class, Path(str(output_dir)))
+        weights = state_dict or model.state_dict()
+        save_hub_folder(model.config, model.generation_config, weights, self.processing_class, Path(str(output_dir)))
 
     @property
     def is_adapter(self) -> bool:
         """Whether a `PeftModel` is trained."""
         return is_peft(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
-    def save_final(self, output_dir: Path, dtype: torch.dtype | None) -> None:
+    def save_final(self, output_dir: Path, dtype: torch.dtype | None = None, card: str | None = None) -> None:
         """
         Write the finished model (LoRA merged, its adapter kept in `adapter/`) in one dtype; replaces an earlier run's.
 
         Args:
             output_dir: the folder.
             dtype: dtype of all weights; by default each keeps its own.
+            card: for `README.md`, where there is none.
 
         Raises:
             DeltaLlavaError: the weights are not finite.
@@ -200,16 +210,21 @@ class DeltaLlavaTrainer(Trainer):
         state_dict = self.gather_state_dict()
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=output_dir) as folder:
-                if is_peft(model):
-                    adapter = str(output_dir / "adapter")
-                    model.save_pretrained(adapter, state_dict=state_dict)
-                    if state_dict is None and not getattr(model, "is_quantized", False):
-                        model = model.merge_and_unload()
-                    else:  # gathered from shards, or quantized: merge the adapter into the original base model
-                        model, state_dict = merge_adapter(model, adapter, dtype), None
-                save_hub_folder(model, state_dict or model.state_dict(), self.processing_class, Path(folder), dtype)
-                replace_files(Path(folder), output_dir)
+            if is_peft(model):
+                adapter = str(output_dir / "adapter")
+                model.save_pretrained(adapter, state_dict=state_dict)
+                if state_dict is None and not getattr(model, "is_quantized", False):
+                    model = model.merge_and_unload()
+                else:  # gathered from shards, or quantized: merge the adapter into the original base model
+                    model, state_dict = merge_adapter(model, adapter, dtype), None
+            folder = output_dir / UNFINISHED
+            shutil.rmtree(folder, ignore_errors=True)
+            weights = state_dict or model.state_dict()
+            save_hub_folder(model.config, model.generation_config, weights, self.processing_class, folder, dtype)
+            if card is not None and not (output_dir / CARD).exists():
+                (folder / CARD).write_text(card, encoding="utf-8")
+            folder.rename(output_dir / WRITTEN)
+            place_result(output_dir)
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -227,9 +242,10 @@ def is_peft(model: Any) -> bool:
 
 
 def save_hub_folder(
-    model: Any,
+    config: DeltaLlavaConfig,
+    generation_config: GenerationConfig,
     state_dict: dict[str, torch.Tensor],
-    processor: Any,
+    processor: DeltaLlavaProcessor,
     folder: Path,
     dtype: torch.dtype | None = None,
 ) -> None:
@@ -237,31 +253,33 @@ def save_hub_folder(
     Write config, code, weights and processor. No model is built: under ZeRO-3 that takes all processes.
 
     Args:
-        model: gives config and generation config; its weights may be elsewhere.
-        state_dict: all weights.
-        processor: a `DeltaLlavaProcessor`.
+        config, generation_config, processor: of the model.
+        state_dict: all weights, by their names in memory.
         folder: created if needed.
         dtype: dtype of all weights; by default each keeps its own.
+
+    Raises:
+        DeltaLlavaError: a weight is NaN or Inf, or too large for the dtype.
     """
-    if dtype is not None:
-        state_dict = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state_dict.items()}
-    # FSDP changes the class, and so which code is copied and which names are written.
-    sharded_class, config = type(model), model.config
-    model.__class__, model.config = DeltaLlavaForConditionalGeneration, copy.deepcopy(config)
-    try:
-        for head, embeddings in DeltaLlavaForConditionalGeneration._tied_weights_keys.items():
-            one, other = state_dict.get(head), state_dict.get(embeddings)
-            tied = config.text_config.tie_word_embeddings or config.tie_word_embeddings
-            if tied and one is not None and other is not None and not torch.equal(one, other):
-                # LoRA's `modules_to_save` trained one of the two; tied, it would be lost.
-                model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
-        model.save_pretrained(folder, state_dict=state_dict)
-    finally:
-        model.__class__, model.config = sharded_class, config
-    if dtype is not None:
-        written = read_json(folder / "config.json")
-        write_json({**written, "dtype": str(dtype).removeprefix("torch.")}, folder / "config.json")
+    tensors = {}
+    for name, tensor in state_dict.items():
+        to = dtype or tensor.dtype
+        load = partial(tensor.detach().to, device="cpu", dtype=to)
+        tensors[published_name(name)] = LazyTensor(tuple(tensor.shape), to, load)
+    config = copy.deepcopy(config)
+    config.dtype = tensors[EMBEDDINGS].dtype
+    if config.text_config.tie_word_embeddings or config.tie_word_embeddings:
+        # LoRA's `modules_to_save` may have trained one of the two; tied, it would be lost.
+        tied = HEAD not in state_dict or torch.equal(state_dict[HEAD], state_dict[EMBEDDINGS])
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+        if tied:
+            tensors.pop(HEAD, None)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(config, folder)
+    write_code(folder)
+    generation_config.save_pretrained(folder)
     processor.save_pretrained(folder)
+    write_shards(tensors, split_shards(tensors, "5GB"), folder)
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
@@ -341,14 +359,21 @@ def merge_adapter(model: Any, adapter: str, dtype: torch.dtype | None) -> nn.Mod
     return PeftModel.from_pretrained(base, adapter).merge_and_unload()
 
 
-def replace_files(source: Path, target: Path) -> None:
-    """Move everything in `source` to `target`, the config last; then delete weights there that are not among it."""
-    names = {path.name for path in source.iterdir()}
-    for name in sorted(names, key=lambda name: name == "config.json"):
-        (source / name).replace(target / name)
-    for stale in target.glob("model*.safetensors*"):
-        if stale.name not in names:
-            stale.unlink()
+def place_result(output_dir: Path) -> None:
+    """
+    Put a result that was written completely in its place, also one of a run that was killed meanwhile.
+
+    The earlier weights go first, so that no folder has some of either.
+    """
+    written, placed = output_dir / WRITTEN, output_dir / PLACED
+    if written.is_dir():
+        for earlier in (output_dir / "config.json", *output_dir.glob("model*.safetensors*")):
+            earlier.unlink(missing_ok=True)
+        written.rename(placed)
+    if placed.is_dir():
+        for path in sorted(placed.iterdir(), key=lambda path: path.name == "config.json"):
+            path.replace(output_dir / path.name)
+        placed.rmdir()
 
 
 class Throughput:
