@@ -181,7 +181,7 @@ def align(recipe: Recipe, features: str | Path = "smol-features") -> Path:
     captions = Captions.read(model, processor, recipe, features)
     log = train(model, captions, processor.tokenizer, recipe.budgets or (1,), arguments)
     output = Path(str(arguments.output_dir))
-    save_hub_folder(model, model.state_dict(), processor, output, torch.bfloat16)
+    save_hub_folder(model.config, model.generation_config, model.state_dict(), processor, output, torch.bfloat16)
     (output / "align_log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
     return output
 

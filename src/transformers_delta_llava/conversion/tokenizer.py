@@ -124,7 +124,7 @@ def _read_sentencepiece(folder: Path, loaded: PreTrainedTokenizerBase) -> Tokeni
 
     transformers 5 orders merges by id instead of by score, and leaves out the word mark where a text begins with a space.
     """
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
     proto = ModelProto.FromString((folder / "tokenizer.model").read_bytes())
     if proto.trainer_spec.model_type != _BPE:

@@ -233,7 +233,7 @@ class ConversationEncoder:
             ValueError: no answer within `max_length`, or what the processor refuses.
         """
         inputs = self.processor.apply_chat_template(
-            [{**message, "content": [self._open(part) for part in message["content"]]} for message in messages],
+            [self._open_images(message) for message in messages],
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
@@ -253,13 +253,16 @@ class ConversationEncoder:
             "pixel_values": None if pixels is None else torch.stack(pixels),
         }
 
-    def _open(self, part: dict[str, Any]) -> dict[str, Any]:
-        """An image file opened; JPEGs are decoded at half, a quarter or an eighth of their size while that is twice the tower's."""
-        if not isinstance(part.get("image"), str):
-            return part
-        image = Image.open(part["image"])
-        image.draft(None, (2 * self.image_side, 2 * self.image_side))
-        return {**part, "image": image}
+    def _open_images(self, message: dict[str, Any]) -> dict[str, Any]:
+        """JPEGs are decoded at half, a quarter or an eighth of their size while that is twice the tower's."""
+        if isinstance(message["content"], str):
+            return message
+        parts = [dict(part) for part in message["content"]]
+        for part in parts:
+            if isinstance(part.get("image"), str):
+                part["image"] = Image.open(part["image"])
+                part["image"].draft(None, (2 * self.image_side, 2 * self.image_side))
+        return {**message, "content": parts}
 
     def _word_marks(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Where SentencePiece's word mark is a token of its own between an image and an answer, as in captions."""
