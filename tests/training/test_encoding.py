@@ -204,8 +204,8 @@ def test_large_jpegs_are_decoded_at_a_part_of_their_size(tmp_path: Path) -> None
     for suffix in ("jpg", "png"):
         image.save(tmp_path / f"image.{suffix}", **({"quality": 95} if suffix == "jpg" else {}))
     encoder = ConversationEncoder(make_processor(), 2048)
-    part = encoder._open({"type": "image", "image": str(tmp_path / "image.jpg")})
-    assert part["image"].size == (120, 96)
+    message = {"role": "user", "content": [{"type": "image", "image": str(tmp_path / "image.jpg")}]}
+    assert encoder._open_images(message)["content"][0]["image"].size == (120, 96)
     row = {"image": ["x"], "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "Ho"}]}
     small, full = (
         encoder(to_messages(row, [str(tmp_path / f"image.{suffix}")]), 4)["pixel_values"] for suffix in ("jpg", "png")
