@@ -15,7 +15,7 @@ from openai import APIStatusError, OpenAI
 
 def main() -> None:
     """Send the requests, in order or together."""
-    client = OpenAI(base_url=f"{sys.argv[1]}/v1", api_key="none", max_retries=0, timeout=120)
+    client = OpenAI(base_url=f"{sys.argv[1]}/v1", api_key="none", max_retries=1, timeout=120)
     requests = json.load(sys.stdin)
 
     def ask(request: dict) -> dict:
