@@ -15,6 +15,10 @@ XDIST = -n $(WORKERS) --dist loadfile
 TESTS ?= tests
 NEWEST_TESTS ?= tests/modeling tests/processing tests/test_remote_code.py tests/test_end_to_end.py
 BENCH ?= projector end_to_end training_step processing scaling deltas
+HUB_FILES := src/transformers_delta_llava/modeling src/transformers_delta_llava/processing
+# Rules of transformers-mlinter that are for models inside transformers only: TRF057 (@auto_docstring knows no other ones) and
+# TRF041 (a CODEPATH comment at every branch on a config value, for transformers' reviews).
+NOT_FOR_HUB_CODE := '/^\[rules\.TRF0(41|57)\]$$/,/^default_enabled/s/true/false/'
 ENGINES ?= $(patsubst tests/integration/environments/%.txt,%,$(wildcard tests/integration/environments/*.txt))
 
 help:  ## List the targets
@@ -49,6 +53,8 @@ lint: .venv/.ready  ## Check style, formatting and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/python -c 'import mlinter; print(mlinter.__path__[0] + "/rules.toml")' | xargs sed -E $(NOT_FOR_HUB_CODE) >.venv/mlinter.toml
+	@$(BIN)/mlinter --no-progress --no-cache --rules-toml .venv/mlinter.toml $(HUB_FILES)
 
 format: .venv/.ready  ## Format the code and fix what can be fixed
 	@$(BIN)/ruff check --fix .
