@@ -160,7 +160,8 @@ def test_mm_token_type_ids_mark_the_placeholders(processor: Any, make_image: Any
 
 def test_input_names_start_with_text_and_hold_all_that_the_model_may_get(processor: Any) -> None:
     names = ["input_ids", "attention_mask", "pixel_values", "num_visual_tokens"]
-    assert processor.model_input_names == names
+    videos = ["pixel_values_videos", "num_visual_tokens_videos", "video_grid_thw"]
+    assert processor.model_input_names == [*names, *videos, "image_grid_thw"]
 
 
 # Texts and images.

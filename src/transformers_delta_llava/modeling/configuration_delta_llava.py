@@ -64,6 +64,8 @@ class DeltaLlavaConfig(PreTrainedConfig):
             Configuration of the language model. Defaults to Llama (7B) with 32,064 tokens.
         image_token_id (`int`, *optional*, defaults to 32000):
             Id of the placeholder token; it must be smaller than the vocabulary.
+        video_token_id (`int`, *optional*):
+            Id of the placeholder of videos; a model without it takes none.
         scale_factor (`int`, *optional*, defaults to 2):
             Default spatial reduction `s` of the paper: `(grid / s) ** 2` visual tokens per image. No weight depends on
             it.
@@ -116,12 +118,13 @@ class DeltaLlavaConfig(PreTrainedConfig):
     model_type = "delta_llava"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
     # Outputs that do not have one row per example, so that `Trainer.evaluate` and `predict` cannot gather them.
-    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_outputs"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_outputs", "video_outputs"]
     attribute_map = {"image_seq_length": "num_visual_tokens"}  # transformers' name for it
 
     vision_config: Any = None
     text_config: Any = None
     image_token_id: int = 32000
+    video_token_id: int | None = None
     scale_factor: Any = None
     vision_feature_layer: int = -2
     vision_feature_levels: list[int] | tuple[int, ...] = (12, 16, 22, 23)
@@ -256,8 +259,9 @@ def _check(config: DeltaLlavaConfig) -> None:
     fits = width % config.num_window_attention_heads == 0
     require(fits, "projector_num_attention_heads", f"the heads must divide the tower's width, {width}")
     require(1 <= config.delta_rank <= width, "delta_rank", f"choose a rank from 1 to the tower's width, {width}")
-    fits = 0 <= config.image_token_id < text.vocab_size
-    require(fits, "image_token_id", f"choose an id in the vocabulary, 0 to {text.vocab_size - 1}")
+    for field in ("image_token_id", "video_token_id"):
+        fits = 0 <= (getattr(config, field) or 0) < text.vocab_size
+        require(fits, field, f"choose an id in the vocabulary, 0 to {text.vocab_size - 1}")
     for field in ("logit_scale", "logits_scaling"):  # of Cohere and Granite; the model's head does not scale
         require(getattr(text, field, 1) in (None, 1), f"text_config.{field}", "only 1 is supported")
 
@@ -266,14 +270,6 @@ def _check(config: DeltaLlavaConfig) -> None:
 getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {}).setdefault(
     DeltaLlavaConfig.model_type, "DeltaLlavaForConditionalGeneration"
 )
-
-
-try:  # `transformers serve` finds the kind of a model by its type in this table
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
-
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(DeltaLlavaConfig.model_type, "DeltaLlavaForConditionalGeneration")
-except ImportError:  # a config needs no torch
-    pass
 
 
 __all__ = ["DeltaLlavaConfig"]

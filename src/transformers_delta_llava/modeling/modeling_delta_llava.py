@@ -10,7 +10,7 @@
 
 import math
 from dataclasses import dataclass, fields
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -27,8 +27,12 @@ from .vision_tower_delta_llava import find_tower_calls, rename_saved_tower, run_
 
 # transformers 5.24 renamed `past_key_values` to `cache`, as an argument and as a field of outputs.
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
-# Arguments of `forward` with images.
-IMAGE_INPUTS = ("pixel_values", "num_visual_tokens", "mm_encoder_outputs")
+# Arguments of `forward` and of `get_{modality}_features`: pixels, numbers of visual tokens, and what belongs together.
+MODALITIES = {
+    "image": ("pixel_values", "num_visual_tokens", "image_grid_thw"),
+    "video": ("pixel_values_videos", "num_visual_tokens_videos", "video_grid_thw"),
+}
+VISUAL_INPUTS = (*MODALITIES["image"], *MODALITIES["video"], "mm_encoder_outputs")
 
 # How many visual tokens each image gets: one number for all, one per image, or None for the config's default.
 VisualTokens: TypeAlias = int | list[int] | torch.Tensor | None
@@ -51,17 +55,19 @@ class PatchFeatures(NamedTuple):
 class DeltaLlavaModelOutputWithPast(BaseModelOutputWithPast):
     """Output of [`DeltaLlavaModel`]: transformers' own fields (`cache` or `past_key_values`, by its version), and
 
-    image_outputs: what `get_image_features` returned.
+    image_outputs, video_outputs: what `get_image_features` and `get_video_features` returned.
     """
 
     image_outputs: BaseModelOutputWithPooling | None = None
+    video_outputs: BaseModelOutputWithPooling | None = None
 
 
 @dataclass
 class DeltaLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """Output of [`DeltaLlavaForConditionalGeneration`], with the field of the base model's."""
+    """Output of [`DeltaLlavaForConditionalGeneration`], with the fields of the base model's."""
 
     image_outputs: BaseModelOutputWithPooling | None = None
+    video_outputs: BaseModelOutputWithPooling | None = None
 
 
 def pick_cache(cache: Cache | None, past_key_values: Cache | None) -> dict[str, Cache | None]:
@@ -77,7 +83,7 @@ class DeltaLlavaPreTrainedModel(DeltaMixin, PreTrainedModel):
     config: DeltaLlavaConfig
     config_class = DeltaLlavaConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
@@ -110,13 +116,18 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, num_visual_tokens: VisualTokens = None, **kwargs: Any
+        self,
+        pixel_values: torch.Tensor,
+        num_visual_tokens: VisualTokens = None,
+        image_grid_thw: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple | BaseModelOutputWithPooling:
         """Visual tokens of images.
 
         Args:
-            pixel_values: (images, 3, height, width).
-            num_visual_tokens: of all images, or one number per image; the config's default when `None`.
+            pixel_values: (views, 3, height, width); an image has one view unless it is tiled.
+            num_visual_tokens: of all views, or one number per view; the config's default when `None`.
+            image_grid_thw: (images, 3), int64; the product of a row is the number of views of an image.
             kwargs: for the tower.
 
         Returns:
@@ -124,11 +135,25 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             in the projector's dtype.
 
         Raises:
-            ValueError: a number is not in `config.visual_token_budgets`, or there is not one per image.
+            ValueError: a number is not in `config.visual_token_budgets`, or there is not one per view.
         """
         features = self.get_patch_features(pixel_values, **kwargs)
-        features.outputs.pooler_output = self.project_features(features, num_visual_tokens)
+        visual_tokens = self.project_features(features, num_visual_tokens)
+        if image_grid_thw is not None:
+            views = iter(visual_tokens)
+            visual_tokens = [torch.cat(list(islice(views, count))) for count in image_grid_thw.prod(-1).tolist()]
+        features.outputs.pooler_output = visual_tokens
         return features.outputs
+
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.Tensor,
+        num_visual_tokens_videos: VisualTokens = None,
+        video_grid_thw: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple | BaseModelOutputWithPooling:
+        """Visual tokens of videos: as `get_image_features`, whose views are a video's frames."""
+        return self.get_image_features(pixel_values_videos, num_visual_tokens_videos, video_grid_thw, **kwargs)
 
     def get_patch_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> PatchFeatures:
         """Runs the vision tower. `project_features` makes any number of visual tokens of the result.
@@ -188,22 +213,58 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         return numbers
 
     def get_placeholder_mask(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None = None
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None = None, modality: str = "image"
     ) -> torch.Tensor:
-        """Where visual tokens go: a boolean (batch, sequence), from `inputs_embeds` where given, else from `input_ids`."""
+        """Where visual tokens go: a boolean (batch, sequence), from `inputs_embeds` where given, else from `input_ids`.
+
+        Raises:
+            ValueError: videos, and the config has no `video_token_id`.
+        """
+        token_id = getattr(self.config, f"{modality}_token_id")
+        if token_id is None:
+            raise ValueError(f"this model has no {modality}_token_id")
         if inputs_embeds is None:
-            return input_ids == self.config.image_token_id
-        token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+            return input_ids == token_id
+        token = torch.full((), token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
-    def _count_in_text(self, mask: torch.Tensor, num_placeholders: int, num_images: int) -> list[int] | None:
-        """Visual tokens per image from the text, for callers that drop `num_visual_tokens` (TRL's GRPOTrainer); `None` if
+    def _count_in_text(self, mask: torch.Tensor, num_placeholders: int, views: list[int]) -> list[int] | None:
+        """Visual tokens per view from the text, for callers that drop `num_visual_tokens` (TRL's GRPOTrainer); `None` if
         the config's default fits, or the text does not tell."""
-        if num_placeholders == num_images * self.config.num_visual_tokens:
+        if num_placeholders == sum(views) * self.config.num_visual_tokens:
             return None
-        counts = [len(list(run)) for row in mask.tolist() for is_image, run in groupby(row) if is_image]
-        known = len(counts) == num_images and set(counts) <= set(self.config.visual_token_budgets)
-        return counts if known else None
+        counts = [len(list(run)) for row in mask.tolist() for is_visual, run in groupby(row) if is_visual]
+        numbers = [count / number for count, number in zip(counts, views) for _ in range(number)]
+        known = len(counts) == len(views) and set(numbers) <= set(self.config.visual_token_budgets)
+        return list(map(int, numbers)) if known else None
+
+    def _fill_placeholders(
+        self,
+        modality: str,
+        mask: torch.Tensor,
+        inputs_embeds: torch.Tensor,
+        pixel_values: Any,
+        numbers: VisualTokens,
+        grid_thw: torch.Tensor | None,
+        outputs: Any,
+    ) -> tuple[torch.Tensor, BaseModelOutputWithPooling]:
+        """The embeddings with visual tokens where `mask` is, and what the visual tokens were taken from."""
+        # Before the tower runs: later, reading the value would wait for it. A graph that is traced has no values.
+        num_placeholders = None if torch.compiler.is_compiling() else int(mask.sum())
+        if outputs is None:
+            if numbers is None and num_placeholders is not None:
+                views = [1] * len(pixel_values) if grid_thw is None else grid_thw.prod(-1).tolist()
+                numbers = self._count_in_text(mask, num_placeholders, views)
+            get_features = getattr(self, f"get_{modality}_features")
+            outputs = get_features(pixel_values, numbers, grid_thw, return_dict=True)
+        features = torch.cat(list(outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+        if num_placeholders not in (None, len(features)):
+            raise ValueError(
+                f"the text has {num_placeholders} {modality} placeholders, the {modality}s give {len(features)} visual tokens; "
+                "processor and model need the same num_visual_tokens, and the text must not be truncated"
+            )
+        mask = mask.to(inputs_embeds.device).unsqueeze(-1)
+        return inputs_embeds.masked_scatter(mask, features), outputs
 
     @can_return_tuple
     def forward(
@@ -215,6 +276,10 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         num_visual_tokens: VisualTokens = None,
+        image_grid_thw: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        num_visual_tokens_videos: VisualTokens = None,
+        video_grid_thw: torch.Tensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cache: Cache | None = None,
@@ -222,15 +287,19 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
     ) -> tuple | DeltaLlavaModelOutputWithPast:
         """
         Args:
-            input_ids: (batch, sequence), with `config.image_token_id` wherever a visual token goes.
-            pixel_values: (images of the whole batch, 3, height, width), row by row in the order of their placeholders.
+            input_ids: (batch, sequence), with `config.image_token_id` wherever a visual token of an image goes, and
+                `config.video_token_id` for videos.
+            pixel_values: (views of the images of the whole batch, 3, height, width), row by row in the order of their
+                placeholders.
             attention_mask, position_ids, inputs_embeds: as in every decoder of transformers.
             cache, past_key_values: two names of one argument; which one transformers uses depends on its version.
-            num_visual_tokens: of all images, or one number per image. When `None`: the config's default, or where the text
+            num_visual_tokens: of all views, or one number per view. When `None`: the config's default, or where the text
                 has other numbers of placeholders in a row, one such number for each image, these.
+            image_grid_thw: (images, 3), for images of several views; see `get_image_features`.
+            pixel_values_videos, num_visual_tokens_videos, video_grid_thw: the same for videos, whose views are frames.
             mm_token_type_ids: accepted because processors emit it; not used.
-            mm_encoder_outputs: `{"image": output of get_image_features}`, instead of `pixel_values`. Prompts that show
-                the same image share its features: encode it once, and repeat its tensor in `pooler_output`.
+            mm_encoder_outputs: `{"image": output of get_image_features}`, instead of `pixel_values`, and `"video"`. Prompts
+                that show the same image share its features: encode it once, and repeat its tensor in `pooler_output`.
 
         Raises:
             ValueError: on both or neither of `input_ids` and `inputs_embeds`, on `pixel_values` together with
@@ -239,29 +308,25 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("specify exactly one of input_ids and inputs_embeds")
-        image_outputs = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None and image_outputs is not None:
-            raise ValueError("specify only one of pixel_values and mm_encoder_outputs['image']")
-        if pixel_values is not None or image_outputs is not None:
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds)
-            # Before the tower runs: later, reading the value would wait for it. A graph that is traced has no values.
-            num_placeholders = None if torch.compiler.is_compiling() else int(mask.sum())
-        if pixel_values is not None:
-            if num_visual_tokens is None and num_placeholders is not None:
-                num_visual_tokens = self._count_in_text(mask, num_placeholders, len(pixel_values))
-            image_outputs = self.get_image_features(pixel_values, num_visual_tokens, return_dict=True)
+        visual = {
+            "image": (pixel_values, num_visual_tokens, image_grid_thw),
+            "video": (pixel_values_videos, num_visual_tokens_videos, video_grid_thw),
+        }
+        encoded = dict(mm_encoder_outputs or {})
+        for modality, (pixels, *_) in visual.items():
+            if pixels is not None and encoded.get(modality) is not None:
+                raise ValueError(f"specify only one of {MODALITIES[modality][0]} and mm_encoder_outputs[{modality!r}]")
+        masks = {
+            modality: self.get_placeholder_mask(input_ids, inputs_embeds, modality)
+            for modality, (pixels, *_) in visual.items()
+            if pixels is not None or encoded.get(modality) is not None
+        }
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-
-        if image_outputs is not None:
-            image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
-            mask = mask.to(inputs_embeds.device)
-            if num_placeholders not in (None, len(image_features)):
-                raise ValueError(
-                    f"the text has {num_placeholders} image placeholders, the images give {len(image_features)} visual tokens; "
-                    "processor and model need the same num_visual_tokens, and the text must not be truncated"
-                )
-            inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_features)
+        for modality, mask in masks.items():
+            inputs_embeds, encoded[modality] = self._fill_placeholders(
+                modality, mask, inputs_embeds, *visual[modality], encoded.get(modality)
+            )
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -275,7 +340,8 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_outputs=image_outputs,
+            image_outputs=encoded.get("image"),
+            video_outputs=encoded.get("video"),
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
@@ -388,11 +454,13 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def get_image_features(
-        self, pixel_values: torch.Tensor, num_visual_tokens: VisualTokens = None, **kwargs: Any
-    ) -> BaseModelOutputWithPooling:
+    def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See [`DeltaLlavaModel.get_image_features`]."""
-        return self.model.get_image_features(pixel_values, num_visual_tokens, **kwargs)
+        return self.model.get_image_features(*args, **kwargs)
+
+    def get_video_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """See [`DeltaLlavaModel.get_video_features`]."""
+        return self.model.get_video_features(*args, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -406,6 +474,10 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_visual_tokens: VisualTokens = None,
+        image_grid_thw: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        num_visual_tokens_videos: VisualTokens = None,
+        video_grid_thw: torch.Tensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cache: Cache | None = None,
@@ -425,6 +497,10 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             num_visual_tokens=num_visual_tokens,
+            image_grid_thw=image_grid_thw,
+            pixel_values_videos=pixel_values_videos,
+            num_visual_tokens_videos=num_visual_tokens_videos,
+            video_grid_thw=video_grid_thw,
             mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
             **pick_cache(cache, past_key_values),
@@ -446,6 +522,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_outputs=outputs.image_outputs,
+            video_outputs=outputs.video_outputs,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
@@ -457,7 +534,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
+        visual = {name: kwargs.pop(name) for name in VISUAL_INPUTS if name in kwargs}
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -466,7 +543,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
             **kwargs,
         )
         # Later the images are in the cache.
-        return {**inputs, **images} if is_first_iteration or not kwargs.get("use_cache", True) else inputs
+        return {**inputs, **visual} if is_first_iteration or not kwargs.get("use_cache", True) else inputs
 
     def _expand_inputs_for_generation(
         self,
@@ -478,24 +555,27 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         # Images are flattened over rows. Beams need each row's images as a group (A B A B); repeating image by image
         # (A A B B) would give a row the wrong image. Each is encoded once, and its visual tokens are repeated. Newer
         # transformers encode images before this, and pass `mm_encoder_outputs`.
-        pixel_values = model_kwargs.get("pixel_values")
-        encoded = model_kwargs.get("mm_encoder_outputs") or {}
-        if expand_size == 1 or (pixel_values is None and "image" not in encoded):
+        encoded = dict(model_kwargs.get("mm_encoder_outputs") or {})
+        for modality, names in MODALITIES.items():
+            pixels, numbers, grid_thw = (model_kwargs.get(name) for name in names)
+            if pixels is not None and expand_size > 1:
+                get_features = getattr(self.model, f"get_{modality}_features")
+                encoded[modality] = get_features(pixels, numbers, grid_thw, return_dict=True)
+        if expand_size == 1 or not encoded:
             return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
-        outputs = encoded.get("image") or self.get_image_features(
-            pixel_values, model_kwargs.get("num_visual_tokens"), return_dict=True
-        )
-        features = outputs.pooler_output
-        placeholders = self.model.get_placeholder_mask(input_ids, model_kwargs.get("inputs_embeds")).sum(-1)
-        rows = _images_per_row(placeholders.tolist(), [len(tokens) for tokens in features])
-        repeated = [features[image] for row in rows for image in row * expand_size]
-        for name in IMAGE_INPUTS:
+        inputs_embeds = model_kwargs.get("inputs_embeds")
+        for modality, outputs in encoded.items():
+            features = outputs.pooler_output
+            placeholders = self.model.get_placeholder_mask(input_ids, inputs_embeds, modality).sum(-1)
+            rows = _images_per_row(placeholders.tolist(), [len(tokens) for tokens in features])
+            repeated = [features[image] for row in rows for image in row * expand_size]
+            encoded[modality] = BaseModelOutputWithPooling(pooler_output=repeated)
+        for name in VISUAL_INPUTS:
             model_kwargs.pop(name, None)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
-        image_outputs = BaseModelOutputWithPooling(pooler_output=repeated)
-        return input_ids, {**model_kwargs, "mm_encoder_outputs": {**encoded, "image": image_outputs}}
+        return input_ids, {**model_kwargs, "mm_encoder_outputs": encoded}
 
 
 def _images_per_row(placeholders: list[int], numbers: list[int]) -> list[list[int]]:
