@@ -123,12 +123,14 @@ def write_config(config: DeltaLlavaConfig, folder: Path) -> None:
     config.to_json_file(folder / "config.json")
 
 
-def write_processor(config: DeltaLlavaConfig, image_processor: dict[str, Any], do_pad: bool, folder: Path) -> None:
+def write_processor(
+    config: DeltaLlavaConfig, image_processor: dict[str, Any], options: dict[str, Any], folder: Path
+) -> None:
     """Write `processor_config.json`, from which AutoProcessor finds the processor's code."""
     name = DeltaLlavaProcessor.__name__
     settings = {
         "auto_map": {"AutoProcessor": f"processing_delta_llava.{name}"},
-        "do_pad": do_pad,
+        **options,
         "image_processor": image_processor,
         "image_seq_length": config.num_visual_tokens,
         "image_token": IMAGE_TOKEN,
@@ -300,10 +302,10 @@ def check_repo(folder: Path, name: str | None = None) -> None:
             names = format_names(key if isinstance(key, str) else key[0] for key in info[kind])
             raise DeltaLlavaError(f"{name} does not load: its weights have {kind.replace('_', ' ')} ({names})")
     placeholders = int((inputs["input_ids"] == config.image_token_id).sum())
-    if placeholders != config.num_visual_tokens:
+    needed = config.num_visual_tokens * len(inputs["pixel_values"])
+    if placeholders != needed:
         raise DeltaLlavaError(
-            f"{name} does not load: its processor writes {placeholders} placeholders for an image, its model needs "
-            f"{config.num_visual_tokens}"
+            f"{name} does not load: its processor writes {placeholders} placeholders for an image, its model needs {needed}"
         )
 
 

@@ -6,8 +6,9 @@ import pytest
 from transformers import CLIPVisionConfig, SiglipVisionConfig
 
 from examples.make_checkpoint import LLAVA_KEYS, TEXT, TEXT_TYPES, TOWER
-from transformers_delta_llava.conversion.config import convert_config, padded_vocab_size, read_config
+from transformers_delta_llava.conversion.config import convert_config, read_config
 from transformers_delta_llava.conversion.prompts import LANGUAGE_MODELS
+from transformers_delta_llava.conversion.tokenizer import padded_vocab_size
 from transformers_delta_llava.errors import DeltaLlavaError
 
 
@@ -83,7 +84,7 @@ def test_keys_that_are_read(keys, tower, expected):
         ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature='cls_patch'.*must be 'patch'"),
         ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type='spatial_unpad'.*'flat'"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end=True"),
-        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio='anyres'.*'pad' or 'square'"),
+        ({"image_aspect_ratio": "highres"}, "image_aspect_ratio='highres'.*'pad'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config=.*must be absent"),
         ({"s2": True}, "s2=True"),
         ({"scale_factor": 3}, "scale_factor=3"),

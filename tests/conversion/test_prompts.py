@@ -205,7 +205,7 @@ def test_tokens(tokenizer):
     config = GenerationConfig(suppress_tokens=[5])
     fit_generation_config(config, tokenizer, ids, TEXT, load_chat_template("vicuna_v1"))
     assert (config.eos_token_id, config.bos_token_id, config.pad_token_id) == (2, 1, ids.pad)
-    assert config.suppress_tokens == [5, ids.image, ids.pad]
+    assert config.suppress_tokens == [5, ids.image, ids.pad, ids.video]
 
 
 def test_a_padding_token_of_the_model_is_not_suppressed(tokenizer):
@@ -215,7 +215,7 @@ def test_a_padding_token_of_the_model_is_not_suppressed(tokenizer):
     fit_generation_config(
         config, tokenizer, ids, AutoConfig.for_model("llama", vocab_size=320), load_chat_template("vicuna_v1")
     )
-    assert config.suppress_tokens == [ids.image]
+    assert config.suppress_tokens == [ids.image, ids.video]
 
 
 def test_the_end_of_a_turn_ends_an_answer(tokenizer):

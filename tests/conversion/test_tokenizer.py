@@ -62,16 +62,20 @@ def test_tokens_are_added_once(folder, tmp_path):
     tokenizer = load_tokenizer(str(folder), TEXT, None)
     count = len(tokenizer)
     ids = add_tokens(tokenizer)
-    assert ids == TokenIds(count, count + 1, count + 2, ["<image>", "<pad>"])
+    assert ids == TokenIds(count, count + 2, count + 1, count + 3, ["<image>", "<pad>", "<video>"])
     save_tokenizer(tokenizer, tmp_path / "saved", 2048)
     again = load_tokenizer(str(tmp_path / "saved"), TEXT, None)
-    assert add_tokens(again) == TokenIds(count, count + 1, count + 2, [])
+    assert add_tokens(again) == TokenIds(count, count + 2, count + 1, count + 3, [])
+    full = load_tokenizer(str(folder), TEXT, None)
+    rows = -(-count // 64) * 64
+    full.add_tokens([f"<{index}>" for index in range(rows - count - 2)])
+    assert add_tokens(full, rows) == TokenIds(rows - 2, None, rows - 1, rows, ["<image>", "<pad>"])
 
 
 def test_a_padding_token_that_is_there_stays(folder):
     edit_settings(folder, pad_token="<unk>")
     ids = add_tokens(load_tokenizer(str(folder), TEXT, None))
-    assert (ids.pad, ids.added) == (0, ["<image>"])
+    assert (ids.pad, ids.added) == (0, ["<image>", "<video>"])
 
 
 def test_a_saved_tokenizer_is_readable_everywhere(folder, tmp_path):
@@ -194,7 +198,7 @@ def test_added_tokens_keep_their_ids(sentencepiece_file, tmp_path, ids):
     check_token_ids(tmp_path / "saved", tmp_path)
     saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert saved.convert_tokens_to_ids(names[3:]) == list(ids) and saved.eos_token_id == ids[1]
-    assert (added.image, added.count) == (max(300, ids[1] + 1), max(300, ids[1] + 1) + 2)
+    assert (added.image, added.count) == (max(300, ids[1] + 1), max(300, ids[1] + 1) + 3)
     assert saved.encode("<|im_start|><|im_end|>", add_special_tokens=False) == list(ids)
 
 

@@ -190,7 +190,7 @@ def test_two_configs_become_a_model(folder: Path, tmp_path: Path) -> None:
     content["arguments"]["output_dir"] = str(tmp_path / "out")
     out = train(make_recipe(content))
     model, processor = AutoModelForImageTextToText.from_pretrained(out), AutoProcessor.from_pretrained(out)
-    assert model.config.text_config.vocab_size == len(make_tokenizer())
+    assert model.config.text_config.vocab_size == len(make_tokenizer()) + 1  # <video>
     assert processor.image_processor.crop_size["height"] == VISION["image_size"]
     assert processor.tokenizer.padding_side == "left", "generation in batches needs it"
 

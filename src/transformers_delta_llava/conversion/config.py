@@ -27,8 +27,6 @@ from .prompts import LanguageModel, find_language_model
 _GENERIC = set(PreTrainedConfig().to_dict()) - {"model_type"}
 # Older spellings that transformers' own configs still translate.
 _TRANSLATED = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
-# Vocabularies are padded to a multiple of this, as is usual on the Hub.
-_VOCABULARY_MULTIPLE = 64
 # What the released code fixes and `DeltaLlavaConfig` leaves open, with the released values. Checkpoints that this package
 # exports have these settings in their config.json, with the prefix.
 DEFAULTS: dict[str, Any] = {
@@ -41,16 +39,17 @@ EXTRA_PREFIX = "mm_"
 # Keys of released checkpoints that are read here, in the tokenizer or in the tower.
 _READ_KEYS = {
     *("model_type", "scale_factor", "vocab_size", "image_aspect_ratio", "tokenizer_model_max_length", "_name_or_path"),
+    "image_grid_pinpoints",
     *("mm_hidden_size", "mm_vision_select_layer", "mm_vision_tower"),
     *(EXTRA_PREFIX + name for name in DEFAULTS),
 }
-# Keys without effect on the result: of training, of tiles (which the released projector does not have), second names, what
+# Keys without effect on the result: of training, second names, what
 # the released code does not look at, generation settings and defaults that transformers 4 wrote into every config, and how
 # the model was run.
 _IGNORED = """
     freeze_backbone freeze_mm_mlp_adapter freeze_mm_vision_resampler mm_projector_lr mm_vision_tower_lr
     tune_mm_mlp_adapter tune_mm_vision_resampler unfreeze_mm_vision_tower tokenizer_padding_side
-    image_crop_resolution image_grid_pinpoints image_split_resolution
+    image_crop_resolution image_split_resolution
     dtype torch_dtype hidden_activation
     mm_projector_type mm_resampler_type mm_use_im_patch_token use_mm_proj
     bad_words_ids begin_suppress_tokens decoder_start_token_id diversity_penalty do_sample early_stopping
@@ -66,7 +65,7 @@ _REQUIRED_VALUES: dict[str, tuple[object, ...]] = {
     "mm_patch_merge_type": (None, "flat"),
     "mm_use_im_start_end": (None, False),
     "mm_vision_select_feature": (None, "patch"),
-    "image_aspect_ratio": (None, "pad", "square"),
+    "image_aspect_ratio": (None, "pad", "square", "anyres"),
     "quantization_config": (None,),
     "s2": (None, False),
 }
@@ -137,6 +136,7 @@ def convert_config(
     *,
     vocab_size: int,
     image_token_id: int,
+    video_token_id: int | None = None,
     pad_token_id: int | None = None,
     scale_factor: int | None = None,
     delta_rank: int | None = None,
@@ -147,7 +147,7 @@ def convert_config(
         source: the checkpoint's `config.json`.
         vision_config: geometry of the vision tower.
         vocab_size: rows of the embeddings, those for new tokens included.
-        image_token_id: which a released checkpoint lacks.
+        image_token_id, video_token_id: which a released checkpoint lacks.
         pad_token_id: of the tokenizer; by default what `source` says.
         scale_factor: the one that the checkpoint was trained with, where `source` does not say.
         delta_rank: rank of the projector's updates; by default that of the released code, 16.
@@ -177,6 +177,7 @@ def convert_config(
         vision_config=vision_config,
         text_config=text_config,
         image_token_id=image_token_id,
+        video_token_id=video_token_id,
         scale_factor=scale_factor if stated is None else stated,
         vision_feature_select_strategy=SELECT_STRATEGIES.get(vision_config.model_type, "default"),
         projector_layout="released",
@@ -184,9 +185,14 @@ def convert_config(
     )
 
 
-def padded_vocab_size(rows: int, needed: int) -> int:
-    """Rows of the embeddings for `needed` token ids: `rows` where they suffice, else rounded up to a multiple of 64."""
-    return rows if needed <= rows else -(-needed // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+def processor_settings(source: SourceConfig, config: DeltaLlavaConfig) -> dict[str, Any]:
+    """How the authors' code pads or tiles images, as arguments of `DeltaLlavaProcessor`."""
+    ratio = source.settings.get("image_aspect_ratio")
+    if ratio != "anyres":
+        return {"do_pad": ratio == "pad"}
+    grids = [[height, width] for width, height in source.settings["image_grid_pinpoints"]]
+    tiles = max(height * width for height, width in grids) // config.vision_config.image_size**2
+    return {"do_pad": False, "image_grid_pinpoints": grids, "max_tiles": tiles, "max_tiles_limit": max(tiles, 16)}
 
 
 def read_tower_config(folder: Path) -> PreTrainedConfig:

@@ -25,11 +25,11 @@ from ..hub import (
     write_processor,
 )
 from ..loading import DTYPES
-from .config import convert_config, padded_vocab_size
+from .config import convert_config, processor_settings
 from .names import EMBEDDINGS, TensorPlan, find_delta_rank, plan_tensors
 from .prompts import ChatTemplate, chat_template_warnings, fit_generation_config, keep_valid_flags
 from .sources import Source, open_source
-from .tokenizer import check_token_ids, save_tokenizer
+from .tokenizer import check_token_ids, padded_vocab_size, save_tokenizer
 from .weights import Progress, dtype_name, split_shards, verify_archives, verify_shards, write_shards
 
 
@@ -119,6 +119,7 @@ def convert_checkpoint(
         opened.tower.config,
         vocab_size=padded_vocab_size(opened.vocab_size, ids.count),
         image_token_id=ids.image,
+        video_token_id=ids.video,
         pad_token_id=ids.pad,
         scale_factor=scale_factor,
         delta_rank=rank,
@@ -152,8 +153,7 @@ def convert_checkpoint(
             verify_shards(plan.tensors, folder, verify_progress or progress)
         write_code(folder)
         write_config(config, folder)
-        pads = opened.config.settings.get("image_aspect_ratio") == "pad"
-        write_processor(config, opened.tower.image_processor, pads, folder)
+        write_processor(config, opened.tower.image_processor, processor_settings(opened.config, config), folder)
         save_tokenizer(opened.tokenizer, folder, opened.config.settings.get("tokenizer_model_max_length"))
         check_token_ids(folder, opened.tokenizer_folder)
         (folder / TEMPLATE_FILE).write_text(template.text, encoding="utf-8")

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..errors import REPORT_FILE, DeltaLlavaError, check_output, output_folder, read_optional_json, write_json
-from ..hub import TEMPLATE_FILE, TOKENIZER_FILES, is_repo_id
+from ..hub import IMAGE_TOKEN, TEMPLATE_FILE, TOKENIZER_FILES, is_repo_id
 from ..loading import load_config, local_folder
 from ..modeling import DeltaLlavaConfig
 from .config import DEFAULTS, EXTRA_PREFIX
@@ -26,7 +26,7 @@ from .names import (
 )
 from .prompts import EXPORTED_FROM, LANGUAGE_MODELS, language_models_of
 from .sources import PROJECTOR_FILE
-from .tokenizer import PAD_TOKEN, WORD_MARK_RULE
+from .tokenizer import PAD_TOKEN, VIDEO_TOKEN, WORD_MARK_RULE
 from .weights import (
     Checkpoint,
     LazyTensor,
@@ -119,7 +119,7 @@ def export_checkpoint(
             torch.save({name: tensor.load().clone() for name, tensor in tensors.items()}, new / PROJECTOR_FILE)
         else:
             write_shards(tensors, shards, new, progress)
-            _write_tokenizer(folder, new, rows, noted.get("tokens_added", ["<image>", PAD_TOKEN]))
+            _write_tokenizer(folder, new, rows, noted.get("tokens_added", [IMAGE_TOKEN, VIDEO_TOKEN, PAD_TOKEN]))
             _write_generation_config(folder, new, rows)
         settings = {
             **_text_settings(config.text_config, rows),
@@ -208,11 +208,11 @@ def _released_settings(folder: Path, config: DeltaLlavaConfig, noted: dict[str, 
         )
     source_type = noted.get("source", {}).get("model_type")
     model_type = source_type if source_type in families else next(iter(families))
+    processor = read_optional_json(folder / "processor_config.json")
+    grids = processor.get("image_grid_pinpoints")
     values = {
         "architectures": [families[model_type].architecture],
-        "image_aspect_ratio": "pad"
-        if read_optional_json(folder / "processor_config.json").get("do_pad", True)
-        else "square",
+        "image_aspect_ratio": "anyres" if grids else "pad" if processor.get("do_pad", True) else "square",
         "mm_hidden_size": config.vision_config.hidden_size,
         "mm_patch_merge_type": "flat",
         "mm_projector_type": "delatallava",
@@ -225,6 +225,8 @@ def _released_settings(folder: Path, config: DeltaLlavaConfig, noted: dict[str, 
         "tie_word_embeddings": config.tie_word_embeddings,
         "use_mm_proj": True,
     }
+    if grids:
+        values["image_grid_pinpoints"] = [[width, height] for height, width in grids]
     base_models = noted.get("base_models", [])
     if base_models and base_models[0] != noted["vision_tower"]["name"]:
         values["_name_or_path"] = base_models[0]

@@ -130,8 +130,8 @@ def open_source(
     default = base.folder if base and not has_tokenizer(folder) else folder
     with_tokenizer = local_folder(tokenizer, TOKENIZER_FILES) if tokenizer else default
     loaded = load_tokenizer(with_tokenizer, config.text_config, config.language_model.sentencepiece_class)
-    token_ids = add_tokens(loaded)
     rows = checkpoint.tensors[SOURCE_EMBEDDINGS].shape[0]
+    token_ids = add_tokens(loaded, rows)
     if token_ids.count - rows > _MOST_NEW_ROWS:
         raise DeltaLlavaError(
             f"the tokenizer has ids up to {token_ids.count - 1:,}, but the checkpoint was trained with {rows:,} rows; pass the "

@@ -23,6 +23,7 @@ from ..loading import local_folder
 
 
 PAD_TOKEN = "<pad>"
+VIDEO_TOKEN = "<video>"
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # How the rule begins that adds SentencePiece's word mark to text after an image.
 WORD_MARK_RULE = rf"(?:(?<={IMAGE_TOKEN})|"
@@ -32,6 +33,8 @@ _DROPPED_SETTINGS = (
     *("auto_map", "chat_template", "is_local", "local_files_only", "name_or_path", "processor_class"),
     *("tokenizer_file", "vocab_file", "merges_file"),
 )
+# Vocabularies are padded to a multiple of this, as is usual on the Hub.
+_VOCABULARY_MULTIPLE = 64
 # SentencePiece's numbers for kinds of models and pieces.
 _BPE, _USER_DEFINED, _UNMERGED = 2, 4, {2, 3, 6}  # unknown, control, byte
 
@@ -223,16 +226,23 @@ def _write_settings(folder: Path, sentencepiece_class: str | None) -> None:
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Ids of the image and the padding token, how many ids there are (the largest plus one), and the tokens added."""
+    """Ids of the image, video and padding token, how many ids there are (the largest plus one), and the tokens added."""
 
     image: int
+    video: int | None
     pad: int
     count: int
     added: list[str]
 
 
-def add_tokens(tokenizer: PreTrainedTokenizerBase) -> TokenIds:
-    """Add the image token, and a padding token where there is none, each once; pad on the left from now on."""
+def add_tokens(tokenizer: PreTrainedTokenizerBase, rows: int = 0) -> TokenIds:
+    """
+    Add the image token, a padding token where there is none, and the video token where a row is free; pad on the left.
+
+    Args:
+        tokenizer: changed in place.
+        rows: of the embeddings that the tokenizer is for; 0 where there are none yet.
+    """
     required = [IMAGE_TOKEN]
     if tokenizer.pad_token is None:
         required.append(PAD_TOKEN)
@@ -244,10 +254,19 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase) -> TokenIds:
         tokenizer.add_tokens(tokens, special_tokens=True)
     if not _separates_at_images(tokenizer):
         _mark_first_words(tokenizer)
+    count = max(tokenizer.get_vocab().values()) + 1
+    if VIDEO_TOKEN not in known and count < padded_vocab_size(rows, count):
+        tokenizer.add_tokens([AddedToken(VIDEO_TOKEN, special=True, normalized=False)], special_tokens=True)
+        added, count = [*added, VIDEO_TOKEN], count + 1
     tokenizer.padding_side = "left"
     tokenizer.init_kwargs["padding_side"] = "left"  # only its arguments are saved
     image, pad = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, tokenizer.pad_token])
-    return TokenIds(image, pad, max(tokenizer.get_vocab().values()) + 1, added)
+    return TokenIds(image, tokenizer.get_vocab().get(VIDEO_TOKEN), pad, count, added)
+
+
+def padded_vocab_size(rows: int, needed: int) -> int:
+    """Rows of the embeddings for `needed` token ids: `rows` where they suffice, else rounded up to a multiple of 64."""
+    return rows if needed <= rows else -(-needed // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
 
 
 def _separates_at_images(tokenizer: PreTrainedTokenizerBase) -> bool:

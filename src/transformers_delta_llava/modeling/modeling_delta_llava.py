@@ -396,6 +396,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         )
         if processor is not None:
             config_kwargs.setdefault("image_token_id", processor.image_token_id)
+            config_kwargs.setdefault("video_token_id", processor.video_token_id)
             if len(processor.tokenizer) > language_model.config.vocab_size:
                 language_model.resize_token_embeddings(len(processor.tokenizer), pad_to_multiple_of=64)
                 lm_head = language_model.get_output_embeddings()

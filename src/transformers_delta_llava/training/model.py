@@ -107,7 +107,8 @@ def _load(recipe: Recipe, dtype: torch.dtype) -> tuple[DeltaLlavaForConditionalG
     if recipe.data.chat_template is not None:
         processor.chat_template = read_chat_template(recipe.data.chat_template, tokenizer)
     count = max(tokenizer.get_vocab().values()) + 1
-    _fit_generation(model, processor, TokenIds(config.image_token_id, tokenizer.pad_token_id, count, []))
+    ids = TokenIds(config.image_token_id, config.video_token_id, tokenizer.pad_token_id, count, [])
+    _fit_generation(model, processor, ids)
     return model, processor
 
 
@@ -137,7 +138,11 @@ def _create(recipe: Recipe, dtype: torch.dtype) -> tuple[DeltaLlavaForConditiona
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         text_config.setdefault(name, getattr(processor.tokenizer, name))
     config = DeltaLlavaConfig(
-        vision_config=vision_config, text_config=text_config, image_token_id=ids.image, **recipe.model.config
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_id=ids.image,
+        video_token_id=ids.video,
+        **recipe.model.config,
     )
     model = DeltaLlavaForConditionalGeneration._from_config(config, **_options(recipe.model, dtype))
     _fit_generation(model, processor, ids)
@@ -152,7 +157,7 @@ def _new_processor(
     sentencepiece_class = next((model.sentencepiece_class for model in language_models), None)
     source = str(recipe.model.tokenizer or language)
     tokenizer: PreTrainedTokenizerBase = load_tokenizer(source, text_config, sentencepiece_class)
-    ids = add_tokens(tokenizer)
+    ids = add_tokens(tokenizer, getattr(text_config, "vocab_size", 0))
     if isinstance(image_processor, dict):  # the config of an untrained tower: CLIP's preprocessing at its size
         side = image_processor.get("image_size", 224)
         loaded = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
