@@ -104,8 +104,8 @@ easy-VQA: one coloured shape, thirteen possible answers. The weights are stored 
 Percent right of all {questions} test questions, exact match, in {dtype}, with 95 % Wilson intervals (which take questions for
 independent; there are about ten per image). Printed by
 
-    delta-llava convert examples/easy-vqa runs/easy-vqa-repo
-    python -m examples.easy_vqa_questions runs/easy-vqa-repo {budgets}
+    delta-llava convert examples/easy-vqa easy-vqa-repo
+    python -m examples.easy_vqa_questions easy-vqa-repo {budgets}
 
 The author of the data set reports 93.78 on the test split for his own network.
 

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from PIL import Image
 from transformers import pipeline
 
 from tests.integration.engine_scripts.answer import NEW_TOKENS, answer, ask_pipeline
@@ -70,6 +72,50 @@ def test_numbers_per_image_are_exact_without_a_cache_and_refused_with_it(vllm, r
     good = offline({**asked[0], "num_visual_tokens": 4})
     report = vllm.run("vllm_offline.py", repo, stdin=[good, offline(asked[0])], **ENVIRONMENT)
     assert "numbers_per_image" in report["refused"]
+
+
+@torch.inference_mode()
+def test_tiles_and_videos(vllm, repo, questions, tmp_path):
+    """Tiles and numbers of visual tokens per request, two images, a video, and an image and a video in one request."""
+    images = []
+    for index, size in enumerate([(200, 130), (64, 190)]):
+        images.append(str(tmp_path / f"{index}.png"))
+        Image.open(questions[index].image).resize(size).save(images[-1])
+    clip = [question.image for question in questions[2:5]]
+    rows = [
+        ("<image>", images[:1], [], {"max_tiles": 4}),
+        ("<image>", images[:1], [], {"max_tiles": 6, "num_visual_tokens": 4}),
+        ("<image>", images[:1], [], {"max_tiles": 3, "num_visual_tokens": 1}),
+        ("<image><image>", images, [], {"max_tiles": 4, "num_visual_tokens": 1}),
+        ("<video>", [], [clip], {}),
+        ("<video>", [], [clip], {"num_visual_tokens": 1}),
+        ("<image><video>", images[:1], [clip], {"num_visual_tokens": 4}),
+        ("<image>", images[:1], [], {}),
+        ("<image>", images[:1], [], {"max_tiles": 17}),
+    ]
+    model = DeltaLlavaForConditionalGeneration.from_pretrained(repo).eval()
+    processor = DeltaLlavaProcessor.from_pretrained(repo)
+    requests, expected = [], []
+    for placeholders, paths, clips, options in rows:
+        prompt = f"{placeholders} is there a red shape?"
+        requests.append({"prompt": prompt, "images": paths, "videos": clips, "options": options})
+        if options.get("max_tiles") == 17:
+            continue
+        frames = [[Image.open(path).convert("RGB") for path in clip] for clip in clips]
+        inputs = processor(
+            text=prompt,
+            images=[Image.open(path) for path in paths] or None,
+            videos=frames or None,
+            return_tensors="pt",
+            **options,
+        )
+        output = model.generate(**inputs, do_sample=False, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS)
+        ids = inputs["input_ids"][0].tolist()
+        expected.append({"prompt": ids, "tokens": output[0, len(ids) :].tolist()})
+    answers = vllm.run("vllm_views.py", repo, stdin=requests, **ENVIRONMENT)["answers"]
+    for half in (answers[: len(rows)], answers[len(rows) :]):
+        assert half[:-1] == expected
+        assert "max_tiles=17" in half[-1]["error"]
 
 
 @pytest.fixture(scope="module")
