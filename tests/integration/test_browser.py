@@ -110,8 +110,9 @@ def test_images_become_the_same_bytes_as_in_the_processor():
     for image, size, resample in product(
         images, (64, 336), (Resampling.LANCZOS, Resampling.BILINEAR, Resampling.BICUBIC)
     ):
-        expected.append(b64encode(_to_square(image, mean).resize((size, size), resample).tobytes()).decode())
         rgb, color = b64encode(image.tobytes()).decode(), [int(channel * 255) for channel in mean]
+        square = _to_square(image, tuple(color))
+        expected.append(b64encode(square.resize((size, size), resample).tobytes()).decode())
         given = {"rgb": rgb, "width": image.width, "height": image.height, "color": color}
         cases.append({**given, "size": size, "resample": int(resample)})
     assert json.loads(in_node(SCRIPTS / "square_images.mjs", stdin=json.dumps(cases))) == expected

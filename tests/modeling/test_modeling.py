@@ -445,7 +445,7 @@ class TestFromVisionTextPretrained:
     class Processor:
         """What the constructor reads of a processor."""
 
-        image_token_id = 100
+        image_token_id, video_token_id = 100, None
         tokenizer = range(101)
 
     @pytest.fixture

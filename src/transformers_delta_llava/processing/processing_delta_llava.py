@@ -109,7 +109,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
             `config.num_visual_tokens`. Defaults to `num_visual_tokens`. It is saved, so it stays what it was when
             `from_pretrained(..., num_visual_tokens=...)` overrides the processor's default.
         auto_min_detail (`float`, *optional*, defaults to 0.7): The share of an image's detail that `"auto"` keeps.
-        max_tiles (`int`, *optional*, defaults to 1): The most tiles of an image.
+        max_tiles (`int`, *optional*, defaults to 1): The most tiles of an image; a list as `num_visual_tokens` takes one.
         max_tiles_limit (`int`, *optional*, defaults to 16): The most that a call may ask for.
         use_thumbnail (`bool`, *optional*, defaults to `True`): Show the whole image before its tiles.
         image_grid_pinpoints (`list[list[int]]`, *optional*): (height, width) of the possible grids, of at most `max_tiles`
@@ -139,7 +139,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
         image_token: str = "<image>",
         image_seq_length: int | None = None,
         auto_min_detail: float = 0.7,
-        max_tiles: int = 1,
+        max_tiles: int | list[int] = 1,
         max_tiles_limit: int = 16,
         use_thumbnail: bool = True,
         image_grid_pinpoints: list[list[int]] | None = None,
@@ -158,6 +158,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
             )
         self.max_tiles, self.max_tiles_limit, self.use_thumbnail = max_tiles, max_tiles_limit, use_thumbnail
         self.image_grid_pinpoints = image_grid_pinpoints
+        self._tiles_per_image(max_tiles, len(max_tiles) if isinstance(max_tiles, (list, tuple)) else 1)
         known = tokenizer.encode(VIDEO_TOKEN, add_special_tokens=False)
         self.video_token: str | None = VIDEO_TOKEN if len(known) == 1 else None
         self.video_token_id: int | None = known[0] if len(known) == 1 else None

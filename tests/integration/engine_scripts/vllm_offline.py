@@ -54,7 +54,7 @@ def main() -> None:
     try:
         ask([bad])
     except Exception as error:
-        report["refused"] = f"{type(error).__name__}: {error}"
+        report["refused"] = f"{type(error).__name__}: {error}; {error.__cause__}"
     report["after"] = ask(requests[:1])[0]
     print(json.dumps(report))
 
