@@ -233,13 +233,17 @@ class ModelCard:
     conversion: tuple[str | None, int, list[str]] | None = None
     training: tuple[str, ...] = ()
 
+    @property
+    def license_or_inherited(self) -> str | None:
+        """The licence that the card names."""
+        return self.license or next((LICENSES[name] for name in self.base_models if name in LICENSES), None)
+
     def render(self) -> str:
         """The card as Markdown with its YAML header."""
-        inherited = next((LICENSES[name] for name in self.base_models if name in LICENSES), None)
         header = ModelCardData(
             base_model=self.base_models or None,
             library_name="transformers",
-            license=self.license or inherited,
+            license=self.license_or_inherited,
             pipeline_tag="image-text-to-text",
             tags=TAGS,
         )

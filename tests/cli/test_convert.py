@@ -4,6 +4,7 @@ import runpy
 import sys
 
 import pytest
+from huggingface_hub import metadata_load
 
 from transformers_delta_llava import __version__
 
@@ -14,12 +15,19 @@ def test_convert_and_export(call, source, tmp_path):
     options = ["--dtype", "bfloat16", "--chat-template", "chatml", "--max-shard-size", "200KB", "--verify"]
     code, out, err = call("convert", source, repo, *options)
     assert (code, out) == (0, f"{repo}\n")
-    assert "137 tensors (137 from llava-tiny), 16 visual tokens per image\n" in err
+    assert f"137 tensors, verified (137 from {source}), 16 visual tokens per image\n" in err
     assert "chat template: chatml (as requested)\n" in err and "warning: left out temperature=0.9" in err
     assert len(list(repo.glob("model-*.safetensors"))) > 1
     code, out, err = call("convert", source, repo)
     assert (code, out) == (2, "") and "overwrite" in err
-    assert call("convert", source, repo, "--overwrite")[0] == 0
+    card = ["--license", "mit", "--card-base-model", "org/base"]
+    code, out, err = call("convert", source, repo, "--overwrite", *card)
+    header = metadata_load(repo / "README.md")
+    assert (header["license"], header["base_model"]) == ("mit", ["org/base"]) and "README.md names no" not in err
+    assert call("update", repo, "--num-visual-tokens", "4")[:2] == (
+        0,
+        "config.json\nprocessor_config.json\nREADME.md\n",
+    )
 
     code, out, err = call("export", repo, back, "--format", "released")
     assert (code, out) == (0, f"{back}\n") and "137 tensors in 1 files, layout released, 320 rows" in err

@@ -9,11 +9,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from ..errors import DeltaLlavaError
 from .options import say
-from .push import CreatePr, DryRun, Private, Revision, push_and_tell
+from .push import BaseModels, CreatePr, DryRun, License, Private, Revision, push_and_tell
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="Checkpoint folder in the authors' layout.", show_default=False)],
+    source: Annotated[
+        str, typer.Argument(help="Folder or Hub id of a checkpoint in the authors' layout.", show_default=False)
+    ],
     output: Annotated[
         Path | None,
         typer.Argument(
@@ -49,6 +51,8 @@ def convert(
     verify: Annotated[
         bool, typer.Option("--verify", help="Check the sums in .bin files, and every written tensor.")
     ] = False,
+    license: License = None,
+    card_base_models: BaseModels = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier conversion's output.")] = False,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="ORG/NAME", help="Publish the result; see `delta-llava push`.")
@@ -99,6 +103,8 @@ def convert(
             max_shard_size=max_shard_size,
             verify=verify,
             repo_id=push_to_hub,
+            license=license,
+            base_models=card_base_models or [],
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             verify_progress=lambda done, total: bar.update(task, description="verifying", completed=done, total=total),
         )
@@ -106,8 +112,12 @@ def convert(
         say(f"warning: {warning}")
     for name, reason in report.ignored.items():
         say(f"left out {name}: {reason}")
+    if report.license is None:
+        say("warning: README.md names no licence; pass --license")
+    if not report.base_models:
+        say("warning: README.md names no base model; pass --card-base-model")
     say(
-        f"{report.tensors_written} tensors ({report.tensors_read} from {source.name}), "
+        f"{report.tensors_written} tensors{', verified' if verify else ''} ({report.tensors_read} from {source}), "
         f"{report.num_visual_tokens} visual tokens per image"
     )
     say(f"chat template: {report.chat_template.name} ({report.chat_template.reason})")

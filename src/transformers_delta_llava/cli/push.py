@@ -22,6 +22,11 @@ Include = Annotated[
     list[str] | None,
     typer.Option(help="Shell pattern of files to publish, too, such as 'images/*.png'; may be given several times."),
 ]
+License = Annotated[str | None, typer.Option(help="Licence for the card, as the Hub names it, such as apache-2.0.")]
+BaseModels = Annotated[
+    list[str] | None,
+    typer.Option("--card-base-model", help="Hub id of a base model for the card; several times for several."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the folder and list what would be uploaded, no more.")]
 
 
@@ -33,6 +38,8 @@ def push(
     create_pr: CreatePr = False,
     dry_run: DryRun = False,
     include: Include = None,
+    license: License = None,
+    card_base_models: BaseModels = None,
 ) -> None:
     """Publish a repo folder on the Hub in one commit, and print the commit's URL.
 
@@ -47,6 +54,8 @@ def push(
         create_pr=create_pr,
         dry_run=dry_run,
         include=include or [],
+        license=license,
+        base_models=card_base_models or [],
     )
 
 
@@ -59,6 +68,8 @@ def push_and_tell(
     create_pr: bool,
     dry_run: bool,
     include: Sequence[str] = (),
+    license: str | None = None,
+    base_models: Sequence[str] = (),
 ) -> None:
     """Push, with warnings on stderr and the URL on stdout; after a dry run the list of files there."""
     from ..hub import push_folder
@@ -71,6 +82,8 @@ def push_and_tell(
         create_pr=create_pr,
         dry_run=dry_run,
         include=include,
+        license=license,
+        base_models=base_models,
     )
     for warning in report.warnings:
         say(f"warning: {warning}")

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..hub import (
     write_config,
     write_processor,
 )
-from ..loading import DTYPES
+from ..loading import DTYPES, local_folder
 from .config import convert_config, processor_settings
 from .names import EMBEDDINGS, TensorPlan, find_delta_rank, plan_tensors
 from .prompts import ChatTemplate, chat_template_warnings, fit_generation_config, keep_valid_flags
@@ -44,6 +44,7 @@ class ConversionReport:
         tensors_read: how many of the source's tensors were used; `ignored` maps the others to reasons.
         tensors_written: how many tensors the repo has, those of the vision tower included.
         chat_template: the chosen one, with the reason.
+        license, base_models: what the card names.
         warnings: what the user should know.
     """
 
@@ -54,6 +55,8 @@ class ConversionReport:
     tensors_written: int
     ignored: dict[str, str]
     chat_template: ChatTemplate
+    license: str | None
+    base_models: list[str]
     warnings: list[str]
 
 
@@ -73,6 +76,8 @@ def convert_checkpoint(
     progress: Progress | None = None,
     verify_progress: Progress | None = None,
     repo_id: str | None = None,
+    license: str | None = None,
+    base_models: Sequence[str] = (),
 ) -> ConversionReport:
     """Convert a checkpoint into a folder that loads with `trust_remote_code` where this package is not installed.
 
@@ -80,7 +85,7 @@ def convert_checkpoint(
     are, bit for bit, unless `dtype` asks otherwise; the embeddings get rows for new tokens.
 
     Args:
-        source: folder with `config.json` and weights: a full checkpoint (safetensors, `.bin` or `.pt`), with or without
+        source: folder or Hub id with `config.json` and weights: a full checkpoint (safetensors, `.bin` or `.pt`), with or without
             the vision tower's; a projector alone (`mm_projector.bin`); or a LoRA run (`adapter_model.*` with
             `non_lora_trainables.bin`), which is merged as PEFT merges.
         output: folder to write.
@@ -97,6 +102,8 @@ def convert_checkpoint(
             its source, bit by bit, before the output appears.
         progress: called with the bytes of tensors written so far, and in all; `verify_progress` the same while verifying.
         repo_id: Hub id that the model card's examples name. By default they name the output folder.
+        license: for the card, as the Hub names it; by default the language model's, where that is known.
+        base_models: Hub ids for the card; by default what the checkpoint states.
 
     Raises:
         DeltaLlavaError: the source or an option cannot be used, or the output exists.
@@ -107,7 +114,7 @@ def convert_checkpoint(
     check_output(output, overwrite)
     cast_to = _cast_to(dtype)
     opened = open_source(
-        Path(source),
+        local_folder(source),
         base_model=str(base_model) if base_model else None,
         vision_tower=str(vision_tower) if vision_tower else None,
         tokenizer=str(tokenizer) if tokenizer else None,
@@ -133,13 +140,14 @@ def convert_checkpoint(
     warnings += chat_template_warnings(template, opened.tokenizer)
     if opened.config.unknown:
         warnings.append(f"config.json has unknown keys: {', '.join(opened.config.unknown)}")
-    base_models = _base_models(opened)
+    base_models = list(base_models) or _base_models(opened)
     new_rows = config.text_config.vocab_size - opened.vocab_size
     card = ModelCard(
         name=repo_id or output.resolve().name,
         config=config,
         vision_tower=opened.tower.name,
         base_models=base_models,
+        license=license,
         conversion=(dtype_name(cast_to) if cast_to else None, new_rows, ids.added),
     )
     shards = split_shards(plan.tensors, max_shard_size)
@@ -170,6 +178,8 @@ def convert_checkpoint(
         tensors_written=len(plan.tensors),
         ignored=plan.ignored,
         chat_template=template,
+        license=card.license_or_inherited,
+        base_models=base_models,
         warnings=warnings,
     )
 
