@@ -118,7 +118,7 @@ tokens from the recipes' list, so one set of weights serves all of them.
 
 To make it again:
 
-    pip install 'transformers-delta-llava[train]'
+    pip install '.[train]'
     python -m examples.easy_vqa_data
     delta-llava train examples/recipes/easy-vqa-pretrain.yaml
     delta-llava train examples/recipes/easy-vqa.yaml

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import metadata_load
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
@@ -30,6 +31,7 @@ from tests.training.tiny_run import (
     write_model,
     write_parts,
 )
+from transformers_delta_llava.conversion import inspect_model
 from transformers_delta_llava.errors import DeltaLlavaError
 from transformers_delta_llava.training import make_recipe, make_trainer, run_trainer, train
 from transformers_delta_llava.training.trainer import COUNTS
@@ -149,6 +151,15 @@ def test_a_finished_folder_has_no_weights_of_an_earlier_run_and_no_token(folder:
     assert (tmp_path / "model.safetensors").is_file() and not any((tmp_path / name).exists() for name in stale)
     assert list(tmp_path.glob("checkpoint-*/optimizer.pt"))
     assert [path for path in tmp_path.rglob("*") if path.is_file() and token.encode() in path.read_bytes()] == []
+
+
+def test_a_finished_run_has_a_card_and_nothing_to_complain_about(folder: Path, tmp_path: Path) -> None:
+    out = run(folder, tmp_path / "out", num_visual_tokens=[36, 4])
+    text = (out / "README.md").read_text()
+    assert metadata_load(out / "README.md")["library_name"] == "transformers"
+    assert all(fact in text for fact in ("rows.json", "projector", "36, 4 visual tokens", "# out"))
+    assert not any(str(path) in text for path in (folder, tmp_path))
+    assert inspect_model(out).problems == []
 
 
 # ---------------------------------------------------------------------------- where a model comes from

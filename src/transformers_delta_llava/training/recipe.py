@@ -188,6 +188,8 @@ class Recipe(Section):
     def training_arguments(self) -> TrainingArguments:
         """`TrainingArguments` with the defaults of this package."""
         values = {**DEFAULTS, **self.arguments}
+        if "lora" in self.train:
+            values.setdefault("learning_rate", 2e-4)  # transformers' default, 5e-5, is for whole models
         if values.get("logging_steps") == DEFAULTS["logging_steps"] and values.get("max_steps", -1) in range(1, 20):
             values["logging_steps"] = 1
         # From 5.23 on it is called activation_checkpointing.

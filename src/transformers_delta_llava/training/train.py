@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments, set_seed
 
-from ..errors import DeltaLlavaError
+from .. import __version__
+from ..errors import REPORT_FILE, DeltaLlavaError, read_optional_json
+from ..hub import ModelCard, hub_id_of, public_name
 from ..modeling import DeltaLlavaForConditionalGeneration
 from .data import Collator, ConversationEncoder, TrainingDataset, open_rows, record_skipped, some_images
 from .model import build_model, packs_for_flash, select_trainable, trains_vision
@@ -57,7 +59,7 @@ def run_trainer(trainer: DeltaLlavaTrainer, recipe: Recipe, resume: bool = False
             f"model; {_how_to_go_on(last_checkpoint(output_dir))}"
         )
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
-    trainer.save_final(output_dir, dtype)
+    trainer.save_final(output_dir, dtype, write_card(recipe, trainer))
     if arguments.should_save:
         write_yaml(recipe.to_dict(), output_dir / "recipe.yaml")
     trainer.save_metrics("train", result.metrics, combined=False)
@@ -65,6 +67,36 @@ def run_trainer(trainer: DeltaLlavaTrainer, recipe: Recipe, resume: bool = False
     trainer.accelerator.wait_for_everyone()
     logger.info("%s; the model is in %s", describe_loss(trainer.state.log_history), output_dir)
     return output_dir
+
+
+def write_card(recipe: Recipe, trainer: DeltaLlavaTrainer) -> str:
+    """The model card of a run: what was trained from what, on which data. It has no paths of this machine."""
+    model, arguments = recipe.model, trainer.args
+    source = Path(model.path or "")
+    noted = read_optional_json(source / REPORT_FILE) if model.path else {}
+    parts = (model.path, model.language, model.vision)
+    base_models = [name for part in parts if (name := hub_id_of(part, source)) is not None]
+    config = trainer.accelerator.unwrap_model(trainer.model).config
+    vision = public_name(model.vision) if model.vision else noted.get("vision_tower", {}).get("name")
+    data = public_name(str(recipe.data.path or recipe.data.dataset))
+    rows_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    training = (
+        f"It was trained with transformers-delta-llava {__version__} from {public_name(model.path or 'random weights')}"
+        if model.path or model.language is None
+        else f"It was trained with transformers-delta-llava {__version__}"
+    )
+    numbers = ", ".join(map(str, recipe.budgets or (config.num_visual_tokens,)))
+    return ModelCard(
+        name=Path(str(arguments.output_dir)).name,
+        config=config,
+        vision_tower=vision or config.vision_config.model_type,
+        base_models=base_models or noted.get("base_models", []),
+        training=(
+            f"{training}: {', '.join(recipe.train)}, on {len(trainer.train_dataset):,} rows of {data}.",
+            f"{trainer.state.global_step:,} steps of {rows_per_step} rows, learning rate {arguments.learning_rate:g}, "
+            f"{numbers} visual tokens per image, seed {arguments.seed}.",
+        ),
+    ).render()
 
 
 def _how_to_go_on(checkpoint: str | None) -> str:
