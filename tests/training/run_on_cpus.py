@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 
@@ -70,6 +71,10 @@ def enable_fsdp() -> None:
 
 if __name__ == "__main__":
     strategy, *recipes = sys.argv[1:]
+    # transformers 5.10 restores optimizers of several processes to "cpu:0", which torch only knows as "cpu".
+    torch.serialization.register_package(
+        1, lambda storage: None, lambda storage, place: storage if place == "cpu:0" else None
+    )
     gc.freeze()  # every run collects garbage, which takes a second where all of transformers is imported
     fork(2)
     os.environ.update(STRATEGIES[strategy])
