@@ -134,12 +134,6 @@ export class DeltaLlava {
     });
   }
 
-  /** Paths of the vision encoders' graphs in the repo. */
-  get visionEncoderFiles() {
-    const suffix = SUFFIXES[this.model.sessions.vision_encoder.config.dtype];
-    return Object.values(this.settings.vision_encoders).map((name) => `onnx/${name}${suffix}.onnx`);
-  }
-
   /** The files of weights that all vision encoders of a dtype share: they are named after that for the default number. */
   sharedWeights(dtype) {
     const file = `vision_encoder${SUFFIXES[dtype]}.onnx`;

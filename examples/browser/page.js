@@ -3,8 +3,11 @@
 const parts = Object.fromEntries([...document.querySelectorAll("[id]")].map((element) => [element.id, element]));
 const settings = Object.fromEntries(new URLSearchParams(location.search)); // ?model=FOLDER&dtype=q4&device=wasm
 let budgets = []; // numbers of visual tokens, smallest first
+let hasImage = false;
+let turn = 0; // counts the images: what the worker says about an earlier one is too late
 let worker;
 
+parts.form.reset(); // browsers put back what a field showed
 await keepFiles();
 startWorker();
 
@@ -28,14 +31,17 @@ async function keepFiles() {
 
 function startWorker() {
   worker = new Worker("worker.js", { type: "module" });
-  worker.onmessage = ({ data: { type, ...values } }) => HANDLERS[type](values);
+  worker.onmessage = ({ data: { type, ...values } }) => {
+    if ([undefined, turn].includes(values.turn)) HANDLERS[type](values);
+  };
   worker.onerror = () => HANDLERS.error({ message: "transformers.js did not load: run `npm ci` in the page's folder." });
   worker.postMessage({ type: "load", repo: settings.model ?? "model", dtype: settings.dtype, device: settings.device });
 }
 
 const HANDLERS = {
-  progress({ percent }) {
+  progress({ percent, total }) {
     parts.progress.value = percent;
+    parts.status.textContent = `Loading ${(total / 1e6).toFixed(0)} MB, once …`;
   },
 
   ready({ device, visualTokenBudgets, numVisualTokens }) {
@@ -52,6 +58,8 @@ const HANDLERS = {
 
   image({ width, height }) {
     parts.hint.textContent = `${width} × ${height} pixels`;
+    hasImage = true;
+    setBusy(false);
   },
 
   text({ text }) {
@@ -71,13 +79,14 @@ const HANDLERS = {
     parts.progress.hidden = true;
     parts.answer.textContent = message;
     parts.answer.classList.add("error");
+    if (!hasImage) clearPreview();
     setBusy(false);
   },
 };
 
 /** While the model answers it can be stopped, and screen readers wait for the whole answer. */
 function setBusy(busy) {
-  parts.ask.disabled = busy || !budgets.length;
+  parts.ask.disabled = busy || !budgets.length || !hasImage;
   parts.stop.disabled = !busy;
   parts.answer.setAttribute("aria-busy", busy);
 }
@@ -88,15 +97,25 @@ function showBudget() {
   parts.tokens.setAttribute("aria-valuetext", `${number} visual token${number === 1 ? "" : "s"}`);
 }
 
+function clearPreview() {
+  URL.revokeObjectURL(parts.preview.src);
+  parts.preview.hidden = true;
+  parts.hint.textContent = "Choose an image, or drop one here.";
+}
+
 function choose(file) {
   if (!file) return;
+  worker.postMessage({ type: "stop" }); // an answer about the image before
+  turn += 1;
+  hasImage = false;
+  setBusy(false);
   parts.answer.classList.remove("error");
   URL.revokeObjectURL(parts.preview.src);
   parts.preview.src = URL.createObjectURL(file);
   parts.preview.alt = `The image to ask about: ${file.name}`;
   parts.preview.hidden = false;
   parts.answer.textContent = "";
-  worker.postMessage({ type: "image", file });
+  worker.postMessage({ type: "image", turn, file });
 }
 
 parts.form.addEventListener("submit", (event) => {
@@ -105,8 +124,9 @@ parts.form.addEventListener("submit", (event) => {
   parts.answer.textContent = "";
   parts.answer.classList.remove("error");
   setBusy(true);
-  worker.postMessage({ type: "ask", question: parts.question.value, numVisualTokens: budgets[parts.tokens.value] });
+  worker.postMessage({ type: "ask", turn, question: parts.question.value, numVisualTokens: budgets[parts.tokens.value] });
 });
+addEventListener("pageshow", ({ persisted }) => persisted && location.reload());
 parts.stop.addEventListener("click", () => worker.postMessage({ type: "stop" }));
 parts.tokens.addEventListener("input", showBudget);
 parts.file.addEventListener("change", () => choose(parts.file.files[0]));

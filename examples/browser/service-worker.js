@@ -1,5 +1,6 @@
 /**
- * Keeps every file of the page, model and library included, so that it works without a network after the first visit.
+ * Keeps every file of the page and the library, so that it works without a network after the first visit. The model's files,
+ * asked for by their hash, are kept by model-files.js.
  *
  * With a network, the server is asked whether it has a newer one. The two headers isolate the page from other origins, for
  * which browsers give WebAssembly threads.
@@ -12,7 +13,8 @@ self.addEventListener("install", () => self.skipWaiting());
 self.addEventListener("activate", (event) => event.waitUntil(self.clients.claim()));
 self.addEventListener("fetch", (event) => {
   const { method, url } = event.request;
-  if (method === "GET" && new URL(url).origin === location.origin) event.respondWith(respond(event));
+  const { origin, searchParams } = new URL(url);
+  if (method === "GET" && origin === location.origin && !searchParams.has("sha256")) event.respondWith(respond(event));
 });
 
 async function respond(event) {

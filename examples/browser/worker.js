@@ -1,52 +1,57 @@
-/** The model, beside the page's own thread. Messages in: load, image, ask, stop. Out: progress, ready, image, text, answer, error. */
+/**
+ * The model, in a thread of its own. Messages in: load, image, ask, stop. Out: progress, ready, image, text, answer, error. Each
+ * answer to `image` and `ask` has their `turn`.
+ */
 
 import * as transformers from "./node_modules/@huggingface/transformers/dist/transformers.min.js";
 import { DeltaLlava } from "./delta-llava.js";
+import { openExport } from "./model-files.js";
 
 const { env, RawImage } = transformers;
 const here = (path) => new URL(path, import.meta.url);
-env.allowRemoteModels = false; // every file comes from this folder, and the service worker keeps it
+env.allowRemoteModels = false; // every file comes from this folder
 env.allowLocalModels = true;
 env.localModelPath = here("./").pathname; // a URL with a host would count as remote
 env.useBrowserCache = env.useWasmCache = false;
+
+// A longer image is made smaller first: the square around it would take gigabytes.
+const MAX_SIDE = 4096;
 
 let model;
 let image = null;
 
 const ACTIONS = {
   async load({ repo, dtype, device }) {
-    if (!(await fetch(here(`${repo}/config.json`))).ok) throw new Error(`There is no export in ${repo}: see README.md.`);
+    const onProgress = (bytes, total) => postMessage({ type: "progress", percent: (100 * bytes) / total, total });
+    env.customCache = await openExport(here(repo).href, dtype, onProgress);
+    env.useCustomCache = env.customCache !== null;
     device ??= (await navigator.gpu?.requestAdapter()) ? "webgpu" : "wasm";
     const runtime = `node_modules/onnxruntime-web/dist/ort-wasm-simd-threaded${device === "webgpu" ? ".asyncify" : ""}`;
     env.backends.onnx.wasm.wasmPaths = { mjs: here(`${runtime}.mjs`).href, wasm: here(`${runtime}.wasm`).href };
-    const progress_callback = ({ status, progress }) => {
-      if (status === "progress_total") postMessage({ type: "progress", percent: progress });
-    };
-    model = await DeltaLlava.load(transformers, repo, { dtype, device, progress_callback });
+    model = await DeltaLlava.load(transformers, repo, { dtype, device });
     breatheBetweenTokens(model.model);
-    // So that the service worker keeps these, too, before somebody asks for them without a network.
-    await Promise.all(model.visionEncoderFiles.map((file) => fetch(here(`${repo}/${file}`))));
     const { visualTokenBudgets, settings } = model;
     postMessage({ type: "ready", device, visualTokenBudgets, numVisualTokens: settings.num_visual_tokens });
   },
 
   /** Decode a file: turned as its EXIF tag says, without colour management, as the Python processor does. */
-  async image({ file }) {
+  async image({ file, turn }) {
     image = null;
     const bitmap = await createImageBitmap(file, { colorSpaceConversion: "none" }).catch(() => {
       throw new Error(`${file.name} cannot be read as an image.`);
     });
-    const { width, height } = bitmap;
+    const scale = Math.min(1, MAX_SIDE / Math.max(bitmap.width, bitmap.height));
+    const [width, height] = [bitmap.width, bitmap.height].map((side) => Math.max(1, Math.round(side * scale)));
     const context = new OffscreenCanvas(width, height).getContext("2d");
-    context.drawImage(bitmap, 0, 0);
+    context.drawImage(bitmap, 0, 0, width, height);
     image = new RawImage(context.getImageData(0, 0, width, height).data, width, height, 4).rgb();
-    postMessage({ type: "image", width, height });
+    postMessage({ type: "image", turn, width: bitmap.width, height: bitmap.height });
   },
 
-  async ask({ question, numVisualTokens }) {
-    const onText = (text) => postMessage({ type: "text", text });
+  async ask({ question, numVisualTokens, turn }) {
+    const onText = (text) => postMessage({ type: "text", turn, text });
     const answer = await model.ask(image, question, numVisualTokens, { onText });
-    postMessage({ type: "answer", numVisualTokens: image ? numVisualTokens : 0, ...answer });
+    postMessage({ type: "answer", turn, numVisualTokens, ...answer });
   },
 };
 
@@ -64,5 +69,5 @@ let last = Promise.resolve();
 self.onmessage = ({ data: { type, ...values } }) => {
   if (type === "stop") return model.stop();
   // One after the other: a question is about the image that came before it.
-  last = last.then(() => ACTIONS[type](values)).catch((error) => postMessage({ type: "error", message: error.message }));
+  last = last.then(() => ACTIONS[type](values)).catch(({ message }) => postMessage({ type: "error", turn: values.turn, message }));
 };

@@ -1,5 +1,6 @@
 """The package's error, JSON files, and outputs that appear whole or not at all."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -70,6 +71,15 @@ def write_json(value: dict[str, Any], path: Path) -> None:
 def json_text(value: dict[str, Any]) -> str:
     """What `write_json` writes."""
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def sha256_of(file: Path) -> str:
+    """The hash of a file of any size."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def check_output(output: Path, overwrite: bool = False, marker: str = REPORT_FILE) -> None:

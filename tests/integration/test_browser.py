@@ -131,7 +131,9 @@ def visit(model, questions, tmp_path_factory) -> dict:
     asked = [{name: q[name] for name in ("image", "question", "num_visual_tokens")} for q in questions[:20]]
     server = ["-m", "http.server", port, "--bind", "127.0.0.1", "--directory", model.parent]
     with engine.serve(server, port, health="/index.html") as page:
-        return engine.run("ask_page.py", CHROMIUM, page.url, screenshot, engine.scratch, stdin=asked, timeout=300)
+        return engine.run(
+            "ask_page.py", CHROMIUM, page.url, screenshot, engine.scratch, model.parent, stdin=asked, timeout=300
+        )
 
 
 def test_the_page_answers(visit, questions):
@@ -147,6 +149,9 @@ def test_the_page_answers(visit, questions):
         assert all(time.endswith(" ms") for time in (vision, first_token, rest))
     assert visit["fits"], "the page is wider than a phone"
     assert visit["bad_image"] == "ask_page.py cannot be read as an image."
+    assert not visit["bad_image_shown"]
+    assert visit["swapped"] == "", "an answer about another image"
+    assert visit["half_updated"]["text"] == questions[19]["text"]
     assert visit["no_export"] == "There is no export in nothing: see README.md."
 
 

@@ -1,6 +1,5 @@
 """Convert a trained checkpoint in the released layout to a Hub repo."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,15 @@ import torch
 import transformers
 
 from .. import __version__
-from ..errors import REPORT_FILE, DeltaLlavaError, check_output, output_folder, read_optional_json, write_json
+from ..errors import (
+    REPORT_FILE,
+    DeltaLlavaError,
+    check_output,
+    output_folder,
+    read_optional_json,
+    sha256_of,
+    write_json,
+)
 from ..hub import (
     TEMPLATE_FILE,
     ModelCard,
@@ -237,12 +244,4 @@ def _hash_files(files: Iterable[Path]) -> dict[str, str]:
     """The sha256 of each file, by its name; several at a time, since hashing is slower than a disk."""
     with ThreadPoolExecutor(4) as pool:
         files = list(files)
-        return dict(zip((file.name for file in files), pool.map(_sha256, files)))
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return dict(zip((file.name for file in files), pool.map(sha256_of, files)))

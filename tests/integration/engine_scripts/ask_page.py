@@ -1,9 +1,9 @@
 """Asks the page of `examples/browser` in Chromium, with and without a network. Prints one JSON object.
 
-    python ask_page.py CHROMIUM URL SCREENSHOT SCRATCH < questions.json
+    python ask_page.py CHROMIUM URL SCREENSHOT SCRATCH FOLDER < questions.json
 
 questions.json is a list of {image, question, num_visual_tokens}, all of them asked in one visit, and its last ones again after
-the network is gone and the page loaded anew. The hosts that the page wanted to reach are read from Chromium's own log.
+the network is gone and the page loaded anew. FOLDER is what the server serves. The hosts that the page wanted to reach are read from Chromium's own log.
 """
 
 import json
@@ -61,6 +61,33 @@ def error(page: Page, action) -> str:
     return page.inner_text("#answer")
 
 
+def swap_image(page: Page, questions: list[dict]) -> str:
+    """What stands there after another image was chosen while the model answered about the first."""
+    page.set_input_files("#file", questions[0]["image"])
+    page.wait_for_function(ENDED)
+    page.press("#question", "Enter")
+    page.set_input_files("#file", questions[1]["image"])
+    page.wait_for_function(ENDED)
+    page.wait_for_timeout(2000)
+    return page.inner_text("#answer")
+
+
+def half_update(page: Page, url: str, model: Path, question: dict) -> dict:
+    """The answer after a new version was put in place of which a file is missing."""
+    manifest = model / "manifest.json"
+    before = manifest.read_text()
+    new = json.loads(before)
+    for file in new["files"]:
+        if file["path"].startswith("onnx/decoder"):
+            file["sha256"] = "0" * 64
+    manifest.write_text(json.dumps(new))
+    try:
+        load(page, lambda: page.goto(url))
+        return ask(page, **question)
+    finally:
+        manifest.write_text(before)
+
+
 def hosts(log: Path) -> list[str]:
     """The hosts that pages and workers wanted to reach, as Chromium's log of its network has them.
 
@@ -73,7 +100,7 @@ def hosts(log: Path) -> list[str]:
 
 def main() -> None:
     """Visit, and print what was seen."""
-    chromium, url, screenshot, scratch = sys.argv[1:]
+    chromium, url, screenshot, scratch, folder = sys.argv[1:]
     questions = json.load(sys.stdin)
     log = Path(scratch) / "network.json"
     errors: list[str] = []
@@ -88,6 +115,9 @@ def main() -> None:
         page.set_viewport_size({**PHONE, "height": 1180})
         page.screenshot(path=screenshot)
         found["bad_image"] = error(page, lambda: page.set_input_files("#file", __file__))
+        found["bad_image_shown"] = page.is_visible("#preview") or page.is_enabled("#ask")
+        found["swapped"] = swap_image(page, questions)
+        found["half_updated"] = half_update(page, url, Path(folder) / "model", questions[-1])
         found["no_export"] = error(page, lambda: page.goto(f"{url}/?model=nothing"))
         context.set_offline(True)
         found["offline"] = load(page, lambda: page.goto(url))
