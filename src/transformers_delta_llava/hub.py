@@ -31,6 +31,7 @@ from .errors import (
     one_line,
     read_json,
     read_optional_json,
+    sha256_of,
     write_json,
 )
 from .loading import encode_question, load_config
@@ -61,13 +62,15 @@ TOKENIZER_FILES = (
     TEMPLATE_FILE,
 )
 WEIGHTS = "model*.safetensors*"
+# Of an export to ONNX: its files with their hashes.
+EXPORT_MANIFEST = "manifest.json"
 # The only files that are published. Logs, data, keys and whatever else is in a folder stay there.
 PUBLISHED = (
     *("README.md", "LICENSE*", "NOTICE*", ".gitattributes", REPORT_FILE),
     *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
     *("model*.safetensors", "model*.safetensors.index.json", "deltas.safetensors"),
     *(*HUB_FILES, *TOKENIZER_FILES, "additional_chat_templates/*.jinja"),
-    *("onnx/*.onnx", "onnx/*.onnx_data*", "onnx/*.json", "onnx/*.jinja", "onnx/run_onnx.py"),
+    *("onnx/*.onnx", "onnx/*.onnx_data*", EXPORT_MANIFEST, "run_onnx.py"),
 )
 # A login token of the Hub, and the size of the largest file that is searched for one.
 _TOKEN, _MAX_TEXT_BYTES = re.compile(rb"\bhf_[A-Za-z0-9]{30,}"), 10 * 2**20
@@ -359,7 +362,7 @@ def push_folder(
     base_models: Sequence[str] = (),
     api: HfApi | None = None,
 ) -> PushReport:
-    """Publish a repo folder that loads, in one commit.
+    """Publish a repo folder that loads, or an export to ONNX, in one commit.
 
     After a broken connection, call it again: files that arrived are not sent twice. Weights and code of the repo that
     the folder does not have are deleted in the same commit.
@@ -385,7 +388,10 @@ def push_folder(
     if not dry_run:
         check_login(api)
     repo_files(folder, include)
-    check_repo(folder)
+    if (folder / EXPORT_MANIFEST).is_file():
+        _check_export(folder)
+    else:
+        check_repo(folder)
     warnings = _complete_card(folder / "README.md", repo_id, license, base_models)
     files, left_out = repo_files(folder, include)
     sizes = {name: path.stat().st_size for name, path in files.items()}
@@ -404,12 +410,22 @@ def push_folder(
         repo_id=repo_id,
         folder_path=folder,
         allow_patterns=list(files),
-        delete_patterns=[WEIGHTS, "*_delta_llava.py"],  # of what is not uploaded
+        delete_patterns=[WEIGHTS, "*_delta_llava.py", "onnx/*"],  # of what is not uploaded
         commit_message=f"Upload {repo_id.partition('/')[2]}",
         revision=revision,
         create_pr=create_pr,
     )
     return PushReport(repo_id, commit.pr_url or commit.commit_url, sizes, left_out, warnings)
+
+
+def _check_export(folder: Path) -> None:
+    """The files of an export to ONNX are those that were written."""
+    noted = {file["path"]: file["sha256"] for file in read_json(folder / EXPORT_MANIFEST)["files"]}
+    changed = [name for name in noted if not (folder / name).is_file() or sha256_of(folder / name) != noted[name]]
+    if changed:
+        raise DeltaLlavaError(
+            f"{folder.name} is not the export that was written: {format_names(changed)}; export again"
+        )
 
 
 def _complete_card(card: Path, repo_id: str, license: str | None, base_models: Sequence[str]) -> list[str]:
@@ -464,7 +480,7 @@ def repo_files(folder: Path, include: Sequence[str] = ()) -> tuple[dict[str, Pat
         name: path for name, path in paths.items() if is_published(name) or any(fnmatch(name, p) for p in include)
     }
     code = read_code(folder)
-    if code.missing:
+    if code.missing and EXPORT_MANIFEST not in paths:
         raise DeltaLlavaError(f"{folder.name} lacks {format_names(code.missing)}; convert or save the model again")
     if differing := [*code.outdated, *code.edited]:
         raise DeltaLlavaError(

@@ -10,13 +10,16 @@ import onnx_ir as ir
 import pytest
 
 from tests.checkpoints import edit_json
+from transformers_delta_llava.errors import DeltaLlavaError
+from transformers_delta_llava.hub import push_folder
 from transformers_delta_llava.onnx import export_onnx
 from transformers_delta_llava.onnx.files import WeightFiles
 from transformers_delta_llava.onnx.settings import patch_size
 
 
-BESIDE = {
+OTHERS = {
     *("README.md", "chat_template.jinja", "config.json", "conversion.json", "generation_config.json", "run_onnx.py"),
+    "manifest.json",
     *("preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"),
 }
 
@@ -28,7 +31,7 @@ def names(folder: Path) -> set[str]:
 def test_a_repo_of_its_own(exported):
     graphs = {"vision_encoder.onnx", "vision_encoder_1.onnx", "embed_tokens.onnx", "decoder_model_merged.onnx"}
     weights = {f"{name}_data" for name in graphs - {"vision_encoder_1.onnx"}}
-    assert names(exported) == BESIDE and names(exported / "onnx") == graphs | weights
+    assert names(exported) == OTHERS and names(exported / "onnx") == graphs | weights
     config = json.loads((exported / "config.json").read_text())
     assert config["model_type"] == "llava" and config["image_token_index"] == 432
     assert config["transformers.js_config"] == {
@@ -39,6 +42,16 @@ def test_a_repo_of_its_own(exported):
     assert config["onnx_export"]["vision_encoders"] == {"16": "vision_encoder", "1": "vision_encoder_1"}
     assert config["onnx_export"]["patch_sizes"] == {"16": 16, "1": 64}
     assert json.loads((exported / "processor_config.json").read_text())["patch_size"] == 16
+
+
+def test_it_is_published_as_it_was_written(exported, tmp_path):
+    report = push_folder(exported, "org/onnx", dry_run=True)
+    assert report.files.keys() == OTHERS | {f"onnx/{name}" for name in names(exported / "onnx")}
+    folder = shutil.copytree(exported, tmp_path / "cut")
+    with next((folder / "onnx").glob("*_data")).open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(DeltaLlavaError, match="onnx/.*_data"):
+        push_folder(folder, "org/onnx", dry_run=True)
 
 
 def test_graphs_share_weights_and_tell_nothing_of_the_machine(exported):
@@ -61,7 +74,7 @@ def test_precisions_are_complete_sets_of_files(quantised):
     graphs = {
         f"{name}{end}" for name in ("vision_encoder", "embed_tokens", "decoder_model_merged") for end in suffixes
     }
-    assert names(quantised) == BESIDE and names(quantised / "onnx") == graphs | {f"{name}_data" for name in graphs}
+    assert names(quantised) == OTHERS and names(quantised / "onnx") == graphs | {f"{name}_data" for name in graphs}
     report = json.loads((quantised / "conversion.json").read_text())
     assert report["dtypes"] == ["q8", "q4"] and report["num_visual_tokens"] == [1]
 

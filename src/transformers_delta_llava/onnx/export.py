@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import REPORT_FILE, DeltaLlavaError, check_output, output_folder, sha256_of, write_json
+from ..hub import EXPORT_MANIFEST
 from ..loading import load_config, load_repo, local_folder
 from ..modeling import DeltaLlavaForConditionalGeneration
 
@@ -81,15 +82,15 @@ def export_onnx(
 
 
 def _write_manifest(folder: Path, dtypes: list[str]) -> None:
-    """The files with their hashes and dtypes, so that a browser can tell when it has all of one version."""
+    """The files but the card, with hashes and dtypes, so that a browser can tell when it has all of one version."""
     files = []
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md"):
         name = path.name.partition(".onnx")[0]
         dtype = next((d for d in dtypes if SUFFIXES[d] and name.endswith(SUFFIXES[d])), "fp32")
         graph = dtype if path.parent.name == "onnx" else None
         entry = {"path": path.relative_to(folder).as_posix(), "sha256": sha256_of(path), "bytes": path.stat().st_size}
         files.append({**entry, "dtype": graph})
-    write_json({"dtype": dtypes[0], "files": files}, folder / "manifest.json")
+    write_json({"dtype": dtypes[0], "files": files}, folder / EXPORT_MANIFEST)
 
 
 def _write_graphs(
