@@ -178,9 +178,14 @@ def launch(repo: str, host: str | None = None, port: int | None = None, max_new_
     page = build_app(model.to(device).eval(), processor, os.path.basename(repo.rstrip("/")), max_new_tokens)
     # A theme with the system's own fonts: Gradio's would be fetched from Google.
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    page.launch(
-        server_name=host, server_port=port, share=False, theme=theme, css=CSS, max_file_size="20mb", quiet=True
-    )
+    try:
+        page.launch(
+            server_name=host, server_port=port, share=False, theme=theme, css=CSS, max_file_size="20mb", quiet=True
+        )
+    except OSError as error:
+        if port is None:
+            raise
+        raise OSError(f"port {port} is in use; choose another with --port") from error
 
 
 if __name__ == "__main__":

@@ -7,10 +7,26 @@ import pytest
 import torch
 
 from examples.make_checkpoint import write_tower, write_weights
-from transformers_delta_llava import loading
-from transformers_delta_llava.conversion.config import KNOWN_TOWERS, adapt_to_weights
+from transformers_delta_llava import DeltaLlavaConfig, loading
+from transformers_delta_llava.conversion.config import KNOWN_TOWERS, TOWERS, adapt_to_weights
 from transformers_delta_llava.conversion.sources import find_vision_tower, load_vision_tower
 from transformers_delta_llava.errors import DeltaLlavaError
+from transformers_delta_llava.modeling.configuration_delta_llava import SELECT_STRATEGIES
+
+
+@pytest.mark.parametrize("model_type", SELECT_STRATEGIES)
+def test_every_tower_of_the_model_has_its_preprocessing(tmp_path, model_type):
+    write_tower(tmp_path, model_type.removesuffix("_vision_model"))
+    tower = load_vision_tower(str(tmp_path), with_weights=True)
+    assert tower.image_processor["image_mean"] == list(TOWERS[model_type].mean)
+    config = DeltaLlavaConfig(
+        vision_config=tower.config,
+        vision_feature_levels=[1],
+        vision_feature_select_strategy=SELECT_STRATEGIES[model_type],
+    )
+    assert config.num_prefix_tokens == (SELECT_STRATEGIES[model_type] == "default") + getattr(
+        tower.config, "num_register_tokens", 0
+    )
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -84,8 +84,31 @@ KNOWN_TOWERS: dict[str, dict[str, Any]] = {
         "image_size": 384,
     },
 }
-# Whole image-text models, and the type of the tower inside them.
-_TOWER_OF = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+
+
+@dataclass(frozen=True)
+class TowerFamily:
+    """What conversion knows of a kind of vision tower.
+
+    Attributes:
+        mean, std: of its pixel values.
+        whole: model type of the image-text model around it.
+        crops: whether its image processor resizes the shortest edge and crops, or squashes the image.
+    """
+
+    mean: list[float]
+    std: list[float]
+    whole: str | None = None
+    crops: bool = True
+
+
+# The towers of `SELECT_STRATEGIES`. DINOv2's own image processor, BitImageProcessor, does the same as CLIP's.
+TOWERS = {
+    "clip_vision_model": TowerFamily(OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, "clip"),
+    "siglip_vision_model": TowerFamily(IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, "siglip", crops=False),
+    "dinov2": TowerFamily(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "dinov2_with_registers": TowerFamily(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+}
 
 
 def build_config(model_type: str, **values: Any) -> tuple[PreTrainedConfig, list[str]]:
@@ -204,10 +227,11 @@ def read_tower_config(folder: Path) -> PreTrainedConfig:
     """
     values = read_json(folder / "config.json")
     model_type = values.get("model_type")
-    if model_type in _TOWER_OF:
-        values, model_type = values.get("vision_config", {}), _TOWER_OF[model_type]
-    if model_type not in SELECT_STRATEGIES:
-        known = ", ".join([*_TOWER_OF, *SELECT_STRATEGIES])
+    whole = {family.whole: tower for tower, family in TOWERS.items() if family.whole is not None}
+    if model_type in whole:
+        values, model_type = values.get("vision_config", {}), whole[model_type]
+    if model_type not in TOWERS:
+        known = ", ".join([*whole, *TOWERS])
         raise DeltaLlavaError(f"the vision tower {folder.name} has model_type={model_type!r}; choose one of {known}")
     return build_config(**{**values, "model_type": model_type})[0]
 
@@ -233,16 +257,13 @@ def image_processor_settings(config: PreTrainedConfig, own: Mapping[str, Any]) -
         "resample": 3,
         "rescale_factor": 1 / 255,
     }
-    if config.model_type == "siglip_vision_model":
-        mean, std = IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
-        settings |= {"image_processor_type": "SiglipImageProcessor", "size": side}
-    else:
-        # DINOv2's own, BitImageProcessor, does the same as CLIP's with ImageNet's numbers.
-        is_clip = config.model_type == "clip_vision_model"
-        mean, std = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD) if is_clip else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    family = TOWERS[config.model_type]
+    settings |= {"image_mean": list(family.mean), "image_std": list(family.std)}
+    if family.crops:
         settings |= {"image_processor_type": "CLIPImageProcessor", "crop_size": side, "do_center_crop": True}
         settings["size"] = {"shortest_edge": config.image_size}
-    settings |= {"image_mean": list(mean), "image_std": list(std)}
+    else:
+        settings |= {"image_processor_type": "SiglipImageProcessor", "size": side}
     for name in settings.keys() & own.keys() - {"image_processor_type"}:
         if name not in ("size", "crop_size"):
             settings[name] = own[name]
