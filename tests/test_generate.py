@@ -38,7 +38,8 @@ def one_by_one(trained: tuple[Any, Any], requests: list[Request]) -> dict[str, s
     texts = {}
     for request in requests:
         picture, prompt = Image.open(request.images()[0]).convert("RGB"), request.messages[0]["content"][-1]["text"]
-        inputs = encode_question(processor, picture, prompt, num_visual_tokens=request.num_visual_tokens)
+        options = {"num_visual_tokens": request.num_visual_tokens, "max_tiles": request.max_tiles}
+        inputs = encode_question(processor, picture, prompt, **options)
         ids = answer_ids(model, inputs, request.max_new_tokens)
         texts[request.key] = processor.decode(ids, skip_special_tokens=True).strip()
     return texts
@@ -63,6 +64,18 @@ def test_batches_answer_as_single_questions_do(trained, images, workers):
     assert sum(counts) == 6  # the tower runs once per image
     assert {answer.request.key: answer.text for answer in answers} == one_by_one(trained, requests)
     assert {answer.visual_tokens for answer in answers} == {16, 1}
+
+
+def test_tiles_per_row(trained, images, tmp_path):
+    noise(150, 60).save(tmp_path / "wide.png")
+    rows = [{"image": str(tmp_path / "wide.png"), "prompt": "what color?", "max_tiles": n} for n in (1, 4, 2, 4)]
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"id": f"{i}", **row}) + "\n" for i, row in enumerate(rows))
+    )
+    requests = read_requests(str(tmp_path / "rows.jsonl"), max_new_tokens=4)
+    answers = [a for batch, _ in generate(*trained, requests, batch_size=3) for a in batch]
+    assert {answer.request.id: answer.visual_tokens for answer in answers} == {"0": 16, "1": 64, "2": 48, "3": 64}
+    assert {answer.request.key: answer.text for answer in answers} == one_by_one(trained, requests)
 
 
 def test_input_is_an_image_a_folder_a_glob_or_jsonl(images, tmp_path):

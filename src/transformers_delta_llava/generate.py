@@ -41,6 +41,7 @@ class Request:
         id: name of the request, unique within a file.
         messages: chat; image parts are `{"type": "image", "url": ...}` with a path, a URL, base64 or a PIL image.
         num_visual_tokens: a number, `"auto"`, or one of these per image; the processor's default when `None`.
+        max_tiles: most tiles of an image; the processor's default when `None`.
         answer: right answers, where they are known.
         max_new_tokens: length of the longest answer.
         error: why the request cannot be answered.
@@ -49,6 +50,7 @@ class Request:
     id: str
     messages: list[dict[str, Any]] = field(default_factory=list)
     num_visual_tokens: Number = None
+    max_tiles: int | None = None
     answer: tuple[str, ...] = ()
     max_new_tokens: int = MAX_NEW_TOKENS
     error: str | None = None
@@ -91,7 +93,7 @@ def read_requests(source: str, prompt: str | None = None, max_new_tokens: int = 
     The requests of a JSONL file, or `prompt` about every image of a folder or a glob pattern, or about one image.
 
     A line is OpenAI's batch format (`custom_id`, `body`), or `{"image" or "images", "prompt"}` with, optionally, `id`,
-    `num_visual_tokens` and `answer` (a text or several); image paths are relative to the file.
+    `num_visual_tokens`, `max_tiles` and `answer` (a text or several); image paths are relative to the file.
 
     Raises:
         DeltaLlavaError: there is no input, or no prompt for images.
@@ -128,6 +130,7 @@ def _read_row(line: str, number: int, folder: Path, max_new_tokens: int) -> Requ
             str(row.get("id", number)),
             ask(row["prompt"], *images),
             row.get("num_visual_tokens"),
+            row.get("max_tiles"),
             (answer,) if isinstance(answer, str) else tuple(answer),
             max_new_tokens,
         )
@@ -142,9 +145,9 @@ def _read_body(custom_id: str, body: dict[str, Any], max_new_tokens: int) -> Req
     if body.get("temperature"):
         raise ValueError(f"temperature={body['temperature']} is not supported: answers are greedy")
     messages = [{**turn, "content": _read_content(turn["content"])} for turn in body["messages"]]
-    number = (body.get("mm_processor_kwargs") or {}).get("num_visual_tokens")
+    options = {"num_visual_tokens": None, "max_tiles": None, **(body.get("mm_processor_kwargs") or {})}
     limit = body.get("max_completion_tokens") or body.get("max_tokens") or max_new_tokens
-    return Request(custom_id, messages, number, max_new_tokens=limit)
+    return Request(custom_id, messages, max_new_tokens=limit, **options)
 
 
 def _read_content(content: Any) -> Any:
@@ -210,10 +213,11 @@ def _slices(requests: Sequence[Request], size: int) -> list[Sequence[Request]]:
 
 
 def _groups(window: Iterable[Request]) -> list[list[Request]]:
-    """Requests that can share a batch, sorted by length: one length of answers, one number of visual tokens."""
+    """Requests that can share a batch, sorted by length: the same options."""
     groups: dict[tuple, list[Request]] = {}
     for request in sorted(window, key=lambda r: (len(r.images()), len(json.dumps(r.messages, default=str)))):
-        groups.setdefault((request.max_new_tokens, str(request.num_visual_tokens)), []).append(request)
+        options = request.max_new_tokens, str(request.num_visual_tokens), request.max_tiles
+        groups.setdefault(options, []).append(request)
     return list(groups.values())
 
 
@@ -239,6 +243,8 @@ def _encode(processor: DeltaLlavaProcessor, batch: list[Request]) -> tuple[list[
     numbers = [_as_list(request.num_visual_tokens, len(request.images())) for request in good]
     if good[0].num_visual_tokens is not None and any(numbers):
         options["num_visual_tokens"] = sum(numbers, [])
+    if good[0].max_tiles is not None:
+        options["max_tiles"] = good[0].max_tiles
     inputs = processor.apply_chat_template(
         chats, add_generation_prompt=True, tokenize=True, return_dict=True, processor_kwargs=options
     )
@@ -259,12 +265,14 @@ def _with_images(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _with_image(part: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "image", "image": _load(part["url"])} if part["type"] == "image" else part
+    if part["type"] != "image":
+        return part
+    image = part["url"]
+    return {"type": "image", "image": _load(image.removeprefix("file://")) if isinstance(image, str) else image}
 
 
-@lru_cache(maxsize=64)  # requests about one image are neighbours
-def _load(image: str | Image.Image) -> Image.Image:
-    return load_image(image.removeprefix("file://") if isinstance(image, str) else image)
+# Requests about one image are neighbours.
+_load = lru_cache(maxsize=64)(load_image)
 
 
 class _Features:
@@ -297,8 +305,11 @@ def _answer(
     requests: list[Request],
     inputs: Any,
 ) -> list[Answer]:
-    encoded = {}
-    if "pixel_values" in inputs:
+    encoded: dict[str, Any] = {}
+    if "image_grid_thw" in inputs:  # tiles differ from request to request
+        names = ("pixel_values", "num_visual_tokens", "image_grid_thw")
+        encoded = {name: x for name, x in inputs.to(model.device, model.dtype).items() if name in names}
+    elif "pixel_values" in inputs:
         images = [str(image) for request in requests for image in request.images()]
         numbers = inputs.get("num_visual_tokens", [processor.image_seq_length] * len(images))
         tokens = model.model.project_features(features(images, inputs["pixel_values"]), [int(n) for n in numbers])
