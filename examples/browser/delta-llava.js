@@ -1,6 +1,6 @@
 /** Delta-LLaVA by the stock classes of transformers.js. The same code runs in Node and in browsers. */
 
-import { padToSquare, resizeSquare } from "./square-image.js";
+import { padAndResize, padToSquare } from "./square-image.js";
 
 /** The ends of files' names by dtype. */
 const SUFFIXES = { fp32: "", fp16: "_fp16", q8: "_quantized", q4: "_q4" };
@@ -98,8 +98,10 @@ export class DeltaLlava {
     const { image_mean, do_resize, size, resample } = image_processor;
     if (this.settings.do_pad) {
       const color = (image_mean ?? [0, 0, 0]).map((mean) => Math.trunc(mean * 255));
-      let square = padToSquare(image.rgb(), color);
-      if (do_resize) square = resizeSquare(square, size.shortest_edge ?? size.height, resample);
+      const rgb = image.rgb();
+      const square = do_resize
+        ? padAndResize(rgb, color, size.shortest_edge ?? size.height, resample)
+        : padToSquare(rgb, color);
       image = new this.transformers.RawImage(square.data, square.width, square.height, 3);
     }
     return (await image_processor(image)).pixel_values;

@@ -79,7 +79,7 @@ const HANDLERS = {
     parts.progress.hidden = true;
     parts.answer.textContent = message;
     parts.answer.classList.add("error");
-    if (!hasImage) clearPreview();
+    if (turn && !hasImage) clearPreview();
     setBusy(false);
   },
 };
@@ -100,6 +100,7 @@ function showBudget() {
 function clearPreview() {
   URL.revokeObjectURL(parts.preview.src);
   parts.preview.hidden = true;
+  parts.file.value = "";
   parts.hint.textContent = "Choose an image, or drop one here.";
 }
 
@@ -134,6 +135,8 @@ for (const name of ["dragover", "dragleave", "drop"]) {
   parts.drop.addEventListener(name, (event) => {
     event.preventDefault();
     parts.drop.classList.toggle("over", name === "dragover");
-    if (name === "drop") choose(event.dataTransfer.files[0]);
+    if (name !== "drop" || !event.dataTransfer.files.length) return;
+    parts.file.files = event.dataTransfer.files; // so that the field names it
+    choose(parts.file.files[0]);
   });
 }

@@ -6,22 +6,39 @@
  */
 
 /** `image` in the middle of a square of one `color`, [red, green, blue]. */
-export function padToSquare({ data, width, height }, color) {
-  const side = Math.max(width, height);
-  const [left, top] = [Math.floor((side - width) / 2), Math.floor((side - height) / 2)];
-  const square = new Uint8ClampedArray(side * side * 3).map((_, index) => color[index % 3]);
-  for (let row = 0; row < height; ++row) {
-    square.set(data.subarray(row * width * 3, (row + 1) * width * 3), ((top + row) * side + left) * 3);
-  }
+export function padToSquare(image, color) {
+  const side = Math.max(image.width, image.height);
+  const square = new Uint8ClampedArray(side * side * 3);
+  const line = paddedLines(image, color);
+  for (let row = 0; row < side; ++row) square.set(line(row), row * side * 3);
   return { data: square, width: side, height: side };
 }
 
-/** A square `image` resized to `size` pixels a side; `resample` is Pillow's number of a filter, a key of `FILTERS`. */
-export function resizeSquare({ data, width }, size, resample) {
-  if (width === size) return { data, width, height: width };
-  const weights = resamplingWeights(width, size, resample);
-  const columns = resampleRows(data, width, weights); // along the rows first, and bytes in between, as in Pillow
-  return { data: resampleRows(columns, width, weights), width: size, height: size };
+/**
+ * The same square resized to `size` pixels a side; `resample` is Pillow's number of a filter, a key of `FILTERS`.
+ *
+ * The square itself, which of a panorama takes gigabytes, is never made.
+ */
+export function padAndResize(image, color, size, resample) {
+  const side = Math.max(image.width, image.height);
+  if (side === size) return padToSquare(image, color);
+  const weights = resamplingWeights(side, size, resample);
+  const columns = resampleLines(paddedLines(image, color), side, weights); // along the rows first, bytes in between, as in Pillow
+  const column = (index) => columns.subarray(index * side * 3, (index + 1) * side * 3);
+  return { data: resampleLines(column, size, weights), width: size, height: size };
+}
+
+/** A function that gives the rows of the padded square; all empty ones are one array. */
+function paddedLines({ data, width, height }, color) {
+  const side = Math.max(width, height);
+  const [left, top] = [Math.floor((side - width) / 2), Math.floor((side - height) / 2)];
+  const empty = new Uint8ClampedArray(side * 3).map((_, index) => color[index % 3]);
+  return (row) => {
+    if (row < top || row >= top + height) return empty;
+    const line = empty.slice();
+    line.set(data.subarray((row - top) * width * 3, (row - top + 1) * width * 3), left * 3);
+    return line;
+  };
 }
 
 /** Radius of Pillow's filters, and their weight at a distance within it. */
@@ -51,22 +68,28 @@ function resamplingWeights(width, size, resample) {
   });
 }
 
-/** All rows of `width` pixels resampled; the result is transposed, so that a second call does the columns. */
-function resampleRows(data, width, weights) {
-  const rows = data.length / width / 3;
+/** The rows 0 to `rows` that `line` gives, resampled; the result is transposed, so that a second call does the columns. */
+function resampleLines(line, rows, weights) {
   const result = new Uint8ClampedArray(weights.length * rows * 3);
+  let [before, pixels] = [null, null];
   for (let row = 0; row < rows; ++row) {
-    for (let index = 0; index < weights.length; ++index) {
-      const { first, values } = weights[index];
-      let [red, green, blue] = [ONE / 2, ONE / 2, ONE / 2]; // to round
-      let position = (row * width + first) * 3;
-      for (let tap = 0; tap < values.length; ++tap) {
-        red += values[tap] * data[position++];
-        green += values[tap] * data[position++];
-        blue += values[tap] * data[position++];
-      }
-      result.set([Math.floor(red / ONE), Math.floor(green / ONE), Math.floor(blue / ONE)], (index * rows + row) * 3);
-    }
+    const data = line(row);
+    if (data !== before) pixels = resampleLine(data, weights);
+    before = data;
+    pixels.forEach((pixel, index) => result.set(pixel, (index * rows + row) * 3));
   }
   return result;
+}
+
+function resampleLine(data, weights) {
+  return weights.map(({ first, values }) => {
+    let [red, green, blue] = [ONE / 2, ONE / 2, ONE / 2]; // to round
+    let position = first * 3;
+    for (let tap = 0; tap < values.length; ++tap) {
+      red += values[tap] * data[position++];
+      green += values[tap] * data[position++];
+      blue += values[tap] * data[position++];
+    }
+    return [Math.floor(red / ONE), Math.floor(green / ONE), Math.floor(blue / ONE)];
+  });
 }

@@ -14,9 +14,6 @@ env.allowLocalModels = true;
 env.localModelPath = here("./").pathname; // a URL with a host would count as remote
 env.useBrowserCache = env.useWasmCache = false;
 
-// A longer image is made smaller first: the square around it would take gigabytes.
-const MAX_SIDE = 4096;
-
 let model;
 let image = null;
 
@@ -40,12 +37,11 @@ const ACTIONS = {
     const bitmap = await createImageBitmap(file, { colorSpaceConversion: "none" }).catch(() => {
       throw new Error(`${file.name} cannot be read as an image.`);
     });
-    const scale = Math.min(1, MAX_SIDE / Math.max(bitmap.width, bitmap.height));
-    const [width, height] = [bitmap.width, bitmap.height].map((side) => Math.max(1, Math.round(side * scale)));
+    const { width, height } = bitmap;
     const context = new OffscreenCanvas(width, height).getContext("2d");
-    context.drawImage(bitmap, 0, 0, width, height);
+    context.drawImage(bitmap, 0, 0);
     image = new RawImage(context.getImageData(0, 0, width, height).data, width, height, 4).rgb();
-    postMessage({ type: "image", turn, width: bitmap.width, height: bitmap.height });
+    postMessage({ type: "image", turn, width, height });
   },
 
   async ask({ question, numVisualTokens, turn }) {
@@ -67,7 +63,7 @@ function breatheBetweenTokens(model) {
 let last = Promise.resolve();
 
 self.onmessage = ({ data: { type, ...values } }) => {
-  if (type === "stop") return model.stop();
+  if (type === "stop") return model?.stop(); // it may still be loading
   // One after the other: a question is about the image that came before it.
   last = last.then(() => ACTIONS[type](values)).catch(({ message }) => postMessage({ type: "error", turn: values.turn, message }));
 };

@@ -4,6 +4,7 @@ The file needs gradio and transformers only, so a Space can hold it as `app.py`,
 """
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -178,14 +179,15 @@ def launch(repo: str, host: str | None = None, port: int | None = None, max_new_
     page = build_app(model.to(device).eval(), processor, os.path.basename(repo.rstrip("/")), max_new_tokens)
     # A theme with the system's own fonts: Gradio's would be fetched from Google.
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    try:
-        page.launch(
-            server_name=host, server_port=port, share=False, theme=theme, css=CSS, max_file_size="20mb", quiet=True
-        )
+    look = {"theme": theme, "css": CSS, "max_file_size": "20mb"}
+    try:  # quiet: without a hint at Gradio's servers, and without the address
+        page.launch(server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, **look)
     except OSError as error:
         if port is None:
             raise
         raise OSError(f"port {port} is in use; choose another with --port") from error
+    sys.stderr.write(f"{page.local_url}\n")
+    page.block_thread()
 
 
 if __name__ == "__main__":

@@ -5,8 +5,11 @@ import os
 import shutil
 import subprocess
 from base64 import b64encode
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from tests.integration.engine_scripts.answer import encode
 from tests.integration.engines import ROOT, SCRIPTS, Engine, free_port, needs
 from tests.pages import filled, read_blocks
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
+from transformers_delta_llava.hub import push_folder
 from transformers_delta_llava.onnx import export_onnx
 from transformers_delta_llava.processing.processing_delta_llava import _to_square
 
@@ -98,12 +102,31 @@ def test_code_of_the_page(model, questions):
     assert in_node(script).split() == [question["text"]] * 2
 
 
+def test_a_published_export_is_found(model, questions, tmp_path):
+    """The files that `push` publishes, on a server with the Hub's addresses."""
+    for name in push_folder(model, "org/easy-vqa-onnx", dry_run=True).files:
+        target = tmp_path / "org" / "easy-vqa-onnx" / "resolve" / "main" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(model / name)
+    (block,) = read_blocks("onnx.md", "Node")
+    question = next(q for q in questions if q["question"] == "what color is the shape?")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
+    Thread(target=server.serve_forever, daemon=True).start()
+    local = 'env.allowRemoteModels = false; // for a folder; "ORG/NAME" on the Hub needs no setting'
+    remote = f'env.remoteHost = "http://127.0.0.1:{server.server_port}/"; env.cacheDir = "{tmp_path}/cache";'
+    changes = {local: remote, "./easy-vqa-onnx": "org/easy-vqa-onnx", "photo.png": question["image"]}
+    script = model.parent / "published.mjs"
+    script.write_text(filled(block.text, changes), encoding="utf-8")
+    assert in_node(script).split() == [question["text"]] * 2
+    server.shutdown()
+
+
 def test_images_become_the_same_bytes_as_in_the_processor():
     rng = np.random.default_rng(0)
     images = [Image.open(PHOTO).convert("RGB")]
     images += [
         Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
-        for shape in ((7, 3, 3), (64, 64, 3), (333, 517, 3))
+        for shape in ((7, 3, 3), (64, 64, 3), (333, 517, 3), (20, 2000, 3))
     ]
     mean = (0.48145466, 0.4578275, 0.40821073)
     cases, expected = [], []
@@ -116,6 +139,18 @@ def test_images_become_the_same_bytes_as_in_the_processor():
         given = {"rgb": rgb, "width": image.width, "height": image.height, "color": color}
         cases.append({**given, "size": size, "resample": int(resample)})
     assert json.loads(in_node(SCRIPTS / "square_images.mjs", stdin=json.dumps(cases))) == expected
+
+
+def test_a_version_of_the_model_is_used_once_all_of_it_is_here():
+    """Files of two versions are never mixed; bytes that the manifest does not name are not used."""
+    steps = json.loads(in_node(SCRIPTS / "model_files.mjs"))
+    first, second = (["config.json " + number, "onnx/a.onnx " + number] for number in "12")
+    # Of the second version a file is refused with 503, still that of the first, cut; then it is whole; then there is no
+    # network; then the first is put back; then the server is empty.
+    assert [step["texts"] for step in steps] == [first] * 4 + [second] * 2 + [first] * 2
+    assert steps[0]["fetched"] == ["manifest.json", "config.json", "onnx/a.onnx"]
+    assert steps[4]["fetched"] == ["manifest.json", "onnx/a.onnx"]
+    assert [step["kept"] for step in steps] == [3, 4, 4, 4, 3, 3, 3, 3]
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +184,7 @@ def test_the_page_answers(visit, questions):
         assert all(time.endswith(" ms") for time in (vision, first_token, rest))
     assert visit["fits"], "the page is wider than a phone"
     assert visit["bad_image"] == "ask_page.py cannot be read as an image."
-    assert not visit["bad_image_shown"]
+    assert not visit["bad_image_shown"] and visit["loading"] == ""
     assert visit["swapped"] == "", "an answer about another image"
     assert visit["half_updated"]["text"] == questions[19]["text"]
     assert visit["no_export"] == "There is no export in nothing: see README.md."

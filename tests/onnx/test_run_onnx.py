@@ -77,6 +77,8 @@ def test_pixels_are_the_processors_to_the_bit(kind, do_pad, tmp_path):
         photo.convert("L"),
         photo.convert("RGBA"),
         photo.convert("P"),
+        Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 200),
+        Image.fromarray(np.asarray(photo.convert("L")).astype(np.float32) / 3),
         turned,
     ):
         expected = processor(images=image, text="<image>", return_tensors="np")["pixel_values"]

@@ -4,11 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from ..errors import DeltaLlavaError
-from .options import say
+from .options import progress, say
 from .push import BaseModels, CreatePr, DryRun, License, Private, Revision, push_and_tell
 
 
@@ -80,16 +78,7 @@ def convert(
         if not dry_run:
             check_login()  # not after an hour of conversion
     output = output or Path(str(push_to_hub).rpartition("/")[2])
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("writing", total=None)
+    with progress("writing", in_bytes=True) as update:
         report = convert_checkpoint(
             source,
             output,
@@ -105,8 +94,8 @@ def convert(
             repo_id=push_to_hub,
             license=license,
             base_models=card_base_models or [],
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-            verify_progress=lambda done, total: bar.update(task, description="verifying", completed=done, total=total),
+            progress=lambda done, total: update(completed=done, total=total),
+            verify_progress=lambda done, total: update(description="verifying", completed=done, total=total),
         )
     for warning in report.warnings:
         say(f"warning: {warning}")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import DeltaLlavaError
-from .options import say
+from .options import progress, quiet, say
 
 
 class Format(str, Enum):
@@ -53,26 +53,30 @@ def export(
     others = for_released if layout is Format.onnx else for_onnx
     if given := [name for name, value in others.items() if value]:
         raise DeltaLlavaError(f"`{given[0]}=...` does not go with --format {layout.value}; leave it out.")
+    quiet()
     if layout is Format.onnx:
-        exported = export_onnx(
-            repo,
-            output,
-            num_visual_tokens=num_visual_tokens,
-            dtypes=dtype or ["fp32"],
-            merge_deltas=merge_deltas,
-            overwrite=overwrite,
-            on_message=say,
-        )
+        with progress("tracing") as update:
+            exported = export_onnx(
+                repo,
+                output,
+                num_visual_tokens=num_visual_tokens,
+                dtypes=dtype or ["fp32"],
+                merge_deltas=merge_deltas,
+                overwrite=overwrite,
+                progress=lambda done, total: update(completed=done, total=total),
+            )
         typer.echo(exported)
         return
-    report = export_checkpoint(
-        repo,
-        output,
-        projector_only=projector_only,
-        vocab_size=vocab_size,
-        overwrite=overwrite,
-        max_shard_size=max_shard_size,
-    )
+    with progress("writing", in_bytes=True) as update:
+        report = export_checkpoint(
+            repo,
+            output,
+            projector_only=projector_only,
+            vocab_size=vocab_size,
+            overwrite=overwrite,
+            max_shard_size=max_shard_size,
+            progress=lambda done, total: update(completed=done, total=total),
+        )
     say(
         f"{report.tensors_written} tensors in {len(report.weight_files)} files, layout {layout.value}, "
         f"{report.vocab_size} rows of vocabulary"

@@ -76,15 +76,15 @@ def generate(
     loaded, processor = load_repo(model, device, dtype, revision)
     seconds: dict[str, float] = defaultdict(float)
     workers = num_workers if len(requests) > batch_size else 0
-    with progress("answering", len(requests)) as advance:
-        advance(len(answers))
+    with progress("answering", len(requests)) as update:
+        update(completed=len(answers))
         for batch, time in answer_requests(loaded, processor, requests, batch_size, workers, set(answers)):
             if file:
                 file.append(batch)
             for answer in batch:
                 answers[answer.request.key] = answer
                 seconds[str(answer.request.num_visual_tokens)] += time / len(batch)
-            advance(len(batch))
+            update(advance=len(batch))
     asked = [answers[request.key] for request in requests]
     failed = [answer for answer in asked if answer.error is not None]
     if output is not None:

@@ -8,7 +8,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.text import Text
 
 
@@ -46,13 +54,13 @@ def number_or_word(text: str) -> int | str:
 
 
 @contextmanager
-def progress(description: str, total: int | None) -> Iterator[Callable[..., None]]:
-    """A bar on stderr, if that is a terminal. Yields a function that advances it, by 1 or by a number of steps."""
+def progress(description: str, total: int | None = None, in_bytes: bool = False) -> Iterator[Callable[..., None]]:
+    """A bar on stderr, if that is a terminal. Yields rich's `update`: `advance=1`, `completed=10, total=20`, `description=...`."""
     console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    counts = [DownloadColumn(), TransferSpeedColumn()] if in_bytes else [MofNCompleteColumn()]
+    columns = TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(description, total=total)
-        yield partial(bar.advance, task)
+        yield partial(bar.update, bar.add_task(description, total=total))
 
 
 def quiet() -> None:

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Sequence
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def export_onnx(
     merge_deltas: bool = False,
     overwrite: bool = False,
     revision: str | None = None,
-    on_message: Callable[[str], None] = lambda message: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """
     Write a repo as ONNX graphs in the layout of transformers.js, with everything that is needed to run them.
@@ -42,7 +43,7 @@ def export_onnx(
         merge_deltas: fold the projector's deltas into its weights.
         overwrite: replace an earlier export.
         revision: of a Hub repo.
-        on_message: called before each step.
+        progress: called with the number of graphs that are traced, and of all.
 
     Returns:
         The output folder.
@@ -65,12 +66,17 @@ def export_onnx(
     numbers.sort(key=lambda number: (config.scale_factor_for(number), number != config.num_visual_tokens)[1])
     with output_folder(output, overwrite) as new:
         weight_files: dict[str, int] = {}
-        for precision in ("float16", "float32"):
-            if group := [dtype for dtype in dtypes if (dtype == "fp16") == (precision == "float16")]:
+        half, others = ["fp16"] * ("fp16" in dtypes), [dtype for dtype in dtypes if dtype != "fp16"]
+        graphs = count(1)
+        total = (len(numbers) + 2) * (bool(half) + bool(others))
+        for precision, group in (("float16", half), ("float32", others)):
+            if group:
                 model, processor = load_repo(folder, "cpu", precision)
                 if merge_deltas and config.use_delta_projection:
                     model.merge_deltas()
-                weight_files |= _write_graphs(model, numbers, group, new / "onnx", on_message)
+                weight_files |= _write_graphs(
+                    model, numbers, group, new / "onnx", lambda: progress(next(graphs), total)
+                )
         write_settings(new, config, processor, model.generation_config, numbers, dtypes, weight_files)
         shutil.copyfile(SCRIPT, new / SCRIPT.name)
         versions = {name: metadata.version(name) for name in ("onnx", "onnxscript", "torch", "transformers")}
@@ -98,7 +104,7 @@ def _write_graphs(
     numbers: list[int],
     dtypes: list[str],
     folder: Path,
-    on_message: Callable[[str], None],
+    on_graph: Callable[[], None],
 ) -> dict[str, int]:
     """Write the graphs of `dtypes`; returns how many files of weights each has, which transformers.js has to know."""
     from .files import WeightFiles, quantize_blocks, store_half
@@ -120,15 +126,14 @@ def _write_graphs(
             weights[dtype].save(model, file_name)
             if file_name == weights[dtype].name:  # other encoders use this one's files
                 weight_files[file_name] = len(weights[dtype].files)
+        on_graph()
 
     def new_files(graph: str) -> dict[str, WeightFiles]:
         return {dtype: WeightFiles(folder, f"{graph}{SUFFIXES[dtype]}.onnx") for dtype in dtypes}
 
     encoders = new_files("vision_encoder")
     for number in numbers:
-        on_message(f"tracing the vision encoder with {number} visual tokens")
         write(encoder_name(number, numbers[0]), trace_vision_encoder(model, number), encoders)
     for graph, trace in (("embed_tokens", trace_embed_tokens), ("decoder_model_merged", trace_decoder)):
-        on_message(f"tracing {graph}")
         write(graph, trace(model), new_files(graph))
     return weight_files

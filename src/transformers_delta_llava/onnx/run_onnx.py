@@ -53,10 +53,8 @@ class OnnxModel:
         if name not in self.sessions:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = self.threads
-            graphs = self.folder / "onnx" if (self.folder / "onnx").is_dir() else self.folder
-            self.sessions[name] = onnxruntime.InferenceSession(
-                graphs / f"{name}{self.suffix}.onnx", options, providers=["CPUExecutionProvider"]
-            )
+            path = self.folder / "onnx" / f"{name}{self.suffix}.onnx"
+            self.sessions[name] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         return self.sessions[name]
 
     def preprocess(self, image: Image.Image) -> np.ndarray:

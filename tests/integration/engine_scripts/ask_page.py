@@ -118,6 +118,10 @@ def main() -> None:
         found["bad_image_shown"] = page.is_visible("#preview") or page.is_enabled("#ask")
         found["swapped"] = swap_image(page, questions)
         found["half_updated"] = half_update(page, url, Path(folder) / "model", questions[-1])
+        page.goto(url, wait_until="commit")
+        page.set_input_files("#file", questions[0]["image"])  # before the model is ready
+        load(page, lambda: None)
+        found["loading"] = page.inner_text("#answer")
         found["no_export"] = error(page, lambda: page.goto(f"{url}/?model=nothing"))
         context.set_offline(True)
         found["offline"] = load(page, lambda: page.goto(url))
