@@ -4,7 +4,7 @@
 
 LLaVA with all 576 patches; its patches averaged, drawn at random, or selected by the attention of the class token (as VisionZip
 selects its dominant tokens; it merges the rest, which is left out here) to as many tokens as Delta-LLaVA makes. Weights are random, so this
-is about speed: a token that is not there costs nothing, whoever removed it, and what is left is the cost of choosing or making the others.
+is about speed: a token that is not there costs nothing, whatever removed it, and what is left is the cost of choosing or making the others.
 FastV removes tokens inside the language model and is not measured: its authors report 45 % fewer FLOPs for LLaVA-1.5-13B.
 """
 

@@ -1,4 +1,4 @@
-"""What `num_visual_tokens="auto"` spends and gets right on the test set of `examples/smol`, beside fixed numbers at equal cost.
+"""What `num_visual_tokens="auto"` spends and gets right on the test set of `examples/smol`, compared with fixed numbers at equal cost.
 
     python -m benchmarks.auto_budget_on_smol REPO smol-data examples/smol/checkpoint/results.json
 

@@ -1,8 +1,8 @@
-"""Deltas at the size of the released projector (7B): swapping, merging, storing and training them, beside the whole projector.
+"""Deltas at the size of the released projector (7B): swapping, merging, storing and training them, compared with the whole projector.
 
     python -m benchmarks.deltas [--swaps 100] [--steps 5] [--images 4]
 
-Prints each figure beside its target, and writes JSON. On random numbers: nothing measured here depends on their values.
+Prints each figure with its target, and writes JSON. On random numbers: nothing measured here depends on their values.
 Full and delta-only training take turns, step by step, on one projector.
 """
 

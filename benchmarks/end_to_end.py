@@ -1,4 +1,4 @@
-"""Answers of a whole model at every budget, beside transformers' own LLaVA with the same tower and language model.
+"""Answers of a whole model at every budget, compared with transformers' own LLaVA with the same tower and language model.
 
     python -m benchmarks.end_to_end
     python -m benchmarks.end_to_end --device cuda --dtype bfloat16 --shape 7b --batch-size 1 --new-tokens 128
@@ -22,7 +22,7 @@ from transformers_delta_llava import DeltaLlavaConfig
 
 def main() -> None:
     """Measure LLaVA and every budget in turns, print, write."""
-    parser = arguments_of("Time answers beside LLaVA's.", seconds=120.0)
+    parser = arguments_of("Time answers and LLaVA's.", seconds=120.0)
     parser.add_argument("--shape", default="0.5b", help="0.5b, 7b, 13b, or tiny to try the script")
     parser.add_argument("--budgets", type=int, nargs="+", help="all that the grid gives by default")
     parser.add_argument("--batch-size", type=int, default=1)

@@ -1,4 +1,4 @@
-"""Whether saliency lies where the answer is to be seen: easy-VQA's test images, on whose plain ground there is one shape.
+"""Whether saliency is where the answer is to be seen: easy-VQA's test images, on whose plain ground there is one shape.
 
     python -m benchmarks.explanations [--images 200]
 
@@ -10,7 +10,7 @@ positions first). It prints, and writes to `benchmarks/results/explanations.md`:
 - on the shape: mean share of the saliency in the cells that the shape reaches into;
 - cells: mean share of the cells that it reaches into, which is what saliency spread evenly would have there;
 - highest: images whose highest cell is one of them;
-- denser: images with more saliency per area on the shape than beside it.
+- denser: images with more saliency per area on the shape than outside it.
 
 Nothing is drawn by chance.
 """
@@ -40,7 +40,7 @@ HEAD = "| saliency at | visual tokens | method | none | on the shape | cells | h
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description="Where saliency lies on images of which we know it.")
+    parser = argparse.ArgumentParser(description="Where saliency is in images of which we know it.")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "explanations.md")
     arguments = parser.parse_args()

@@ -62,7 +62,7 @@ class CachedOpenVinoModel(CachedModel, OpenVinoModel):
 
 def main() -> None:
     """Answer, compare, print, write."""
-    parser = argparse.ArgumentParser(description="Answers of an ONNX export beside PyTorch's.")
+    parser = argparse.ArgumentParser(description="Answers of an ONNX export compared with PyTorch's.")
     parser.add_argument("repo")
     parser.add_argument("export", type=Path)
     parser.add_argument("--questions", type=Path, help="folder of a test set; by default easy-VQA's")

@@ -1,4 +1,4 @@
-"""Time, memory and disk of an ONNX export beside PyTorch: onnxruntime in each precision, OpenVINO where it is installed.
+"""Time, memory and disk of an ONNX export compared with PyTorch: onnxruntime in each precision, OpenVINO where it is installed.
 
     delta-llava export REPO EXPORT --format onnx --dtype fp32 --dtype q8 --dtype q4
     python -m benchmarks.onnx_speed REPO EXPORT
@@ -63,7 +63,7 @@ print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"
 
 def main() -> None:
     """Measure, print, write."""
-    parser = arguments_of("An ONNX export beside PyTorch.", seconds=20.0)
+    parser = arguments_of("An ONNX export compared with PyTorch.", seconds=20.0)
     parser.add_argument("repo", type=Path)
     parser.add_argument("export", type=Path)
     parser.add_argument("--num-visual-tokens", type=int, nargs="+", help="by default all of the export")
@@ -146,7 +146,7 @@ class OpenVinoGraph:
 
 
 def speed(sides: dict[str, Any], number: int, arguments: Any) -> Iterator[dict[str, Any]]:
-    """A row for each side: time to the first token, tokens a second after it, and both beside PyTorch's."""
+    """A row for each side: time to the first token, tokens a second after it, and both compared with PyTorch's."""
     image = Image.open(PHOTO).convert("RGB")
     calls = {
         (side, count): partial(answer, image, number, count)

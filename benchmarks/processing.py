@@ -1,4 +1,4 @@
-"""Images per second of the processor beside LlavaProcessor's, and how long a repo takes to load beside an in-tree LLaVA.
+"""Images per second of the processor compared with LlavaProcessor's, and how long a repo takes to load compared with an in-tree LLaVA.
 
     python -m benchmarks.processing
 

@@ -1,4 +1,4 @@
-"""The projector's time and memory beside the released computation, a TokenPacker-style projector and LLaVA's MLP.
+"""The projector's time and memory compared with the released computation, a TokenPacker-style projector and LLaVA's MLP.
 
     python -m benchmarks.projector
     python -m benchmarks.projector --device cuda --dtype bfloat16 --compile
@@ -6,7 +6,7 @@
 Of CLIP-L/336 and a language model 4096 wide, at every scale factor. `released` is the released computation step by step on the
 same parameters (`projectors/released.py`, which meets the oracle of the tests). The share of the machine's peak takes a product of
 two square matrices, in the same turns, for the peak, and counts the exact FLOPs of what ours computes; the share of the products is
-the time of ours against the time of its matrix products alone.
+the time of ours against the time of its matrix products only.
 """
 
 from functools import partial
@@ -32,7 +32,7 @@ from transformers_delta_llava.modeling import PROJECTORS
 
 def main() -> None:
     """Measure every scale factor and batch, print, write."""
-    parser = arguments_of("Time the projector beside others.")
+    parser = arguments_of("Time the projector and others.")
     parser.add_argument("--shape", default="7b", help="0.5b, 7b, 13b, or tiny to try the script")
     parser.add_argument("--scale-factors", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8, 12, 24])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])

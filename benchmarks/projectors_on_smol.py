@@ -8,7 +8,7 @@ Each model is trained as `examples/smol/align.yaml` says and then, with a LoRA o
 `examples/smol/finetune.yaml` says, but for projector, number of visual tokens, seed and number of steps. Without steps of
 the second stage (`--steps 300 0`, what two CPU cores can do) only the words nearest to the visual tokens are scored.
 Every finished model is a line in `benchmarks/results/projectors_on_smol.jsonl`; a sweep that was stopped goes on from
-there. Without `--run` it writes the table of each number of steps beside that file, and prints it.
+there. Without `--run` it writes the table of each number of steps next to that file, and prints it.
 """
 
 import argparse
@@ -145,7 +145,7 @@ def finetune(recipe: Recipe, weights: dict[str, torch.Tensor]) -> DeltaLlavaForC
 
 
 def show(runs: list[dict[str, Any]], steps: tuple[int, ...]) -> None:
-    """Print the table of one number of steps, and write it beside the results."""
+    """Print the table of one number of steps, and write it next to the results."""
     tasks = list(runs[0]["scores"] or ())
     header = [
         "projector",

@@ -1,4 +1,4 @@
-"""One training step of either stage at every budget, beside transformers' own LLaVA at all patches.
+"""One training step of either stage at every budget, compared with transformers' own LLaVA at all patches.
 
     python -m benchmarks.training_step
     python -m benchmarks.training_step --device cuda --dtype bfloat16 --shape 7b --batch-size 16 --text-tokens 128
@@ -29,7 +29,7 @@ TABLE_4 = {
 
 def main() -> None:
     """Measure LLaVA and every budget in turns, stage by stage, print, write."""
-    parser = arguments_of("Time training steps beside LLaVA's.", seconds=120.0)
+    parser = arguments_of("Time training steps and LLaVA's.", seconds=120.0)
     parser.add_argument("--shape", default="0.5b", help="0.5b, 7b, 13b, or tiny to try the script")
     parser.add_argument("--budgets", type=int, nargs="+", help="all that the grid gives by default")
     parser.add_argument("--batch-size", type=int, default=1)

@@ -80,7 +80,10 @@ def get_answers(
     """
     requests = [
         Request(
-            str(index), ask(q.text, *([] if q.image is None else [q.image])), num_visual_tokens, (), max_new_tokens
+            str(index),
+            ask(q.text, *([] if q.image is None else [q.image])),
+            num_visual_tokens,
+            max_new_tokens=max_new_tokens,
         )
         for index, q in enumerate(questions)
     ]

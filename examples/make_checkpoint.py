@@ -191,7 +191,7 @@ def projector_shapes(width: int, hidden_size: int, rank: int = 16) -> Shapes:
 
 
 def draw(shapes: Shapes, seed: int) -> Tensors:
-    """Values that depend on name, shape and seed alone, whatever else is drawn and whichever transformers draws it."""
+    """Values that depend on name, shape and seed only, whatever else is drawn and whichever transformers draws it."""
     tensors = {}
     for name, shape in shapes.items():
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))

@@ -79,7 +79,7 @@ def commands_of(text: str) -> list[list[str]]:
 
 
 def script_of(page: str) -> str:
-    """All code of a page as one bash script, for whoever has installed the package."""
+    """All code of a page as one bash script, for users who have installed the package."""
     script, code = ["set -euxo pipefail"], ""
     for block in [*read_blocks(page), Block("", "bash", "", 0)]:
         if block.language == "python":

@@ -1,4 +1,4 @@
-"""Processor and model together: what a batch answers, each of its prompts answers alone."""
+"""Processor and model together: what a batch answers, each of its prompts answers by itself."""
 
 import numpy as np
 import pytest
@@ -107,7 +107,7 @@ def test_a_pipeline_takes_budgets(model, budget):
     assert seen == [expected, expected]
     assert answers[0] == answers[1]
 
-    # Images that get different numbers, one of them the default, in one batch; each answers as it does alone.
+    # Images that get different numbers, one of them the default, in one batch; each answers as it does by itself.
     chats = [[{"role": "user", "content": [{"type": "image", "image": image}]}] for image in SINGLE_IMAGES]
     budgets = [processor(images=image, num_visual_tokens=budget).get("num_visual_tokens") for image in SINGLE_IMAGES]
     assert budgets == [[4]] * 3 if budget == 4 else budgets == [[1], [144], [9]]

@@ -1,4 +1,4 @@
-"""Saliency lies where a model looks: models blinded but for one place, slopes taken by hand, and a trained model."""
+"""Saliency is where a model looks: models blinded but for one place, slopes taken by hand, and a trained model."""
 
 import json
 import math

@@ -121,7 +121,7 @@ def test_a_repo_gets_every_hub_file_and_the_docs_name_it(tmp_path: Path) -> None
 
 
 def test_no_path_of_a_machine_is_in_the_repo() -> None:
-    # Absolute folders of somebody's machine.
+    # Absolute folders of a developer's machine.
     pattern = re.compile(rb"(?<![\w.:/}~-])/(?:work|root|home|Users|opt|mnt|srv)/\w|file:///")
     this_file = Path(__file__).resolve()
     hits = [

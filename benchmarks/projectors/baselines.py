@@ -52,7 +52,7 @@ class TokenPackerStyleProjector(MLPProjector):
     Queries are one level, resized bilinearly to the coarse grid; keys and values are all levels side by side. Each goes
     through an MLP and a LayerNorm. A query attends to the s x s patches that it stands for and to no others
     (region-to-point injection); an MLP maps the result to the language model's width. The attention is PyTorch's
-    multi-head attention with one head per 128 channels, as in the Delta projector beside it.
+    multi-head attention with one head per 128 channels, as in the Delta projector.
     """
 
     def __init__(self, config: DeltaLlavaConfig):

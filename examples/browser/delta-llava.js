@@ -83,7 +83,7 @@ export class DeltaLlava {
   tokenize(question, numVisualTokens) {
     const { tokenizer } = this.processor;
     const { image_token } = this.processor.config;
-    // Somebody's word, not an image.
+    // A word, not an image.
     const text = question.replaceAll(image_token, image_token.replace("<", "< "));
     const content = [...(numVisualTokens ? [{ type: "image" }] : []), { type: "text", text }];
     const prompt = this.processor.apply_chat_template([{ role: "user", content }], { add_generation_prompt: true });

@@ -45,7 +45,7 @@ def word_loss(
         tokens: (images, V, hidden) visual tokens.
         words: (vocabulary, hidden) input embeddings of the words of all captions, of length 1.
         targets: (images, vocabulary) share of each word in the caption of its image; a row sums to 1.
-        text_rms: root mean square that the tokens shall have.
+        text_rms: root mean square that the tokens should have.
 
     Returns:
         The loss, and the part of it that words make up: cross-entropy of the captions' words under each image's best

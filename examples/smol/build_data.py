@@ -7,7 +7,7 @@ bytes, with the versions of Pillow, resvg and matplotlib that README.md of the o
 published: `README.md` there lists their licences.
 
     smol-data/images/*.png     224 x 224
-    smol-data/pretrain.json    one caption an image, for the projector alone
+    smol-data/pretrain.json    one caption an image, for only the projector
     smol-data/finetune.json    questions and answers, all tasks, and chat without images
     smol-data/test.json        rows of {"id", "task", "image", "question", "answer"}
 """
@@ -204,7 +204,7 @@ def build_data(output: Path, seed: int = 0, size: float = 1, cache: Path | None 
         seed: of what is drawn, where, and in which words it is asked about; the test stays the same in kind.
         size: how many times 1,600 images are drawn for training; below 1 it is also the share of the things, countries
             and stamps that are shown.
-        cache: keeps downloads; by default `downloads` beside the output.
+        cache: keeps downloads; by default `downloads` next to the output.
     """
     if output.exists():
         print(f"{output} is there already.")

@@ -50,7 +50,7 @@ def unpack(pieces: Path, output: Path) -> None:
 
 
 def run(output: Path, steps: Sequence[int], batch: int, device: str) -> None:
-    """Both stages, in `runs/`; the checkpoint in `output/checkpoint`, and its scores beside it."""
+    """Both stages, in `runs/`; the checkpoint in `output/checkpoint`, and its scores next to it."""
     start = time.perf_counter()
     options = [f"arguments.use_cpu={device == 'cpu'}", f"arguments.per_device_train_batch_size={batch}"]
     template = FOLDER / "chat_template.jinja"

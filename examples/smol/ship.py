@@ -2,7 +2,7 @@
 
     python -m examples.smol.ship runs/smol examples/smol/checkpoint
 
-Writes projector and LoRA alone, in bfloat16; the base weights come from `build_parts`. The folder converts with
+Writes only projector and LoRA, in bfloat16; the base weights come from `build_parts`. The folder converts with
 
     delta-llava convert examples/smol/checkpoint OUT --base-model smol-parts/language-model \
         --vision-tower smol-parts/vision-tower --chat-template examples/smol/chat_template.jinja

@@ -25,7 +25,7 @@ ABOUT = (
     "Ask about an image. The model sees it as a number of visual tokens: the fewer, the faster, and the less it sees. "
     "The same weights serve every number."
 )
-# The slider counts through the budgets; the box beside it shows the number of tokens.
+# The slider counts through the budgets; the box next to it shows the number of tokens.
 CSS = "#budget .tab-like-container, #budget .min_value, #budget .max_value { display: none; }"
 
 

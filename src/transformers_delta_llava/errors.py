@@ -106,7 +106,7 @@ def check_output(output: Path, overwrite: bool = False, marker: str = REPORT_FIL
 
 @contextmanager
 def output_folder(output: Path, overwrite: bool = False, marker: str = REPORT_FILE) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its place when the block ends, and is removed when it fails.
+    """A temporary folder next to `output` that takes its place when the block ends, and is removed when it fails.
 
     Args:
         output, overwrite, marker: as for `check_output`, which is called before and after the block.

@@ -108,7 +108,7 @@ def hub_id_of(name: str | None, folder: Path) -> str | None:
     """The Hub id that the config in `folder` names, in a form that may be published.
 
     None where it is a path, or may be one of the machine that trained the checkpoint: a wrong Hub id would lead readers to
-    somebody else's model.
+    a model of others.
     """
     if not name or any((place / name).exists() for place in (Path(), folder, folder.parent)):
         return None

@@ -1,4 +1,4 @@
-"""`delta-llava convert` and `export`: paths on stdout, sentences on stderr, one of them and code 2 for bad input."""
+"""`delta-llava convert` and `export`: paths on stdout, sentences on stderr, one line and code 2 for bad input."""
 
 import runpy
 import sys

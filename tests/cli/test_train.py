@@ -1,4 +1,4 @@
-"""`delta-llava train`: the path on stdout, one sentence and exit code 2 where a recipe does not work."""
+"""`delta-llava train`: the path on stdout, one line and exit code 2 where a recipe does not work."""
 
 from pathlib import Path
 from typing import Any

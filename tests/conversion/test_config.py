@@ -111,7 +111,7 @@ def test_unknown_keys_are_reported():
     assert config.unknown == ["auto_map", "mm_new_thing"]
 
 
-# What `PreTrainedConfig.to_dict` of transformers 4.57.6 writes for every model, besides the model's own settings.
+# What `PreTrainedConfig.to_dict` of transformers 4.57.6 writes for every model, in addition to the model's own settings.
 TRANSFORMERS_4 = """
 _name_or_path add_cross_attention architectures bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
 cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping

@@ -44,7 +44,7 @@ def test_both_directions_without_the_towers_weights(tmp_path):
     assert read_json(exported / "config.json").get("pad_token_id") is None
     assert not {"pad_token_id", "suppress_tokens"} & read_json(exported / "generation_config.json").keys()
 
-    convert_checkpoint(exported, again)  # the tower is beside the checkpoint, as the first time
+    convert_checkpoint(exported, again)  # the tower is next to the checkpoint, as the first time
     assert_same(read_tensors(again), read_tensors(repo))
     for name in ("config.json", "generation_config.json", "processor_config.json", "tokenizer.json"):
         assert read_json(again / name) == read_json(repo / name)

@@ -94,7 +94,7 @@ def write_tiny_checkpoint(folder: Path, case: Case) -> PreTrainedTokenizerBase:
 
 
 def encode_as_the_authors(tokenizer: PreTrainedTokenizerBase, text: str, image_ids: list[int]) -> list[int]:
-    """Token ids of a prompt: BOS once, if the tokenizer adds it, and the pieces between images encoded alone."""
+    """Token ids of a prompt: BOS once, if the tokenizer adds it, and the pieces between images encoded separately."""
     bos = tokenizer.bos_token_id
     ids = [bos] if bos is not None and tokenizer("").input_ids[:1] == [bos] else []
     for index, piece in enumerate(text.split("<image>")):

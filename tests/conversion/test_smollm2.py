@@ -37,7 +37,7 @@ def test_smollm2_gives_the_same_answers_in_a_converted_model(tmp_path: Path) -> 
     tensors |= draw({f"model.mm_projector.{name}": shape for name, shape in projector.items()}, seed=0)
     write_weights(checkpoint, tensors)
     config = {**model.config.to_dict(), **LLAVA_KEYS, "model_type": "llava_llama", "mm_vision_tower": "vision-tower"}
-    for key in ("quantization_config", "_model_name_or_path", "unk_token_id"):  # of the GGUF file alone
+    for key in ("quantization_config", "_model_name_or_path", "unk_token_id"):  # of the GGUF file only
         config.pop(key, None)
     config["_name_or_path"] = "HuggingFaceTB/SmolLM2-135M-Instruct"
     (checkpoint / "config.json").write_text(json.dumps(config, default=str))

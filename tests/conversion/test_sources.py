@@ -1,4 +1,4 @@
-"""Partial checkpoints on their base: a projector alone, and LoRA runs against PEFT's own merge."""
+"""Partial checkpoints on their base: a projector only, and LoRA runs against PEFT's own merge."""
 
 import json
 import shutil

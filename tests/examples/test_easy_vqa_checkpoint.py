@@ -38,7 +38,7 @@ def test_nothing_in_it_is_unknown_or_left_out(easy_vqa_repo: Path):
 
 @pytest.mark.parametrize("budget", [16, 1])
 def test_it_sees(easy_vqa_repo: Path, budget: int):
-    """200 questions; from the question alone two thirds of all are answered right."""
+    """200 questions; from the question only two thirds of all are answered right."""
     questions = draw_test_questions(200)
     model = DeltaLlavaForConditionalGeneration.from_pretrained(easy_vqa_repo)
     answers = answer_questions(model, DeltaLlavaProcessor.from_pretrained(easy_vqa_repo), questions, budget)

@@ -88,7 +88,7 @@ def test_word_loss_falls_towards_the_words_of_the_caption():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run of stage 2, of one step, with its parts beside it."""
+    """A run of stage 2, of one step, with its parts next to it."""
     folder = tmp_path_factory.mktemp("smol")
     write_model(folder / "model")
     write_data(folder / "data", 4, text_only_every=9)

@@ -17,7 +17,7 @@ CHECKPOINT = ROOT / "examples" / "easy-vqa"
 
 @pytest.fixture(scope="session")
 def repo(tmp_path_factory) -> Path:
-    """The shipped easy-VQA checkpoint, converted: 16 visual tokens by default; 64, 4 and 1 besides. The environment variable
+    """The shipped easy-VQA checkpoint, converted: 16 visual tokens by default; also 64, 4 and 1. The environment variable
     DELTA_LLAVA_REPO names another one in float32 with these budgets."""
     if "DELTA_LLAVA_REPO" in os.environ:
         return Path(os.environ["DELTA_LLAVA_REPO"]).resolve()
@@ -34,7 +34,7 @@ def questions() -> list[Question]:
 
 @pytest.fixture(scope="session")
 def cases(questions) -> list[dict]:
-    """One image at every budget, two images, with a budget each, and text alone."""
+    """One image at every budget, two images, with a budget each, and text only."""
 
     def ask(text: str, *images: str) -> list[dict]:
         return [*({"type": "image", "url": image} for image in images), {"type": "text", "text": text}]

@@ -37,7 +37,7 @@ class Engine:
         assert self.python.exists(), f"make test-engines ENGINES={name} builds {self.python.parents[1]}"
 
     def environment(self, **more: str) -> dict[str, str]:
-        """The caller's, without its Python paths, off line, with a cache of remote code that starts empty."""
+        """The caller's, without its Python paths, offline, with a cache of remote code that starts empty."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COV_", "PYTEST"))}
         own = {
             "HF_HUB_OFFLINE": "1",
@@ -153,7 +153,7 @@ def messages(case: dict) -> list[dict]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

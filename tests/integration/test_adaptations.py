@@ -82,7 +82,7 @@ def test_compiled(engine, repo, cases, expected, questions):
         2,
         10,
         11,
-    ]  # the default, another budget, two images with a budget each, text alone: a compilation takes seconds
+    ]  # the default, another budget, two images with a budget each, text only: a compilation takes seconds
     cases, expected = [cases[index] for index in chosen], [expected[index] for index in chosen]
     given = {"code": filled(block.text, {"REPO": str(repo), "photo.jpg": questions[0].image}), "cases": cases}
     report = engine.run("compiled.py", repo, stdin=given, TORCHINDUCTOR_COMPILE_THREADS="1")

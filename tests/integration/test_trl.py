@@ -45,7 +45,7 @@ def new_questions() -> list[Question]:
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
-    """New words for training images, the old questions so that they are not forgotten, text alone, and pairs of images."""
+    """New words for training images, the old questions so that they are not forgotten, text only, and pairs of images."""
     train = load_questions("train")
     new, old = reworded(train)[:600], train[:600]
     asked = [{"images": [q.image], "question": q.text, "answer": q.answer} for q in new + old]

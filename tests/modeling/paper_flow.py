@@ -71,7 +71,7 @@ def on_the_grid(windows: Tensor) -> Tensor:
 
 
 def whole(flow: Flow, use_emhsa: bool = True, use_block: bool = True) -> Tensor:
-    """Equations (3) to (11) one after another, from the inputs alone."""
+    """Equations (3) to (11) one after another, from the inputs only."""
     q = paper.refine(
         paper.below(flow.p, "refine"), paper.interpolated(flow.z, flow.side), flow.head_dim, use_emhsa=use_emhsa
     )

@@ -34,7 +34,7 @@ except transformers_tests.TestsUnavailable as reason:
         raise
     pytest.skip(str(reason), allow_module_level=True)
 
-# What a test asks of a class depends on transformers' lists of class names. These list ours, in the test module alone.
+# What a test asks of a class depends on transformers' lists of class names. These list ours, only in the test module.
 for names, class_name in (
     ("MODEL_MAPPING_NAMES", "DeltaLlavaModel"),
     ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "DeltaLlavaForConditionalGeneration"),

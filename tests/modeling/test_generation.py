@@ -33,7 +33,7 @@ def batch():
     "options", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 1, "num_return_sequences": 2}], ids=str
 )
 class TestEmbeddings:
-    """As in LLaVA, what comes back holds the new tokens alone."""
+    """As in LLaVA, what comes back holds only the new tokens."""
 
     def test_of_text(self, model, options):
         ids = prompt([])[None]

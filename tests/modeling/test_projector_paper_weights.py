@@ -68,7 +68,7 @@ def test_no_parameter_depends_on_the_scale_factor() -> None:
 
 @pytest.mark.parametrize("scale_factor", [1, 2, 12])
 def test_every_gradient_is_finite(scale_factor: int) -> None:
-    """Only what a softmax ignores stays at zero: biases common to all keys, and scores of a query that is alone."""
+    """Only what a softmax ignores stays at zero: biases common to all keys, and scores of a single query."""
     flow = Flow({"projector_drop_path": 0.0}, scale_factor)
     output = flow.module.train()(flow.z, flow.levels, scale_factor)
     (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(0))).sum().backward()

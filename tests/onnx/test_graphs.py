@@ -1,4 +1,4 @@
-"""The modules that are traced, beside the model: every kind of mask, cache and tower. Tracing itself is tested once, on the exports."""
+"""The modules that are traced, compared with the model: every kind of mask, cache and tower. Tracing itself is tested once, on the exports."""
 
 import onnx_ir as ir
 import onnxruntime
@@ -27,7 +27,7 @@ WINDOWS = {
 @pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
 @torch.no_grad()
 def test_decoder_of_every_language_model(model_type):
-    """A padded prompt in two parts, then single tokens, beside one pass of the model."""
+    """A padded prompt in two parts, then single tokens, compared with one pass of the model."""
     torch.manual_seed(0)
     model = DeltaLlavaForConditionalGeneration(
         tiny_config(text={"model_type": model_type, **WINDOWS.get(model_type, {})})

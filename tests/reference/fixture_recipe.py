@@ -11,7 +11,7 @@ The recipe, in words
         a   = numpy.random.RandomState(key).standard_normal(shape), float32
 2.  A weight is that draw put through one rule. The rule follows from the full
     name (as in a whole checkpoint, e.g. "model.mm_projector.mlp.0.weight") and
-    the shape alone; the first line that matches wins. All arithmetic is
+    only the shape; the first line that matches wins. All arithmetic is
     float32 and each constant is rounded to float32 first.
 
         norm        1-D and name ends in ".weight"        1 + 0.1 * a

@@ -1,6 +1,6 @@
 """A literal, slow oracle of the released projector, on plain tensors under the authors' names.
 
-Written from the specification in `README.md` beside this file (step numbers below are its) and from
+Written from the specification in `README.md` next to this file (step numbers below are its) and from
 nothing else. It shares no code with the package, never batches windows, forms the
 dense `W + (U V)^T`, and spells out softmax, LayerNorm, GELU and convolutions. Only the two resizes
 call PyTorch; `test_oracle.py` checks those against hand-written kernels.

@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model: what is trained and saved, resuming, and failures as one sentence."""
+"""Whole runs on a tiny model: what is trained and saved, resuming, and failures as one line."""
 
 import json
 import os

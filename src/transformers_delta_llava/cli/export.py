@@ -27,7 +27,7 @@ def export(
         ),
     ] = Format.released,
     projector_only: Annotated[
-        bool, typer.Option("--projector-only", help="released: write mm_projector.bin and config.json alone.")
+        bool, typer.Option("--projector-only", help="released: write mm_projector.bin and config.json only.")
     ] = False,
     vocab_size: Annotated[
         int | None, typer.Option(help="released: rows of the vocabulary to keep; by default those that were trained.")

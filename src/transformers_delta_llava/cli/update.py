@@ -17,7 +17,7 @@ def update(
     revision: Revision = None,
     create_pr: CreatePr = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files that would change, no more.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace code that somebody changed, too.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace changed code, too.")] = False,
 ) -> None:
     """Give a repo today's model code, and print the files that change; weights and tokenizer stay as they are.
 

@@ -93,7 +93,7 @@ def convert_checkpoint(
 
     Args:
         source: folder or Hub id with `config.json` and weights: a full checkpoint (safetensors, `.bin` or `.pt`), with or without
-            the vision tower's; a projector alone (`mm_projector.bin`); or a LoRA run (`adapter_model.*` with
+            the vision tower's; a projector only (`mm_projector.bin`); or a LoRA run (`adapter_model.*` with
             `non_lora_trainables.bin`), which is merged as PEFT merges.
         output: folder to write.
         base_model: folder or Hub id of the language model that a projector or a LoRA run was trained on.

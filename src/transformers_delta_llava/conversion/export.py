@@ -231,7 +231,7 @@ def _released_settings(folder: Path, config: DeltaLlavaConfig, noted: dict[str, 
     if base_models and base_models[0] != noted["vision_tower"]["name"]:
         values["_name_or_path"] = base_models[0]
     length = read_optional_json(folder / "tokenizer_config.json").get("model_max_length")
-    # transformers writes a length that no tokenizer has where nobody set one.
+    # transformers writes a length that no tokenizer has where none was set.
     if length is not None and length < 10**9:
         values["tokenizer_model_max_length"] = length
     return values

@@ -76,7 +76,7 @@ class Inspection:
 
 
 def inspect_model(model_id: str | Path) -> Inspection:
-    """Look into a repo of ours, or a checkpoint in the released layout: a full one, or its projector alone.
+    """Look into a repo of ours, or a checkpoint in the released layout: a full one, or only its projector.
 
     Args:
         model_id: folder or Hub id.

@@ -1,4 +1,4 @@
-"""What a conversion reads: a full checkpoint, a projector alone or a LoRA run, with the vision tower and the base model."""
+"""What a conversion reads: a full checkpoint, a projector only or a LoRA run, with the vision tower and the base model."""
 
 import math
 import re
@@ -35,7 +35,7 @@ _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _NON_LORA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 # PEFT puts this before the names of the model that it wraps.
 _PEFT_PREFIX = "base_model.model."
-# Tokens of a tokenizer that were not trained, besides those that conversion adds: some authors add a few and never resize.
+# Tokens of a tokenizer that were not trained, in addition to those that conversion adds: some authors add a few and never resize.
 _MOST_NEW_ROWS = 1024
 
 
@@ -143,7 +143,7 @@ def open_source(
 
 
 def open_trained(folder: Path) -> Checkpoint:
-    """The tensors of a folder without a base model: its full checkpoint, or its projector alone."""
+    """The tensors of a folder without a base model: its full checkpoint, or only its projector."""
     projector = _find_file(folder, _PROJECTOR_FILES)
     if projector is None or has_weights(folder):
         return read_checkpoint(folder)
@@ -210,7 +210,7 @@ def _fetch(model_id: str, files: tuple[str, ...], with_weights: bool) -> Path:
 def find_vision_tower(named: str | None, checkpoint: Path, with_weights: bool = False) -> str:
     """Find the tower that a checkpoint names by a Hub id or by a path of the machine that trained it.
 
-    Searched in this order: an absolute path; the path, then its last part, inside the checkpoint's folder and beside it;
+    Searched in this order: an absolute path; the path, then its last part, inside the checkpoint's folder and next to it;
     the path from the working directory; a known tower of that last name, whose geometry needs no files.
 
     Args:

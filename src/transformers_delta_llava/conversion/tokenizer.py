@@ -65,7 +65,7 @@ def load_tokenizer(
             "model's as tokenizer"
         )
     bare_sentencepiece = is_bare_sentencepiece(folder)
-    if bare_sentencepiece:  # without these, transformers asks for other packages, in vain
+    if bare_sentencepiece:  # without these, transformers asks for other packages, without need
         import sentencepiece  # noqa: F401
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary)

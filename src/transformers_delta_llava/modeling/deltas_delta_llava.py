@@ -57,7 +57,7 @@ class DeltaProjection(nn.Module):
     Parameters: `weight` (out, in), `delta_u` (in, r) and `delta_v` (r, out), stacked to (levels, in, r) and (levels, r, out)
     where levels share the base. The factors are `None` at rank 0 (the ablation "No DeltaProj").
 
-    The active set of deltas is in the parameters. Other sets, and sums of base and deltas ("merged"), are held beside them,
+    The active set of deltas is in the parameters. Other sets, and sums of base and deltas ("merged"), are held next to them,
     outside the state dict; see [`DeltaMixin`].
 
     Args:
@@ -142,7 +142,7 @@ class DeltaProjection(nn.Module):
         return self.weight.to(dtype) + (delta_u.to(dtype) @ delta_v.to(dtype)).T
 
     def hold(self, name: str, factors: Factors) -> None:
-        """Keep a set beside the active one."""
+        """Keep a set next to the active one."""
         delta_u, delta_v = (nn.Parameter(factor.detach()) for factor in factors)
         self.held_deltas[name] = (delta_u, delta_v)
 
@@ -244,7 +244,7 @@ class DeltaMixin:
         Raises:
             ValueError: there is no such set, or a value is not finite in `dtype`.
         """
-        # A path of this machine says nothing elsewhere, so only the name of a Hub repo is written.
+        # A path of this machine is useless elsewhere, so only the name of a Hub repo is written.
         base = self.config.name_or_path
         base = base if getattr(self.config, "_commit_hash", None) and not Path(base).exists() else None
         tensors = {key: tensor.to(dtype or tensor.dtype) for key, tensor in self.delta_state_dict(name).items()}
@@ -346,7 +346,7 @@ class DeltaMixin:
     def merge_deltas(self) -> None:
         """Add base and deltas in float32 ahead of time, so that the forward pass does one product instead of three.
 
-        The sums are kept beside the parameters, in their dtype, outside the state dict. This costs the memory of the base
+        The sums are kept next to the parameters, in their dtype, outside the state dict. This costs the memory of the base
         matrices once more (19 MB at 7B in bfloat16; where levels share a base, once per level); a saved model cannot apply
         its deltas twice, and `unmerge_deltas` restores the exact bits. Merged deltas get no gradient: `train()`,
         `set_deltas` and loading a state dict unmerge. `delta-llava delta merge` writes a repo with merged bases.

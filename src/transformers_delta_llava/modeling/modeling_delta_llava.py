@@ -371,7 +371,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         """An untrained Delta-LLaVA: a pretrained tower, a pretrained language model, and a new projector.
 
         Args:
-            vision_model_name_or_path: a CLIP, SigLIP or DINOv2 model (or its vision tower alone), on the Hub or in a
+            vision_model_name_or_path: a CLIP, SigLIP or DINOv2 model (or only its vision tower), on the Hub or in a
                 folder.
             text_model_name_or_path: a causal language model, on the Hub or in a folder.
             processor: the `DeltaLlavaProcessor` for the model. Its image token becomes

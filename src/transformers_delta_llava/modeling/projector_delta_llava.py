@@ -424,7 +424,7 @@ class PositionEmbedding2D(nn.Module):
         table = self.table.to(dtype)
         if grid_size == self.grid_size:
             return table
-        # One half of the table depends on the column alone, the other in the same way on the row: resize one line.
+        # One half of the table depends on the column only, the other in the same way on the row: resize one line.
         line = table[: self.grid_size, : self.channels // 2].float().T[None, :, None]
         line = F.interpolate(line, (1, grid_size), mode="bicubic", align_corners=False)[0, :, 0].T.to(dtype)
         side = (grid_size, grid_size, -1)

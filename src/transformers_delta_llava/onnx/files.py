@@ -1,4 +1,4 @@
-"""Weights of graphs: in files beside them, equal tensors once, and quantised in blocks or stored in half precision."""
+"""Weights of graphs: in separate files, equal tensors once, and quantised in blocks or stored in half precision."""
 
 import logging
 from collections.abc import Iterator
@@ -103,7 +103,7 @@ def quantize_blocks(model: ir.Model, bits: int) -> ir.Model:
         accuracy_level=ACCURACY_LEVEL,
         op_types_to_quantize=("MatMul", "Gather"),
     )
-    with np.errstate(all="ignore"):  # rows of zeros, of tokens that nobody trained
+    with np.errstate(all="ignore"):  # rows of zeros, of tokens that were never trained
         quantizer.process()
     return ir.from_proto(quantizer.model.model)
 

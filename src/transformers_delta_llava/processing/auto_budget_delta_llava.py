@@ -1,6 +1,6 @@
 # Copyright 2026 The transformers-delta-llava authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The rule behind `num_visual_tokens="auto"`: how many visual tokens an image needs, from its pixels alone."""
+"""The rule behind `num_visual_tokens="auto"`: how many visual tokens an image needs, from its pixels only."""
 
 from collections.abc import Sequence
 from math import isqrt

@@ -70,7 +70,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
     r"""
     Image processor and tokenizer of a Delta-LLaVA model in one.
 
-    A call takes, besides the usual arguments, `num_visual_tokens` (an integer, `"auto"`, `"low"`, `"high"`, or one of these
+    A call takes, in addition to the usual arguments, `num_visual_tokens` (an integer, `"auto"`, `"low"`, `"high"`, or one of these
     per image in the order of the placeholders: list, tuple, array or tensor), `auto_min_detail` and `do_pad`. It returns
     `input_ids`, `attention_mask`, `pixel_values` of shape (images, 3, height, width), float32, all images of the batch in
     order, and `num_visual_tokens` of shape (images,), int64, only when the number of some image is picked or not the

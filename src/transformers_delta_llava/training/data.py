@@ -63,7 +63,7 @@ def to_messages(row: dict[str, Any], images: Sequence[Any] | None = None) -> lis
         del turns[opening]
     roles = [role for role, _, _ in turns[opening:]]
     if len(roles) < 2 or roles != ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2):
-        raise ValueError(f"turns of {', '.join(roles) or 'nobody'}, not of user and assistant in turn")
+        raise ValueError(f"turns of {', '.join(roles) or 'no one'}, not of user and assistant in turn")
     if any(role == "assistant" and not text.strip() for role, text, _ in turns):
         raise ValueError("an answer is empty")
     given = image_names(row) if images is None else list(images)
@@ -372,7 +372,7 @@ class Collator:
     """
     Makes a batch of rows, padded on the right or packed, and of their images.
 
-    Besides the model's inputs a batch has three numbers that the trainer counts and removes: `num_tokens` (without
+    In addition to the model's inputs a batch has three numbers that the trainer counts and removes: `num_tokens` (without
     padding), `num_images` and `num_skipped` (unusable rows that were replaced).
 
     If parameters are trained that only images reach, a batch without images gets a blank one: after the text, masked,

@@ -251,7 +251,7 @@ def select_trainable(
     if "lora" in train:
         _check_saved(trained)
     if not any(PATTERNS["vision_tower"].search(name) for name in names):
-        # Also, gradient checkpointing then leaves the tower alone.
+        # Also, gradient checkpointing then skips the tower.
         model.model.get_patch_features = torch.no_grad()(model.model.get_patch_features)  # type: ignore[method-assign]
     return trained
 

@@ -1,6 +1,6 @@
 """Which rows make up a step, and how many visual tokens its images get.
 
-Both follow from seed and epoch alone: a resumed run continues as if it had not stopped, and all processes of a run agree
+Both follow from seed and epoch only: a resumed run continues as if it had not stopped, and all processes of a run agree
 without communication.
 """
 

@@ -3,7 +3,7 @@
     python finetune.py REPO ROWS.json OUTPUT [--lora]
 
 ROWS.json is a list of {"images": [path, ...], "question": ..., "answer": ...}; rows may have no image, or several. The loss is on
-the answers only. With `--lora` the language model gets LoRA, the projector is trained beside it, the adapter is saved, loaded
+the answers only. With `--lora` the language model gets LoRA, the projector is trained with it, the adapter is saved, loaded
 onto the untouched repo again and merged. OUTPUT is then a repo like the first.
 """
 

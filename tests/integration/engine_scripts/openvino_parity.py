@@ -1,4 +1,4 @@
-"""OpenVINO beside onnxruntime on the files of an export: `openvino_parity.py EXPORT IMAGE QUESTION NUMBER [DTYPE]`.
+"""OpenVINO compared with onnxruntime on the files of an export: `openvino_parity.py EXPORT IMAGE QUESTION NUMBER [DTYPE]`.
 
 Prints, for float32 and for the precision that OpenVINO takes by itself, the largest differences of visual tokens and logits, as a part of
 the largest one, and whether the first token of the answer is the same.

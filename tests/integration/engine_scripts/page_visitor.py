@@ -62,7 +62,7 @@ def visit(page: Page, image: str, no_image: str, question: str) -> dict:
 
 
 def main() -> None:
-    """Visit, and print what was seen and which hosts the page wanted beside its own."""
+    """Visit, and print what was seen and which hosts the page wanted in addition to its own."""
     chromium, url, *rest = sys.argv[1:]
     elsewhere: list[str] = []
 

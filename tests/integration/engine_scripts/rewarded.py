@@ -21,7 +21,7 @@ def reward(completions: list, answer: list[str], **kwargs: object) -> list[float
 
 
 def to_prompt(row: dict) -> dict:
-    """A question, with its answer beside it for the reward."""
+    """A question, with its answer next to it for the reward."""
     prompt = [{"role": "user", "content": row["question"]}]
     return {"prompt": prompt, "images": [row["image"]], "answer": row["answer"]}
 

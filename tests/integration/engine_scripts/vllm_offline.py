@@ -22,7 +22,7 @@ UNCACHED = {
 
 
 def main() -> None:
-    """Ask each request alone, then all at once; then the bad one; then the first again."""
+    """Ask each request by itself, then all at once; then the bad one; then the first again."""
     *requests, bad = json.load(sys.stdin)
     llm = LLM(
         model=sys.argv[1],

@@ -1,4 +1,4 @@
-"""PyPI's torchvision is built for CUDA. Beside a CPU build of torch its import fails, unless these operators are known."""
+"""PyPI's torchvision is built for CUDA. With a CPU build of torch its import fails, unless these operators are known."""
 
 import importlib.util
 

@@ -21,7 +21,7 @@ class Conversation:
         gap: Text between that and an answer. A model writes it, so it is trained on.
         end: Text that ends an answer, and is trained on.
         after: Text after that, which is not trained on.
-        captions: Whether it is for images with captions: a turn of images alone, and a pair of question and answer that is
+        captions: Whether it is for images with captions: a turn of images only, and a pair of question and answer that is
             trained on, render without the question, as `<image>caption`.
     """
 
