@@ -32,7 +32,7 @@ def conversation(template: str) -> list[dict[str, Any]]:
     if template != "plain":
         turns += [("human", "Sure?"), ("gpt", "Yes: 100 %.")]
     row = {"image": ["a", "b"], "conversations": [{"from": who, "value": value} for who, value in turns]}
-    return to_messages(row, [make_image(0), make_image(1)])
+    return to_messages({**row, "image": [make_image(0), make_image(1)]})
 
 
 @pytest.mark.parametrize("budget", [1, 9])
@@ -68,7 +68,7 @@ def test_an_image_after_the_cut_is_left_out() -> None:
     row = {"image": ["a", "b"], "conversations": []}
     for question, answer in (("<image>", "One."), ("<image>", "Two.")):
         row["conversations"] += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    messages = to_messages(row, [make_image(0), make_image(1)])
+    messages = to_messages({**row, "image": [make_image(0), make_image(1)]})
     processor = make_processor()
     ids = ConversationEncoder(processor, 2048)(messages, 16)["input_ids"]
     second = int((ids == processor.image_token_id).nonzero()[16])
@@ -208,7 +208,8 @@ def test_large_jpegs_are_decoded_at_a_part_of_their_size(tmp_path: Path) -> None
     assert encoder._open_images(message)["content"][0]["image"].size == (120, 96)
     row = {"image": ["x"], "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "Ho"}]}
     small, full = (
-        encoder(to_messages(row, [str(tmp_path / f"image.{suffix}")]), 4)["pixel_values"] for suffix in ("jpg", "png")
+        encoder(to_messages({**row, "image": str(tmp_path / f"image.{suffix}")}), 4)["pixel_values"]
+        for suffix in ("jpg", "png")
     )
     assert (small - full).abs().mean() < 0.05 * full.std()
 

@@ -1,13 +1,15 @@
 """Training data: rows in LLaVA's format or of a Hugging Face dataset, encoded with labels, and collated.
 
 A row is `{"id", "image": name or list of names, "conversations": [{"from", "value"}, ...]}` with `<image>` in the human's
-values, or `{"messages": [{"role", "content"}], "images"}`. Either may have a `system` text.
+values, or `{"messages": [{"role", "content"}], "images"}`. Either may have a `system` text, videos (`video`, `videos`, with
+`<video>` in the values) and `max_tiles`.
 """
 
 import json
 import logging
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from ..errors import DeltaLlavaError, one_line
+from ..modeling.modeling_delta_llava import MODALITIES
 from ..processing import DeltaLlavaProcessor
 from .recipe import DataRecipe
 from .sampler import Request
@@ -25,39 +28,42 @@ from .sampler import Request
 
 logger = logging.getLogger(__name__)
 IGNORED = -100  # label of a token without loss, as everywhere in transformers
-IMAGE_TOKEN = "<image>"
+KINDS = ("image", "video")
+PLACEHOLDER = re.compile("<(image|video)>")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 # Keys of other formats: a row that has one would be trained on only in part.
-UNSUPPORTED = ("tools", "video", "videos", "audio", "audios")
+UNSUPPORTED = ("tools", "audio", "audios")
 WORD_MARK = "\u2581"
 MAX_SKIPPED = 100  # in succession
+# By which rows of similar length are found: a view beyond one per image has about as many tokens as this text.
+CHARACTERS_PER_VIEW = 256
 
 
-def image_names(row: dict[str, Any]) -> list[Any]:
-    """The images of a row: names, or PIL images."""
-    images = row.get("images") or row.get("image") or []
-    return list(images) if isinstance(images, (list, tuple)) else [images]
+def names_of(row: dict[str, Any], kind: str = "image") -> list[Any]:
+    """The images or videos of a row: names, PIL images, or lists of frames."""
+    found = row.get(f"{kind}s") or row.get(kind) or []
+    return list(found) if isinstance(found, (list, tuple)) else [found]
 
 
-def to_messages(row: dict[str, Any], images: Sequence[Any] | None = None) -> list[dict[str, Any]]:
+def to_messages(row: dict[str, Any], replace: Callable[[Any], Any] = lambda name: name) -> list[dict[str, Any]]:
     """
-    The messages of a row, with images as `{"type": "image", "image": ...}` before the text of their turn.
+    The messages of a row, with images and videos as `{"type": "image", "image": ...}` before the text of their turn.
 
     As in LLaVA, a first turn of the assistant is dropped.
 
     Args:
         row: in one of the two formats.
-        images: replacements for the row's images, in order.
+        replace: applied to every name of an image or a video.
 
     Raises:
-        ValueError: no answer, roles out of order, or another number of images than of placeholders.
+        ValueError: no answer, roles out of order, or other numbers of images or videos than of placeholders.
         KeyError, TypeError: a row of another form.
     """
     if unsupported := [key for key in UNSUPPORTED if row.get(key)]:
         raise ValueError(f"{unsupported[0]} cannot be trained on")
     turns = [_parse_turn(turn) for turn in row.get("conversations") or row.get("messages") or []]
     if row.get("system"):
-        turns.insert(0, ("system", row["system"], 0))
+        turns.insert(0, ("system", row["system"], []))
     opening = 1 if turns and turns[0][0] == "system" else 0
     if turns[opening:] and turns[opening][0] == "assistant":
         del turns[opening]
@@ -66,32 +72,33 @@ def to_messages(row: dict[str, Any], images: Sequence[Any] | None = None) -> lis
         raise ValueError(f"turns of {', '.join(roles) or 'no one'}, not of user and assistant in turn")
     if any(role == "assistant" and not text.strip() for role, text, _ in turns):
         raise ValueError("an answer is empty")
-    given = image_names(row) if images is None else list(images)
-    wanted = sum(count for _, _, count in turns)
-    if wanted != len(given) or any(count and role != "user" for role, _, count in turns):
-        raise ValueError(f"{wanted} {IMAGE_TOKEN} in turns, and {len(given)} images")
-    rest = iter(given)
+    given = {kind: names_of(row, kind) for kind in KINDS}
+    for kind, names in given.items():
+        wanted = sum(kinds.count(kind) for _, _, kinds in turns)
+        if wanted != len(names) or any(kinds and role != "user" for role, _, kinds in turns):
+            raise ValueError(f"{wanted} <{kind}> in turns, and {len(names)} {kind}s")
+    rest = {kind: iter(names) for kind, names in given.items()}
     return [
         {
             "role": role,
             "content": [
-                *({"type": "image", "image": next(rest)} for _ in range(count)),
+                *({"type": kind, kind: replace(next(rest[kind]))} for kind in kinds),
                 {"type": "text", "text": text},
             ],
         }
-        for role, text, count in turns
+        for role, text, kinds in turns
     ]
 
 
-def _parse_turn(turn: dict[str, Any]) -> tuple[str, str, int]:
-    """Role, text without placeholders, and number of images."""
+def _parse_turn(turn: dict[str, Any]) -> tuple[str, str, list[str]]:
+    """Role, text without placeholders, and the kinds of the images and videos in their order."""
     role = ROLES[turn["from"] if "from" in turn else turn["role"]]
-    content, count = turn["value"] if "value" in turn else turn["content"], 0
+    content, kinds = turn["value"] if "value" in turn else turn["content"], []
     if isinstance(content, list):
-        count = sum(part["type"] == "image" for part in content)
+        kinds = [part["type"] for part in content if part["type"] in KINDS]
         content = "\n".join(part["text"] for part in content if part["type"] == "text")
-    placeholders = content.count(IMAGE_TOKEN)
-    return role, content.replace(IMAGE_TOKEN, "").strip() if placeholders else content, count + placeholders
+    placeholders = PLACEHOLDER.findall(content)
+    return role, PLACEHOLDER.sub("", content).strip() if placeholders else content, kinds + placeholders
 
 
 class Rows:
@@ -102,14 +109,21 @@ class Rows:
         source: the rows, as a list or a `datasets.Dataset`.
         images: folder that image names are relative to.
         captions: leave out rows that are not captions of images, as the `plain` template requires.
+        views: of an image and of a video, at most, where a row has no `max_tiles`; for `lengths`.
 
     Attributes:
-        lengths: (rows,) characters of the text.
-        images: (rows,) number of images.
+        lengths: (rows,) characters of the text, and as many for each view as `CHARACTERS_PER_VIEW`.
+        images: (rows,) number of images and videos.
     """
 
-    def __init__(self, source: Any, images: str | Path | None = None, captions: bool = False):
-        self.source, self.folder = source, images
+    def __init__(
+        self,
+        source: Any,
+        images: str | Path | None = None,
+        captions: bool = False,
+        views: tuple[int, int] = (1, 1),
+    ):
+        self.source, self.folder, self.views = source, images, views
         self.bad: list[tuple[str, str]] = []
         found = []
         for number, row in enumerate(_undecoded(source)):
@@ -128,21 +142,29 @@ class Rows:
 
     def messages(self, row: int) -> list[dict[str, Any]]:
         """The conversation of a usable row, with paths of images or PIL images."""
-        content = self.source[int(self.numbers[row])]
-        return to_messages(content, [self._path(image) for image in image_names(content)])
+        return to_messages(self.source[int(self.numbers[row])], self._path)
+
+    def max_tiles(self, row: int) -> int | None:
+        """What the row says about tiles."""
+        return self.source[int(self.numbers[row])].get("max_tiles")
 
     def _path(self, image: Any) -> Any:
         return os.path.join(self.folder, image) if self.folder and isinstance(image, str) else image
 
     def _measure(self, row: dict[str, Any], captions: bool) -> tuple[int, int]:
-        messages, images = to_messages(row), image_names(row)
+        messages, images, videos = to_messages(row), names_of(row), names_of(row, "video")
         if captions and (len([m for m in messages if m["role"] != "system"]) > 2 or not images):
             raise ValueError("not a caption of an image, as the plain template requires")
-        for path in map(self._path, images):
+        for path in map(self._path, images + videos):
             if isinstance(path, str) and not os.path.isfile(path):
-                raise ValueError(f"there is no image {path}")
+                raise ValueError(f"there is no file {path}")
         parts = [part for message in messages for part in message["content"]]
-        return sum(len(part["text"]) for part in parts if part["type"] == "text"), len(images)
+        tiles, frames = row.get("max_tiles") or self.views[0], self.views[1]
+        # The number of tiles depends on the image's size; the most is near enough for rows of similar length.
+        views = len(images) * (tiles if tiles == 1 else tiles + 1) + len(videos) * frames
+        extra = CHARACTERS_PER_VIEW * (views - len(images)) if views > len(images) else 0
+        text = sum(len(part["text"]) for part in parts if part["type"] == "text")
+        return text + extra, len(images) + len(videos)
 
 
 def row_name(number: int, row: Any) -> str:
@@ -184,7 +206,8 @@ def open_rows(recipe: DataRecipe, path: str | None = None) -> Rows:
             if file.suffix == ".jsonl"
             else json.loads(text)
         )
-    rows = Rows(source, recipe.images and Path(recipe.images).expanduser(), recipe.chat_template == "plain")
+    folder = recipe.images and Path(recipe.images).expanduser()
+    rows = Rows(source, folder, recipe.chat_template == "plain", (recipe.max_tiles or 1, recipe.num_frames or 8))
     if rows.bad and (recipe.on_error == "fail" or not len(rows)):
         (name, reason), *more = rows.bad
         raise DeltaLlavaError(
@@ -212,56 +235,72 @@ class ConversationEncoder:
     Args:
         processor: its chat template must mark answers with `{% generation %}`.
         max_length: tokens to which a conversation is truncated, never within an image.
-        pad_images: pad images to squares; by default as the processor does.
+        pad_images, max_tiles, num_frames: of images and videos; by default as the processor does.
     """
 
-    def __init__(self, processor: DeltaLlavaProcessor, max_length: int, pad_images: bool | None = None):
+    def __init__(
+        self,
+        processor: DeltaLlavaProcessor,
+        max_length: int,
+        pad_images: bool | None = None,
+        max_tiles: int | None = None,
+        num_frames: int | None = None,
+    ):
         self.processor = processor
         self.max_length = max_length
-        image_processor = processor.image_processor
-        self.image_side = max(dict(getattr(image_processor, "crop_size", None) or image_processor.size).values())
-        self.options: dict[str, Any] = {} if pad_images is None else {"do_pad": pad_images}
+        options = {"do_pad": pad_images, "max_tiles": max_tiles, "num_frames": num_frames}
+        self.options: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
 
-    def __call__(self, messages: list[dict[str, Any]], budget: int) -> dict[str, Any]:
+    def __call__(self, messages: list[dict[str, Any]], budget: int, max_tiles: int | None = None) -> dict[str, Any]:
         """
-        Encode a conversation at `budget` visual tokens per image.
+        Encode a conversation at `budget` visual tokens per view of an image or frame of a video.
 
         Returns:
-            `input_ids` and `labels` (tokens,), int64; `pixel_values` (images, 3, height, width), float32, or None.
+            `input_ids` and `labels` (tokens,), int64; `pixel_values` (views, 3, height, width), float32, or None; and
+            `image_grid_thw`, `pixel_values_videos`, `video_grid_thw` where there are such, see `DeltaLlavaProcessor`.
 
         Raises:
             ValueError: no answer within `max_length`, or what the processor refuses.
         """
         inputs = self.processor.apply_chat_template(
-            [self._open_images(message) for message in messages],
+            [self._open_images(message, max_tiles) for message in messages],
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
             # No tensors yet: computing the assistant mask from one takes longer than everything else.
-            processor_kwargs={"num_visual_tokens": budget, **self.options},
+            processor_kwargs={
+                "num_visual_tokens": budget,
+                **self.options,
+                **({} if max_tiles is None else {"max_tiles": max_tiles}),
+            },
         )
         input_ids = torch.tensor(inputs["input_ids"][0])
         mask = torch.as_tensor(inputs["assistant_masks"]).reshape(-1).bool()
         labels = input_ids.masked_fill(~(mask | self._word_marks(input_ids, mask)), IGNORED)
-        length, images = self._truncate(input_ids, budget)
+        length = self._truncate(input_ids, budget, inputs)
         if not (labels[1:length] != IGNORED).any():
             raise ValueError(f"no answer is within its first {self.max_length} tokens")
-        pixels = list(map(torch.as_tensor, inputs["pixel_values"][:images])) if images else None
-        return {
-            "input_ids": input_ids[:length],
-            "labels": labels[:length],
-            "pixel_values": None if pixels is None else torch.stack(pixels),
-        }
+        sample = {"input_ids": input_ids[:length], "labels": labels[:length], "pixel_values": None}
+        for pixels, grid, token_id in self._kinds():
+            views = int((sample["input_ids"] == token_id).sum()) // budget
+            if views:
+                sample[pixels] = torch.stack(list(map(torch.as_tensor, inputs[pixels][:views])))
+                if grid in inputs:
+                    ends = torch.as_tensor(inputs[grid]).prod(-1).cumsum(0)
+                    sample[grid] = torch.as_tensor(inputs[grid])[ends <= views]
+        return sample
 
-    def _open_images(self, message: dict[str, Any]) -> dict[str, Any]:
-        """JPEGs are decoded at half, a quarter or an eighth of their size while that is twice the tower's."""
+    def _open_images(self, message: dict[str, Any], max_tiles: int | None = None) -> dict[str, Any]:
+        """JPEGs without tiles are decoded at half, a quarter or an eighth of their size while that is twice the tower's."""
+        most: Any = max_tiles or self.options.get("max_tiles") or self.processor.max_tiles
         if isinstance(message["content"], str):
             return message
         parts = [dict(part) for part in message["content"]]
         for part in parts:
             if isinstance(part.get("image"), str):
                 part["image"] = Image.open(part["image"])
-                part["image"].draft(None, (2 * self.image_side, 2 * self.image_side))
+                if most == 1:
+                    part["image"].draft(None, (2 * self.processor.image_side,) * 2)
         return {**message, "content": parts}
 
     def _word_marks(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -270,14 +309,26 @@ class ConversationEncoder:
         behind_image = (input_ids == self.processor.image_token_id).roll(1)
         return marks & behind_image & mask.roll(-1)
 
-    def _truncate(self, input_ids: torch.Tensor, budget: int) -> tuple[int, int]:
-        """How many tokens, and how many images, to keep."""
-        starts = (input_ids == self.processor.image_token_id).nonzero().flatten()[::budget].tolist()
+    def _kinds(self) -> list[tuple[str, str, int]]:
+        """Of images, and of videos where the tokenizer knows them: pixels, views per item, and placeholder."""
+        kinds = [("pixel_values", "image_grid_thw", self.processor.image_token_id)]
+        if self.processor.video_token_id is not None:
+            kinds.append(("pixel_values_videos", "video_grid_thw", self.processor.video_token_id))
+        return kinds
+
+    def _truncate(self, input_ids: torch.Tensor, budget: int, inputs: Any) -> int:
+        """How many tokens to keep: never a part of an image or a video."""
         length = min(len(input_ids), self.max_length)
-        kept = [start for start in starts if start + budget <= length]
-        if len(kept) < len(starts):
-            length = min(length, starts[len(kept)])
-        return length, len(kept)
+        for _, grid, token_id in self._kinds():
+            places = (input_ids == token_id).nonzero().flatten().tolist()
+            sizes = [1] * (len(places) // budget) if grid not in inputs else np.prod(inputs[grid], -1).tolist()
+            start = 0
+            for size in sizes:
+                if places[start + size * budget - 1] >= length:
+                    length = min(length, places[start])
+                    break
+                start += size * budget
+        return length
 
     def blank_image(self) -> torch.Tensor:
         """(1, 3, height, width): a black image, preprocessed."""
@@ -326,7 +377,7 @@ class TrainingDataset(Dataset):
         row, num_skipped = first, 0
         while True:
             try:
-                sample = self.encoder(self.rows.messages(row), budget)
+                sample = self.encoder(self.rows.messages(row), budget, self.rows.max_tiles(row))
                 return {**sample, "budget": budget, "num_skipped": num_skipped}
             except Exception as error:  # of any type: whatever Pillow or the template raises
                 self._skip(row, error)
@@ -410,8 +461,9 @@ class Collator:
 
         Returns:
             `input_ids` and `labels` (sequences, tokens), int64; `attention_mask`, or of packed rows `position_ids`, in the same
-            shape; with images also `pixel_values` (images, 3, height, width), float32, and `num_visual_tokens`, one number for
-            all images or (images,), int64; and what `keep_labelled_logits` returns.
+            shape; with images also `pixel_values` (views, 3, height, width), float32, and `num_visual_tokens`, one number for
+            all views or (views,), int64, with tiles `image_grid_thw`; the same of videos; and what `keep_labelled_logits`
+            returns.
         """
         lengths = [len(sample["input_ids"]) for sample in samples]
         if not self.max_packed:
@@ -419,14 +471,13 @@ class Collator:
         else:
             sequences = pack_rows(lengths, sum(lengths) if self.flash else self.max_packed)
         in_order = [samples[row] for sequence in sequences for row in sequence]
-        images = [sample["pixel_values"] for sample in in_order if sample["pixel_values"] is not None]
-        budgets = [s["budget"] for s in in_order if s["pixel_values"] is not None for _ in s["pixel_values"]]
+        visual = self._visual(in_order)
         counts = {
             "num_tokens": sum(lengths),
-            "num_images": len(budgets),
+            "num_images": sum(len(visual[name]) for name in ("pixel_values", "pixel_values_videos") if name in visual),
             "num_skipped": sum(sample["num_skipped"] for sample in samples),
         }
-        blank = self.blank_budget if self.blank_image is not None and not images else 0
+        blank = self.blank_budget if self.blank_image is not None and not visual else 0
         used = [sum(lengths[row] for row in sequence) for sequence in sequences]
         shape = (len(sequences), max(used[0] + blank, *used))
         batch = {"input_ids": torch.full(shape, self.pad_token_id), "labels": torch.full(shape, IGNORED)}
@@ -451,13 +502,27 @@ class Collator:
             batch |= dict.fromkeys(("max_length_q", "max_length_k"), int(positions.max()) + 1)
         if blank:
             batch["input_ids"][0, used[0] :][:blank] = self.image_token_id
-            images, budgets = [self.blank_image], [blank]
-        if images:
-            batch["pixel_values"] = torch.cat(images)
+            visual = {"pixel_values": self.blank_image, "num_visual_tokens": blank}
+        return {**batch, **visual, **keep_labelled_logits(batch["labels"]), **counts}
+
+    @staticmethod
+    def _visual(samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Images and videos of a batch."""
+        batch: dict[str, Any] = {}
+        for pixels, numbers, grid in MODALITIES.values():
+            shown = [sample for sample in samples if sample.get(pixels) is not None]
+            if not shown:
+                continue
+            batch[pixels] = torch.cat([sample[pixels] for sample in shown])
+            budgets = [sample["budget"] for sample in shown for _ in sample[pixels]]
             # One number where possible: the model need not copy a tensor from the device.
-            same = len(set(budgets)) == 1
-            batch["num_visual_tokens"] = budgets[0] if same else torch.tensor(budgets)
-        return {**batch, **keep_labelled_logits(batch["labels"]), **counts}
+            batch[numbers] = budgets[0] if len(set(budgets)) == 1 else torch.tensor(budgets)
+            if any(grid in sample for sample in shown):
+                one_view = torch.ones(1, 3, dtype=torch.long)
+                batch[grid] = torch.cat(
+                    [sample.get(grid, one_view.expand(len(sample[pixels]), 3)) for sample in shown]
+                )
+        return batch
 
 
 def pack_rows(lengths: Sequence[int], max_length: int) -> list[list[int]]:

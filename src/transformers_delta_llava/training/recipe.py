@@ -87,6 +87,8 @@ class DataRecipe(Section):
             Delta-LLaVA keeps its own, and a new one has `vicuna_v1`.
         max_length: tokens, visual ones included, to which a row is truncated.
         pad_images: pad images to squares; by default as the processor does.
+        max_tiles: most tiles of an image whose row has no `max_tiles`; by default the processor's.
+        num_frames: frames of a video; by default the processor's.
         on_error: `fail` at the first unusable row, or `skip` such rows, counted and named.
     """
 
@@ -98,6 +100,8 @@ class DataRecipe(Section):
     chat_template: str | None = None
     max_length: Annotated[int, Field(ge=1)] = 2048
     pad_images: bool | None = None
+    max_tiles: Annotated[int, Field(ge=1)] | None = None
+    num_frames: Annotated[int, Field(ge=1)] | None = None
     on_error: Literal["fail", "skip"] = "fail"
 
     @model_validator(mode="after")

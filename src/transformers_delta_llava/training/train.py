@@ -126,7 +126,8 @@ def make_trainer(recipe: Recipe, resume: bool = False) -> DeltaLlavaTrainer:
             record_skipped(record, rows.bad)
     if rows.bad:
         logger.warning("%d rows cannot be used and are left out; they are listed in %s", len(rows.bad), record)
-    encoder = ConversationEncoder(processor, recipe.data.max_length, recipe.data.pad_images)
+    data = recipe.data
+    encoder = ConversationEncoder(processor, data.max_length, data.pad_images, data.max_tiles, data.num_frames)
     dataset = TrainingDataset(rows, encoder, recipe.data.on_error, record, budgets[0])
     held_out = None
     if recipe.data.eval_path is not None:
