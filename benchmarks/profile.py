@@ -36,10 +36,11 @@ def main() -> None:
     parser.add_argument("model", help=f"{', '.join(SHAPES)}, a folder or a Hub id")
     parser.add_argument("--text-tokens", type=int, default=68, help="of the prompt; the paper's figures fit 68")
     parser.add_argument("--new-tokens", type=int, default=30)
+    parser.add_argument("--views", type=int, default=1, help="of an image in tiles, or frames of a video")
     parser.add_argument("--output", type=Path, help="JSON to write")
     arguments = parser.parse_args()
     config = model_config(arguments.model) if arguments.model in SHAPES else load_config(arguments.model)
-    rows = profile(config, arguments.text_tokens, arguments.new_tokens)
+    rows = profile(config, arguments.text_tokens, arguments.new_tokens, views=arguments.views)
     table = Table("visual tokens", *PARTS, "sum", "paper's formula", title=f"TFLOPs of {arguments.model}")
     for row in rows:
         counts = [*row["flops"].values(), sum(row["flops"].values()), sum(row["paper"].values())]
@@ -50,16 +51,20 @@ def main() -> None:
 
 
 def profile(
-    config: DeltaLlavaConfig, text_tokens: int = 68, new_tokens: int = 30, budgets: Sequence[int] | None = None
+    config: DeltaLlavaConfig,
+    text_tokens: int = 68,
+    new_tokens: int = 30,
+    budgets: Sequence[int] | None = None,
+    views: int = 1,
 ) -> list[dict[str, Any]]:
-    """Rows of `num_visual_tokens`, and of `flops` and `paper`, both by part, for one image at inference."""
+    """Rows of `num_visual_tokens` per view, and of `flops` and, of one view, `paper`, both by part, at inference."""
     with torch.device("meta"):
         model = DeltaLlavaForConditionalGeneration(config).to("meta").eval()
-    tower = tower_flops(model)
+    tower = views * tower_flops(model)
     rows = []
     for budget in config.visual_token_budgets if budgets is None else budgets:
-        projector = projector_flops(model.model.multi_modal_projector, config.scale_factor_for(budget))
-        prefill, decode = language_flops(model, text_tokens + budget, new_tokens)
+        projector = views * projector_flops(model.model.multi_modal_projector, config.scale_factor_for(budget))
+        prefill, decode = language_flops(model, text_tokens + views * budget, new_tokens)
         flops = dict(zip(PARTS, (tower, projector, prefill, decode)))
         paper = paper_flops(config, budget, text_tokens, new_tokens)
         rows.append({"num_visual_tokens": budget, "flops": flops, "paper": paper})

@@ -72,7 +72,8 @@ def explain(
         ValueError: the answer is empty or does not have the token, or the gradients are not finite.
     """
     with _evaluating(model), torch.inference_mode(False):
-        inputs = encode_question(processor, image, prompt, num_visual_tokens=num_visual_tokens)
+        # Tiles would need a map each.
+        inputs = encode_question(processor, image, prompt, num_visual_tokens=num_visual_tokens, max_tiles=1)
         inputs = inputs.to(model.device, model.dtype)
         ids = answer_ids(model, inputs, max_new_tokens)
         index = find_token(processor, ids, token)

@@ -31,6 +31,7 @@ class DeltaLlavaLmms(lmms):
         dtype: float32, bfloat16, float16 or, by default, that of the weights.
         batch_size: requests at a time.
         attn_implementation: sdpa, eager, flash_attention_2; transformers chooses by default.
+        max_tiles, num_frames: of images and videos; the processor's defaults by default.
         max_batch_size: passed by lmms-eval; not used.
 
     Raises:
@@ -47,6 +48,8 @@ class DeltaLlavaLmms(lmms):
         dtype: str = "auto",
         batch_size: int | str = 1,
         attn_implementation: str | None = None,
+        max_tiles: int | None = None,
+        num_frames: int | None = None,
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
@@ -63,6 +66,8 @@ class DeltaLlavaLmms(lmms):
         if num_visual_tokens is not None:
             model.config.scale_factor_for(num_visual_tokens)  # raises
             self.options["num_visual_tokens"] = num_visual_tokens
+        views = {"max_tiles": max_tiles, "num_frames": num_frames}
+        self.options |= {name: value for name, value in views.items() if value is not None}
         self.batch_size = int(batch_size)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:

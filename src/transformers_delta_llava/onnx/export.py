@@ -72,6 +72,8 @@ def export_onnx(
         for precision, group in (("float16", half), ("float32", others)):
             if group:
                 model, processor = load_repo(folder, "cpu", precision)
+                if processor.max_tiles != 1:
+                    raise DeltaLlavaError(f"max_tiles={processor.max_tiles}: an export shows one view of an image")
                 if merge_deltas and config.use_delta_projection:
                     model.merge_deltas()
                 weight_files |= _write_graphs(
