@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.tiny import noise
+from transformers_delta_llava import generate as generation
 from transformers_delta_llava.generate import (
     AnswerFile,
     Request,
@@ -76,6 +77,24 @@ def test_tiles_per_row(trained, images, tmp_path):
     answers = [a for batch, _ in generate(*trained, requests, batch_size=3) for a in batch]
     assert {answer.request.id: answer.visual_tokens for answer in answers} == {"0": 16, "1": 64, "2": 48, "3": 64}
     assert {answer.request.key: answer.text for answer in answers} == one_by_one(trained, requests)
+
+
+def test_features_are_kept_while_a_window_needs_them(trained, images, monkeypatch):
+    """Not those of an image that nobody asks about any more, or much later, or only in a request that fails."""
+    monkeypatch.setattr(generation, "WINDOW", 2)
+    names = [str(images / f"{index}.png") for index in (0, 0, 1, 1, 0, 2)]
+    requests = [
+        Request(str(index), ask("is there a circle?", name), max_new_tokens=1) for index, name in enumerate(names)
+    ]
+    requests.append(Request("failed", ask("what?", names[0]), error="not a question"))
+    kept = []
+    forget = generation._Features.forget_others
+    monkeypatch.setattr(
+        generation._Features, "forget_others", lambda self, names: (forget(self, names), kept.append([*self.kept]))
+    )
+    for _ in generate(*trained, requests, batch_size=1):
+        pass
+    assert kept == [[names[0]], [], [names[2]], [], [], [], []]
 
 
 def test_input_is_an_image_a_folder_a_glob_or_jsonl(images, tmp_path):

@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -60,10 +59,18 @@ class Request:
         """Names the request at its number of visual tokens."""
         return json.dumps([self.id, self.num_visual_tokens])
 
+    def parts(self) -> list[dict[str, Any]]:
+        """The parts of all turns; a turn of text alone is one."""
+        contents = (turn["content"] for turn in self.messages)
+        return sum(([{"type": "text", "text": c}] if isinstance(c, str) else c for c in contents), [])
+
     def images(self) -> list[Any]:
         """The images, in order."""
-        parts = (part for turn in self.messages if isinstance(turn["content"], list) for part in turn["content"])
-        return [part["url"] for part in parts if part["type"] == "image"]
+        return [part["url"] for part in self.parts() if part["type"] == "image"]
+
+    def text_length(self) -> int:
+        """Characters of all turns."""
+        return sum(len(part.get("text", "")) for part in self.parts())
 
 
 @dataclass(frozen=True)
@@ -188,37 +195,38 @@ def generate(
     Yields:
         Answers of a batch, in any order, and the seconds that the model took.
     """
-    batches = [
-        group[start : start + batch_size]
-        for window in _slices(requests, WINDOW * batch_size)
-        for group in _groups(window)
-        for start in range(0, len(group), batch_size)
-    ]
-    batches = [batch for batch in batches if any(request.key not in done for request in batch)]
+    batches: list[list[Request]] = []
+    needed: list[set[str]] = []  # after each batch, the images that later ones of its window show
+    for start in range(0, len(requests), WINDOW * batch_size):
+        window = _batches(requests[start : start + WINDOW * batch_size], batch_size)
+        window = [batch for batch in window if any(request.key not in done for request in batch)]
+        batches += window
+        needed += [set(_image_names(sum(window[index:], []))) for index in range(1, len(window) + 1)]
     loader: Any = DataLoader(
         batches,
         batch_size=None,
         num_workers=num_workers,
         collate_fn=partial(_encode, processor),
     )
-    features = _Features(model, Counter(str(image) for batch in batches for r in batch for image in r.images()))
-    for good, inputs, failed in loader:
-        start = time.perf_counter()
+    features = _Features(model)
+    for (good, inputs, failed), names in zip(loader, needed):
+        begin = time.perf_counter()
         answers = failed + (_answer(model, processor, features, good, inputs) if good else [])
-        yield [answer for answer in answers if answer.request.key not in done], time.perf_counter() - start
+        features.forget_others(names)
+        yield [answer for answer in answers if answer.request.key not in done], time.perf_counter() - begin
 
 
-def _slices(requests: Sequence[Request], size: int) -> list[Sequence[Request]]:
-    return [requests[start : start + size] for start in range(0, len(requests), size)]
-
-
-def _groups(window: Iterable[Request]) -> list[list[Request]]:
-    """Requests that can share a batch, sorted by length: the same options."""
+def _batches(window: Iterable[Request], size: int) -> list[list[Request]]:
+    """Requests with the same options, sorted by length, in batches of at most `size`."""
     groups: dict[tuple, list[Request]] = {}
-    for request in sorted(window, key=lambda r: (len(r.images()), len(json.dumps(r.messages, default=str)))):
+    for request in sorted(window, key=lambda request: (len(request.images()), request.text_length())):
         options = request.max_new_tokens, str(request.num_visual_tokens), request.max_tiles
         groups.setdefault(options, []).append(request)
-    return list(groups.values())
+    return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
+
+
+def _image_names(requests: Iterable[Request]) -> list[str]:
+    return [str(image) for request in requests for image in request.images()]
 
 
 def _encode(processor: DeltaLlavaProcessor, batch: list[Request]) -> tuple[list[Request], Any, list[Answer]]:
@@ -276,10 +284,10 @@ _load = lru_cache(maxsize=64)(load_image)
 
 
 class _Features:
-    """Patch features of images, kept as long as requests about them are left."""
+    """Patch features of images, by name, until they are forgotten."""
 
-    def __init__(self, model: DeltaLlavaForConditionalGeneration, uses: Counter[str]):
-        self.model, self.uses = model, uses
+    def __init__(self, model: DeltaLlavaForConditionalGeneration):
+        self.model = model
         self.kept: dict[str, tuple[torch.Tensor, ...]] = {}
 
     def __call__(self, images: list[str], pixel_values: torch.Tensor) -> PatchFeatures:
@@ -290,11 +298,11 @@ class _Features:
             features = self.model.model.get_patch_features(pixels)
             self.kept |= dict(zip(new, zip(features.stream, *features.levels)))
         stream, *levels = (torch.stack(states) for states in zip(*(self.kept[image] for image in images)))
-        self.uses.subtract(images)
-        for image in set(images):
-            if not self.uses[image]:
-                del self.kept[image]
         return PatchFeatures(stream, levels, BaseModelOutputWithPooling())
+
+    def forget_others(self, images: set[str]) -> None:
+        """Keep those of `images` only; a copy, since a batch is one tensor of which each image is a part."""
+        self.kept = {name: tuple(map(torch.clone, states)) for name, states in self.kept.items() if name in images}
 
 
 @torch.inference_mode()
@@ -310,7 +318,7 @@ def _answer(
         names = ("pixel_values", "num_visual_tokens", "image_grid_thw")
         encoded = {name: x for name, x in inputs.to(model.device, model.dtype).items() if name in names}
     elif "pixel_values" in inputs:
-        images = [str(image) for request in requests for image in request.images()]
+        images = _image_names(requests)
         numbers = inputs.get("num_visual_tokens", [processor.image_seq_length] * len(images))
         tokens = model.model.project_features(features(images, inputs["pixel_values"]), [int(n) for n in numbers])
         encoded = {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tokens)}}

@@ -11,6 +11,8 @@ from tests.integration.engine_scripts.answer import NEW_TOKENS, answer, ask_pipe
 from tests.integration.engines import Engine, data_url, free_port, messages, needs
 from tests.pages import commands_of, filled, read_blocks
 from transformers_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
+from transformers_delta_llava.generate import AnswerFile, generate, read_requests
+from transformers_delta_llava.loading import load_repo
 
 
 pytestmark = needs("vllm")
@@ -229,3 +231,32 @@ def test_client_code_of_the_page(vllm, server, questions, page_answers):
     code = filled(CLIENT.text, {"http://localhost:8000": server.url})
     report = vllm.run("run_code.py", stdin={"code": [before, code], "show": ["answer.choices[0].message.content"]})
     assert report["shown"][0].strip() == page_answers[16]
+
+
+def test_one_file_through_generate_and_run_batch(vllm, repo, questions, tmp_path):
+    """Rows in OpenAI's batch format, each with its number of visual tokens; the last cannot be answered."""
+    lines = []
+    for index, number in enumerate([16, 4, 1, None, 7]):
+        options = {} if number is None else {"mm_processor_kwargs": {"num_visual_tokens": number}}
+        content = [{"type": "image_url", "image_url": {"url": data_url(questions[index].image)}}]
+        content.append({"type": "text", "text": questions[index].text})
+        body = {"model": "m", "max_tokens": 8, "temperature": 0, "messages": [{"role": "user", "content": content}]}
+        row = {"custom_id": str(index), "method": "POST", "url": "/v1/chat/completions", "body": {**body, **options}}
+        lines.append(json.dumps(row))
+    rows, ours, theirs = (tmp_path / name for name in ("rows.jsonl", "ours.jsonl", "theirs.jsonl"))
+    rows.write_text("\n".join(lines), encoding="utf-8")
+    file = AnswerFile(ours, batch_format=True)
+    for batch, _ in generate(*load_repo(repo, "cpu"), read_requests(str(rows))):
+        file.append(batch)
+
+    command = ["-m", "vllm.entrypoints.openai.run_batch", "-i", rows, "-o", theirs, "--model", repo]
+    command += ["--served-model-name", "m", "--model-impl", "transformers", "--trust-remote-code"]
+    command += ["--trust-request-mm-kwargs", "--dtype", "float32", "--enforce-eager"]
+    vllm.run_python(*command, "--max-model-len", 512, "--max-num-seqs", 16, **ENVIRONMENT)
+
+    texts = []
+    for path in (ours, theirs):
+        answers = {row["custom_id"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+        assert answers.keys() == set("01234") and answers["4"]["error"]
+        texts.append([answers[i]["response"]["body"]["choices"][0]["message"]["content"].strip() for i in "0123"])
+    assert texts[0] == texts[1]
