@@ -1,11 +1,12 @@
-"""Fewer visual tokens by other means: one tower and one language model, from the image to 30 new tokens.
+"""Ways to fewer visual tokens around one tower and one language model: pooling, dropping, selecting, projecting.
 
     python -m benchmarks.against_pruning
+    python -m benchmarks.against_pruning --device cuda --dtype bfloat16 --shape 7b --new-tokens 64
 
-LLaVA with all 576 patches; its patches averaged, drawn at random, or selected by the attention of the class token (as VisionZip
-selects its dominant tokens; it merges the rest, which is left out here) to as many tokens as Delta-LLaVA makes. Weights are random, so this
-is about speed: a token that is not there costs nothing, whatever removed it, and what is left is the cost of choosing or making the others.
-FastV removes tokens inside the language model and is not measured: its authors report 45 % fewer FLOPs for LLaVA-1.5-13B.
+Weights are random: times, memory and operations only. Every side runs the same tower, up to the layers that are read; all but ours map
+tokens with LLaVA's two-layer MLP. `VisionZip-style` follows arXiv 2412.04467: the patches that the class token attends to most, and
+averages of the others, merged by the similarity of their keys, 54 to 10. FastV (arXiv 2403.06764) drops half of the visual tokens
+after the language model's second layer; it is not measured here, and publishes 45 % fewer operations for LLaVA-1.5-13B.
 """
 
 from collections.abc import Callable
@@ -13,17 +14,21 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn.functional import adaptive_avg_pool2d, normalize, one_hot
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from benchmarks.harness import arguments_of, peak_bytes, prepare, print_table, side_by_side, write_results
 from benchmarks.harness.models import LLAVA, build_pair, make_inputs
+from benchmarks.profile import count_flops
+from transformers_delta_llava import DeltaLlavaForConditionalGeneration
+
+
+Reduce = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 def main() -> None:
     """Measure all in turns, print, write."""
-    parser = arguments_of("Time ways to have fewer visual tokens.", seconds=240.0)
+    parser = arguments_of("Time ways to fewer visual tokens.", seconds=240.0)
     parser.add_argument("--shape", default="0.5b", help="0.5b, 7b, 13b, or tiny to try the script")
     parser.add_argument("--budgets", type=int, nargs="+", default=[144, 64, 16])
     parser.add_argument("--text-tokens", type=int, default=68)
@@ -31,91 +36,106 @@ def main() -> None:
     arguments = parser.parse_args()
     prepare(arguments)
     ours, llava = build_pair(arguments.shape, arguments.device, getattr(torch, arguments.dtype))
-    most = ours.config.num_visual_tokens_for(1)
-
-    sides: dict[str, tuple[Any, int, Callable | None]] = {f"{LLAVA}, {most}": (llava, most, None)}
+    mlp = llava.model.multi_modal_projector
+    reductions: dict[str, Reduce] = {"average pooling": pool, "random tokens": drop, "VisionZip-style": Zip(ours)}
+    sides: dict[str, tuple[int, Callable]] = {LLAVA: (576, lambda pixels: list(mlp(patches(ours, pixels))))}
     for budget in arguments.budgets:
-        for name, reduce in METHODS.items():
-            sides[f"{name}, {budget}"] = llava, budget, reduce
-        sides[f"Delta-LLaVA, {budget}"] = ours, budget, None
-    first = {name: partial(answer, *side, arguments.text_tokens, 1) for name, side in sides.items()}
-    whole = {name: partial(answer, *side, arguments.text_tokens, arguments.new_tokens) for name, side in sides.items()}
+        for name, reduce in reductions.items():
+            sides[f"{name}, {budget}"] = budget, partial(reduced, ours, mlp, reduce, budget)
+        sides[f"Delta-LLaVA, {budget}"] = budget, partial(projected, ours, budget)
+
+    first, whole = {}, {}
+    for name, (budget, encode) in sides.items():
+        inputs = make_inputs(ours, budget, arguments.text_tokens, 1)
+        first[name] = partial(answer, ours, encode, inputs, 1)
+        whole[name] = partial(answer, ours, encode, inputs, arguments.new_tokens)
     seconds = side_by_side({**{f"first {name}": call for name, call in first.items()}, **whole}, arguments)
-    base = seconds[f"first {LLAVA}, {most}"]
-    rows = []
-    for name in sides:
-        with FlopCounterMode(display=False) as counter:
-            first[name]()
-        rest = seconds[name] - seconds[f"first {name}"]
-        rows.append(
-            {
-                "visual tokens": name,
-                "time to first token, s": seconds[f"first {name}"],
-                f"of {LLAVA}": seconds[f"first {name}"] / base,
-                "tokens/s after it": (arguments.new_tokens - 1) / rest,
-                "GFLOPs to it": counter.get_total_flops() / 1e9,
-                "peak memory, MB": peak_bytes(first[name], arguments.device) / 1e6,
-            }
-        )
-    print_table(f"Batch 1, {arguments.text_tokens} text tokens, {arguments.shape}, {arguments.dtype}", rows)
-    print(write_results("against_pruning", arguments, rows=rows))
+    rows = [
+        {
+            "side": name,
+            "first token, ms": 1000 * seconds[f"first {name}"],
+            "of LLaVA's": seconds[f"first {name}"] / seconds[f"first {LLAVA}"],
+            "tokens/s": arguments.new_tokens / seconds[name],
+            "MB, first token": peak_bytes(first[name], arguments.device) / 1e6,
+            "TFLOPs, first token": count_flops(first[name]) / 1e12,
+        }
+        for name in sides
+    ]
+    print_table(f"{arguments.shape}, batch 1, {arguments.new_tokens} new tokens", rows)
+    write_results(f"against_pruning_{arguments.shape}_{arguments.device}", arguments, rows=rows)
 
 
 @torch.inference_mode()
-def answer(model: Any, budget: int, reduce: Callable | None, text_tokens: int, new_tokens: int) -> None:
-    """Generate exactly `new_tokens`; with `reduce`, transformers' LLaVA sees what it leaves of the patches."""
-    inputs = make_inputs(model, budget, text_tokens, 1)
-    if hasattr(model.config, "visual_token_budgets"):
-        inputs["num_visual_tokens"] = budget
-    original = model.model.get_image_features
-    if reduce is not None:
-        model.model.get_image_features = partial(reduced_features, model.model, reduce, budget)
-    try:
-        model.generate(**inputs, do_sample=False, min_new_tokens=new_tokens, max_new_tokens=new_tokens)
-    finally:
-        model.model.get_image_features = original
+def answer(model: DeltaLlavaForConditionalGeneration, encode: Callable, inputs: dict[str, Any], length: int) -> Any:
+    """Greedy tokens of one length; `encode` gives the visual tokens of pixel values."""
+    tokens = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    visual = {"image": BaseModelOutputWithPooling(pooler_output=encode(inputs["pixel_values"]))}
+    options: dict[str, Any] = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
+    return model.generate(**tokens, mm_encoder_outputs=visual, pad_token_id=0, **options)
 
 
-def reduced_features(
-    model: Any, reduce: Callable, budget: int, pixel_values: torch.Tensor, **kwargs: Any
-) -> BaseModelOutputWithPooling:
-    """The visual tokens of LLaVA's own projector, of fewer patches."""
-    seen: dict[str, torch.Tensor] = {}
-    attention = model.vision_tower.encoder.layers[model.config.vision_feature_layer].self_attn
-    hook = attention.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.update(hidden=kwargs.get("hidden_states", args[0] if args else None)),
-        with_kwargs=True,
-    )
-    states = model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
-    hook.remove()
-    patches = states[model.config.vision_feature_layer][:, 1:]
-    tokens = model.multi_modal_projector(reduce(patches, budget, attention, seen["hidden"]))
-    return BaseModelOutputWithPooling(pooler_output=list(tokens))
+def projected(model: DeltaLlavaForConditionalGeneration, budget: int, pixels: torch.Tensor) -> list[torch.Tensor]:
+    """Ours: the projector makes the visual tokens."""
+    return model.model.project_features(model.model.get_patch_features(pixels), budget)
 
 
-def average(patches: torch.Tensor, budget: int, attention: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """The mean of each square of patches."""
-    side, cells = round(patches.shape[1] ** 0.5), round(budget**0.5)
-    grid = patches.transpose(1, 2).unflatten(2, (side, side))
-    return F.adaptive_avg_pool2d(grid, cells).flatten(2).transpose(1, 2)
+def patches(model: DeltaLlavaForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
+    """Features (images, patches, width) of the layer that LLaVA reads."""
+    return model.model.get_patch_features(pixels).stream
 
 
-def draw(patches: torch.Tensor, budget: int, attention: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Patches at random, in their order."""
-    return patches[:, torch.randperm(patches.shape[1], device=patches.device)[:budget].sort().values]
+def reduced(
+    model: DeltaLlavaForConditionalGeneration, mlp: Any, reduce: Reduce, budget: int, pixels: torch.Tensor
+) -> list[torch.Tensor]:
+    """Fewer of the tower's patches, then LLaVA's MLP."""
+    return list(mlp(reduce(patches(model, pixels), budget)))
 
 
-def select(patches: torch.Tensor, budget: int, attention: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """The patches to which the class token attends most in the layer that is read."""
-    heads = attention.num_heads
-    query = attention.q_proj(hidden[:, :1]).unflatten(-1, (heads, -1)).transpose(1, 2)
-    key = attention.k_proj(hidden).unflatten(-1, (heads, -1)).transpose(1, 2)
-    weights = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1).mean(1)[:, 0, 1:]
-    chosen = weights.topk(budget).indices.sort().values
-    return patches.gather(1, chosen.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+def pool(features: torch.Tensor, budget: int) -> torch.Tensor:
+    """Averages over windows of the grid."""
+    side = round(features.shape[1] ** 0.5)
+    grid = features.mT.unflatten(-1, (side, side))
+    return adaptive_avg_pool2d(grid, round(budget**0.5)).flatten(-2).mT
 
 
-METHODS = {"averaged": average, "random": draw, "selected": select}
+def drop(features: torch.Tensor, budget: int) -> torch.Tensor:
+    """Some of the patches, in their order."""
+    return features[:, torch.randperm(features.shape[1], device=features.device)[:budget].sort().values]
+
+
+class Zip:
+    """VisionZip's selection, from queries and keys of the last of the tower's layers that run."""
+
+    def __init__(self, model: DeltaLlavaForConditionalGeneration):
+        attention = model.model.vision_tower.encoder.layers[model.config.vision_feature_layer - 1].self_attn
+        self.head_dim = attention.head_dim
+        self.states: dict[str, torch.Tensor] = {}
+        for name in ("q_proj", "k_proj"):
+            getattr(attention, name).register_forward_hook(partial(self._keep, name))
+
+    def _keep(self, name: str, module: Any, inputs: Any, output: torch.Tensor) -> None:
+        self.states[name] = output
+
+    def __call__(self, features: torch.Tensor, budget: int) -> torch.Tensor:
+        merged = max(1, round(budget * 10 / 64))
+        query, keys = (self.states[name].unflatten(-1, (-1, self.head_dim)) for name in ("q_proj", "k_proj"))
+        scores = torch.einsum("bhd,bnhd->bhn", query[:, 0], keys) / self.head_dim**0.5
+        attention = scores.softmax(-1).sum(1)[:, 1:]  # of the class token, which comes first
+        order = attention.argsort(dim=-1, descending=True)
+        dominant, rest = (
+            part.sort(-1).values for part in order.split([budget - merged, order.shape[1] - budget + merged], 1)
+        )
+        similar = normalize(take(keys.mean(2)[:, 1:], rest), dim=-1)
+        targets = torch.arange(merged, device=rest.device) * (rest.shape[1] // merged)
+        nearest = (similar @ similar[:, targets].mT).argmax(-1)
+        shares = one_hot(nearest, merged).to(features.dtype)  # (images, rest, merged)
+        averages = shares.mT @ take(features, rest) / shares.sum(1).clamp(min=1)[..., None]
+        return torch.cat([take(features, dominant), averages], dim=1)
+
+
+def take(features: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Rows (images, indices, width) of features (images, patches, width)."""
+    return features.gather(1, indices[..., None].expand(-1, -1, features.shape[-1]))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, Image, load_dataset
 from transformers import AutoProcessor
@@ -62,7 +63,7 @@ def main() -> None:
         write(rows.add_column("answer", answers), file)
 
 
-def request(row: dict, processor, options: argparse.Namespace) -> dict:
+def request(row: dict, processor: Any, options: argparse.Namespace) -> dict:
     """A row as vLLM takes it, with its own number of visual tokens."""
     question = row[options.prompt_column] if options.prompt_column else options.prompt
     content = [{"type": "image"}, {"type": "text", "text": question}]
