@@ -61,8 +61,7 @@ format: .venv/.ready  ## Format the code and fix what can be fixed
 	@$(BIN)/ruff format .
 
 bench: .venv/.ready  ## Measure speed side by side (BENCH="projector deltas" for some); over an hour
-	@for name in $(BENCH); do echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py; done
-	@$(BIN)/python -m benchmarks.write_performance_page
+	@for name in $(BENCH); do echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name; done
 
 release: .venv/.ready  ## Build sdist and wheel in dist/, install the wheel in an empty environment, run the quickstart with it
 	@rm -rf dist

@@ -126,19 +126,18 @@ def kill(repo: str, asked: list[Any], kills: int) -> dict[str, int]:
             ]
             return [sys.executable, *words]
 
-        start = time.perf_counter()
         subprocess.run(command("whole.jsonl"), check=True, capture_output=True)
-        whole = time.perf_counter() - start
-        killed = 0
+        output, killed = Path(folder) / "killed.jsonl", 0
         while killed < kills:
-            process = subprocess.Popen(command("killed.jsonl"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-            try:
-                process.wait(timeout=random.uniform(0.3, 0.9) * whole)
+            end = (output.stat().st_size if output.exists() else 0) + random.randrange(1500)
+            process = subprocess.Popen(command(output.name), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            while process.poll() is None and (not output.exists() or output.stat().st_size <= end):
+                time.sleep(0.001)
+            if process.poll() is not None:
                 break
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                killed += 1
+            process.kill()
+            process.wait()
+            killed += 1
         subprocess.run(command("killed.jsonl"), check=True, capture_output=True)
         answers = [
             [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
