@@ -41,9 +41,9 @@ TINY_TEXT = {
 }
 
 
-def model_config(shape: str, **fields: Any) -> DeltaLlavaConfig:
-    """The config of `tiny`, `0.5b`, `7b` or `13b`, with fused attention; `fields` change it."""
-    vision, text = DEFAULT_VISION_CONFIG, SHAPES.get(shape, TINY_TEXT)
+def model_config(shape: str, text: dict[str, Any] | None = None, **fields: Any) -> DeltaLlavaConfig:
+    """The config of `tiny`, `0.5b`, `7b` or `13b`, with fused attention; `text` replaces its language model, `fields` the rest."""
+    vision, text = DEFAULT_VISION_CONFIG, text or SHAPES.get(shape, TINY_TEXT)
     if shape == "tiny":
         vision = {**vision, **TINY_VISION}
         fields = {"vision_feature_levels": [1, 2, 3], "projector_head_dim": 16, "image_token_id": 511, **fields}

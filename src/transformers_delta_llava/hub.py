@@ -435,7 +435,7 @@ def _complete_card(card: Path, repo_id: str, license: str | None, base_models: S
     if any(given.values()):
         header |= {name: value for name, value in given.items() if value}
         metadata_save(card, header)
-    warnings = [f"README.md names no {name}; pass {name}" for name in given if not header.get(name)]
+    warnings = [f"README.md names no {name}" for name in given if not header.get(name)]
     if not card.is_file() or repo_id not in card.read_text(encoding="utf-8"):
         warnings.append(f"README.md does not name {repo_id}, so its examples may not run as they stand")
     return warnings
