@@ -34,7 +34,7 @@ from tests.training.tiny_run import (
 from transformers_delta_llava.conversion import inspect_model
 from transformers_delta_llava.errors import DeltaLlavaError
 from transformers_delta_llava.training import make_recipe, make_trainer, run_trainer, train
-from transformers_delta_llava.training.trainer import COUNTS
+from transformers_delta_llava.training.trainer import COUNTS, PLACED, WRITTEN, place_result
 
 
 def changed_parts(before: Path, after: Path) -> set[str]:
@@ -151,6 +151,21 @@ def test_a_finished_folder_has_no_weights_of_an_earlier_run_and_no_token(folder:
     assert (tmp_path / "model.safetensors").is_file() and not any((tmp_path / name).exists() for name in stale)
     assert list(tmp_path.glob("checkpoint-*/optimizer.pt"))
     assert [path for path in tmp_path.rglob("*") if path.is_file() and token.encode() in path.read_bytes()] == []
+
+
+@pytest.mark.parametrize("moved", [None, [], ["generation_config.json", "model.safetensors"]])
+def test_a_result_whose_run_was_killed_is_put_in_place_by_the_next(folder: Path, tmp_path: Path, moved: Any) -> None:
+    """Killed before the earlier weights were deleted, after it, or between two files."""
+    earlier, new = run(folder, tmp_path / "earlier"), run(folder, tmp_path / "new", arguments={"seed": 3})
+    shutil.copytree(new, earlier / (WRITTEN if moved is None else PLACED))
+    for name in ["config.json", "model.safetensors"] if moved is not None else []:
+        (earlier / name).unlink()
+    for name in moved or []:
+        (earlier / PLACED / name).replace(earlier / name)
+    place_result(earlier)
+    assert_same_weights(earlier, new, atol=0)
+    assert not (earlier / WRITTEN).exists() and not (earlier / PLACED).exists()
+    AutoModelForImageTextToText.from_pretrained(earlier)
 
 
 def test_a_finished_run_has_a_card_and_nothing_to_complain_about(folder: Path, tmp_path: Path) -> None:
